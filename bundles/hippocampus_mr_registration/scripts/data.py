@@ -1,0 +1,82 @@
+"""Hippocampus images of the Medical Segmentation Decathlon, task 4, as pairs on one grid."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, ResizeWithPadOrCropd, ScaleIntensityRangePercentilesd
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SPLIT = Path(__file__).parent.parent / "configs" / "split.json"
+GRID = (64, 64, 64)
+
+
+def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> list[dict[str, Tensor]]:
+    """Load the subjects of a part (``train``, ``validation``, ``test``) of the split, centred on ``grid``.
+
+    Args:
+        root: folder with ``images``/``labels`` or, as the Decathlon archive has it, ``imagesTr``/``labelsTr``.
+        part: name in ``configs/split.json``.
+        grid: voxel counts of the common grid; images are padded or cropped about their centre.
+
+    Returns:
+        A dictionary per subject: ``name``, ``image`` ``(1, *grid)`` in [0, 1] and ``label`` ``(1, *grid)``.
+    """
+    root = Path(root)
+    suffix = "" if (root / "images").is_dir() else "Tr"
+    names = json.loads(SPLIT.read_text())[part]
+    transform = Compose(
+        [
+            LoadImaged(["image", "label"], image_only=True),
+            EnsureChannelFirstd(["image", "label"]),
+            ScaleIntensityRangePercentilesd("image", lower=0.5, upper=99.5, b_min=0.0, b_max=1.0, clip=True),
+            ResizeWithPadOrCropd(["image", "label"], grid),
+        ]
+    )
+    subjects = []
+    for name in names:
+        files = {k: root / f"{k}s{suffix}" / f"{name}.nii.gz" for k in ("image", "label")}
+        subjects.append({"name": name} | {k: transform(files)[k].as_tensor() for k in ("image", "label")})
+    return subjects
+
+
+class PairDataset(Dataset):
+    """Seeded random ordered pairs of different subjects; training pairs vary in side and contrast.
+
+    Args:
+        subjects: what :func:`load_subjects` returned.
+        pairs: how many pairs an epoch has.
+        seed: of the sequence of pairs; ``None`` draws anew every time.
+        augment: mirror left and right and change the contrast of either image at random.
+    """
+
+    def __init__(self, subjects: list[dict[str, Any]], pairs: int, seed: int | None = None, augment: bool = False) -> None:
+        self.subjects = subjects
+        self.pairs = pairs
+        self.augment = augment
+        generator = random.Random(seed)
+        self.indices = None if seed is None else [generator.sample(range(len(subjects)), 2) for _ in range(pairs)]
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        f, m = self.indices[index] if self.indices else random.sample(range(len(self.subjects)), 2)
+        fixed, moving = self.subjects[f], self.subjects[m]
+        pair = {
+            "fixed": fixed["image"],
+            "moving": moving["image"],
+            "fixed_label": fixed["label"],
+            "moving_label": moving["label"],
+        }
+        if self.augment:
+            for key in ("fixed", "moving"):
+                pair[key] = pair[key] ** float(2 ** random.uniform(-0.5, 0.5))
+            if random.random() < 0.5:
+                pair = {key: value.flip(1) for key, value in pair.items()}
+        return pair

@@ -1,0 +1,110 @@
+"""Sampling images and fields at displaced voxel positions.
+
+The gather works on flat indices, corner by corner, so that a compiler can fuse it with whatever consumes the samples
+and no coordinate grid is stored. Autograd through it gives the exact derivatives of the (bi/tri)linear interpolant.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+__all__ = ["warp"]
+
+
+def _along(values: Tensor, axis: int, n: int) -> Tensor:
+    """Shape a 1D tensor so that it broadcasts along spatial ``axis`` of a ``(B, *S)`` tensor."""
+    return values.view([1] + [-1 if a == axis else 1 for a in range(n)])
+
+
+def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+    """Sample an image at displaced positions, ``warped(x) = image(x + ddf(x))``.
+
+    The image may live on another grid than the field, as long as both count voxels from the same corner.
+
+    Args:
+        image: ``(B, C, *M)``, floating point, every axis at least 2 voxels long.
+        ddf: ``(B, n, *S)`` displacement in voxels of ``image``, ``n = len(M) = len(S)``.
+        mode: ``"bilinear"`` (trilinear in 3D) or ``"nearest"`` (for label maps).
+        padding_mode: what lies outside the image: ``"border"`` extends the edge voxels, ``"zeros"`` is zero.
+
+    Returns:
+        ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
+    """
+    n = ddf.shape[1]
+    sizes = image.shape[2:]
+    position = [
+        ddf[:, a] + _along(torch.arange(ddf.shape[2 + a], device=ddf.device, dtype=ddf.dtype), a, n) for a in range(n)
+    ]
+    flat = image.reshape(image.shape[0], image.shape[1], -1)
+    if mode == "nearest":
+        return _nearest(flat, position, sizes, padding_mode)
+    if mode != "bilinear":
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
+    clamped = [p.clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
+    lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
+    weight = [p - low for p, low in zip(clamped, lower, strict=True)]
+    if padding_mode == "zeros":
+        return _zero_padded(flat, position, sizes)
+    if padding_mode != "border":
+        raise ValueError(f"padding_mode must be 'border' or 'zeros', got {padding_mode!r}")
+    base, strides = _flat_index(lower, sizes)
+    out: Tensor | None = None
+    for corner in product((0, 1), repeat=n):
+        offset = sum(c * s for c, s in zip(corner, strides, strict=True))
+        w = _product([wa if c else 1 - wa for c, wa in zip(corner, weight, strict=True)])
+        term = _take(flat, base + offset) * w.unsqueeze(1)
+        out = term if out is None else out + term
+    assert out is not None  # n >= 1, for mypy
+    return out
+
+
+def _zero_padded(flat: Tensor, position: list[Tensor], sizes: torch.Size) -> Tensor:
+    """Linear interpolation of the image continued by zeros: corners outside the grid contribute nothing."""
+    lower = [p.detach().floor() for p in position]
+    out = flat.new_zeros(())
+    for corner in product((0, 1), repeat=len(sizes)):
+        at = [low + c for low, c in zip(lower, corner, strict=True)]
+        inside = _product([((a >= 0) & (a <= s - 1)).to(flat.dtype) for a, s in zip(at, sizes, strict=True)])
+        w = _product([1 - (p - a).abs() for p, a in zip(position, at, strict=True)])
+        index, _ = _flat_index([a.clamp(0, s - 1) for a, s in zip(at, sizes, strict=True)], sizes)
+        out = out + _take(flat, index) * (w * inside).unsqueeze(1)
+    return out
+
+
+def _nearest(flat: Tensor, position: list[Tensor], sizes: torch.Size, padding_mode: str) -> Tensor:
+    nearest = [(p + 0.5).floor() for p in position]
+    index, _ = _flat_index([p.clamp(0, s - 1) for p, s in zip(nearest, sizes, strict=True)], sizes)
+    out = _take(flat, index)
+    if padding_mode == "zeros":
+        inside = _product([(p >= 0) & (p <= s - 1) for p, s in zip(nearest, sizes, strict=True)])
+        out = out * inside.unsqueeze(1).to(out.dtype)
+    return out
+
+
+def _product(factors: list[Tensor]) -> Tensor:
+    out = factors[0]
+    for factor in factors[1:]:
+        out = out * factor
+    return out
+
+
+def _flat_index(lower: list[Tensor], sizes: torch.Size) -> tuple[Tensor, list[int]]:
+    """Flat index of integer-valued positions in an array of ``sizes``, and the stride of each axis."""
+    strides = [1] * len(sizes)
+    for a in range(len(sizes) - 2, -1, -1):
+        strides[a] = strides[a + 1] * sizes[a + 1]
+    index = lower[-1].long()
+    for a in range(len(sizes) - 1):
+        index = index + lower[a].long() * strides[a]
+    return index, strides
+
+
+def _take(flat: Tensor, index: Tensor) -> Tensor:
+    """Gather ``flat`` ``(B, C, N)`` at ``index`` ``(B, *S)`` (or a batch-broadcast of it) for every channel."""
+    batch, channels = flat.shape[:2]
+    index = index.expand(batch, *index.shape[1:])
+    picked = flat.gather(2, index.reshape(batch, 1, -1).expand(batch, channels, -1))
+    return picked.reshape(batch, channels, *index.shape[1:])

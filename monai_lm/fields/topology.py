@@ -1,0 +1,201 @@
+"""Jacobians, folds, and keeping maps free of them.
+
+A grid cell is *folded* when any of its digital-diffeomorphism determinants is not positive: in 3D the eight corner
+tetrahedra (all combinations of one-sided differences) and the two central tetrahedra, in 2D the four corner triangles.
+Fields are continued by their border value, so the ring of cells around the grid counts too.
+
+Source: Liu et al., "On Finite Difference Jacobian Computation in Deformable Image Registration", IJCV 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_lm.fields.algebra import compose
+from monai_lm.fields.smoothing import gaussian_smooth
+
+__all__ = ["MARGIN", "fold_count", "folded_cells", "guard", "jacobian_determinant", "minimum_determinant", "repair"]
+
+MARGIN = 1e-3
+"""Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
+
+
+def jacobian_determinant(ddf: Tensor) -> Tensor:
+    """Determinant of the Jacobian of ``id + ddf`` by central differences (one-sided at the edges).
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels, every axis at least 2 long.
+
+    Returns:
+        ``(B, *S)``; 1 for the identity, dimensionless, independent of the voxel spacing.
+    """
+    n = ddf.shape[1]
+    columns = []
+    for axis in range(n):
+        derivative = list(torch.gradient(ddf, dim=2 + axis)[0].unbind(1))
+        derivative[axis] = derivative[axis] + 1
+        columns.append(derivative)
+    return _determinant(columns)
+
+
+def _determinant(columns: list[list[Tensor]]) -> Tensor:
+    """Determinant of the 2×2 or 3×3 matrix whose columns are lists of component tensors."""
+    if len(columns) == 2:
+        (a, b), (c, d) = columns
+        return a * d - b * c
+    (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = columns
+    return a0 * (b1 * c2 - b2 * c1) + a1 * (b2 * c0 - b0 * c2) + a2 * (b0 * c1 - b1 * c0)
+
+
+def _cell_determinants(ddf: Tensor) -> Iterator[Tensor]:
+    """Yield the determinants ``(B, *(S + 1))`` of every cell of the grid and of the ring around it, 1 for identity."""
+    n = ddf.shape[1]
+    padded = F.pad(ddf, [1, 1] * n, mode="replicate")
+    cells = [s - 1 for s in padded.shape[2:]]
+
+    def at(component: Tensor, corner: tuple[int, ...]) -> Tensor:
+        for axis, bit in enumerate(corner):
+            if component.shape[1 + axis] != cells[axis]:
+                component = component.narrow(1 + axis, bit, cells[axis])
+        return component
+
+    # edges[a][c]: component c of the map's difference along axis a, between neighbours
+    edges = []
+    for axis in range(n):
+        difference = list(torch.diff(padded, dim=2 + axis).unbind(1))
+        difference[axis] = difference[axis] + 1
+        edges.append(difference)
+
+    def edge(axis: int, corner: tuple[int, ...]) -> list[Tensor]:
+        return [at(component, corner) for component in edges[axis]]
+
+    for corner in product((0, 1), repeat=n):
+        yield _determinant([edge(axis, corner) for axis in range(n)])
+    if n == 3:
+        for tetrahedron in _CENTRAL:
+            columns = []
+            for first, second in tetrahedron:
+                columns.append([a + b for a, b in zip(edge(*first), edge(*second), strict=True)])
+            yield 0.5 * _determinant(columns)
+
+
+# The two central tetrahedra, {000, 011, 101, 110} and {111, 100, 010, 001}: each face diagonal from the first corner is
+# the sum of two edges (axis, corner where the edge starts); the second one's overall sign is that of the first.
+_CENTRAL = (
+    (((1, (0, 0, 0)), (2, (0, 1, 0))), ((0, (0, 0, 0)), (2, (1, 0, 0))), ((0, (0, 0, 0)), (1, (1, 0, 0)))),
+    (((1, (1, 0, 1)), (2, (1, 0, 0))), ((0, (0, 1, 1)), (2, (0, 1, 0))), ((0, (0, 1, 1)), (1, (0, 0, 1)))),
+)
+
+
+def folded_cells(ddf: Tensor, margin: float = 0.0) -> Tensor:
+    """Cells with a determinant ``<= margin``, as a mask ``(B, *(S + 1))`` over the grid's cells and the ring around it.
+
+    Cell ``i`` along an axis lies between voxels ``i - 1`` and ``i``.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels.
+        margin: smallest determinant that still counts as folded; 0 is the definition.
+    """
+    folded: Tensor | None = None
+    for determinant in _cell_determinants(ddf):
+        bad = ~(determinant > margin)  # NaN counts as folded
+        folded = bad if folded is None else folded | bad
+    assert folded is not None  # for mypy
+    return folded
+
+
+def fold_count(ddf: Tensor) -> Tensor:
+    """Count the folded cells of each field of a batch.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels.
+
+    Returns:
+        ``(B,)`` int64. Zero exactly when the non-diffeomorphic volume (NDV; in 2D area) is zero and no cell is flat.
+    """
+    return folded_cells(ddf.float() if ddf.dtype == torch.float16 else ddf).flatten(1).sum(1)
+
+
+def minimum_determinant(ddf: Tensor) -> Tensor:
+    """Smallest of the cell determinants of each field, ``(B,)``: positive exactly when the field has no fold."""
+    smallest: Tensor | None = None
+    for determinant in _cell_determinants(ddf):
+        smallest = determinant if smallest is None else torch.minimum(smallest, determinant)
+    assert smallest is not None  # for mypy
+    return smallest.flatten(1).amin(1)
+
+
+def _near(cells: Tensor, reach: int) -> Tensor:
+    """Smooth weight in [0, 1] on voxels ``(B, 1, *S)``: 1 at the voxels of marked cells, 0 beyond ``reach`` voxels."""
+    n = cells.dim() - 1
+    pool = F.max_pool2d if n == 2 else F.max_pool3d
+    mean = F.avg_pool2d if n == 2 else F.avg_pool3d
+    voxels = pool(cells.unsqueeze(1).float(), 2, stride=1)
+    window = 2 * reach + 1
+    wide = pool(voxels, window, stride=1, padding=reach)
+    soft = mean(wide, window, stride=1, padding=reach, count_include_pad=False)
+    return torch.maximum(voxels, soft)
+
+
+def guard(old: Tensor, new: Tensor, outer: Tensor | None = None, margin: float = MARGIN) -> Tensor:
+    """Hold back a step where it would fold: ``old + s(x) (new - old)`` with a smooth local ``s`` in [0, 1].
+
+    Args:
+        old: ``(B, n, *S)`` field whose map (composed with ``outer``) has no determinant ``<= margin``.
+        new: ``(B, n, *S)`` candidate.
+        outer: ``(B, n, *M)`` field that is applied after; the composed map is what must not fold. Default: identity.
+        margin: smallest determinant that counts as folded.
+
+    Returns:
+        ``new`` itself where nothing folds; otherwise a blend whose map has no folded cell, at worst ``old``.
+    """
+    keep = new.new_ones(new.shape[0], 1, *new.shape[2:])
+    blended = new
+    for attempt in range(12):
+        folded = folded_cells(blended if outer is None else compose(outer, blended), margin)
+        if not bool(folded.any()):
+            return blended
+        if attempt < 10:
+            keep = keep * (1 - _near(folded, 1 + attempt // 2) * (0.5 if attempt < 4 else 1.0))
+        else:
+            pair = folded.flatten(1).any(1).view(-1, *[1] * (new.dim() - 1))
+            keep = torch.where(pair, torch.zeros_like(keep), keep)
+        blended = torch.where(keep == 1, new, torch.where(keep == 0, old, old + keep * (new - old)))
+    return blended
+
+
+def repair(ddf: Tensor, margin: float = MARGIN, iterations: int = 200) -> Tensor:
+    """Unfold a field by the least local smoothing that does it; what is not folded keeps its value.
+
+    Folded cells and their surroundings are smoothed again and again, with a Gaussian and a reach that grow only while
+    the count of folded cells does not fall. A field that resists is shrunk towards its mean displacement.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels, finite.
+        margin: smallest determinant that counts as folded.
+        iterations: most rounds of local smoothing.
+
+    Returns:
+        ``(B, n, *S)`` without folded cells; ``ddf`` itself (the same tensor) if it had none.
+    """
+    out, sigma, fewest = ddf, 1.0, None
+    for _ in range(iterations):
+        folded = folded_cells(out, margin)
+        count = int(folded.sum())
+        if count == 0:
+            return out
+        if fewest is not None and count > 0.9 * fewest:
+            sigma = min(sigma * 1.25, 8.0)
+        fewest = count if fewest is None else min(fewest, count)
+        weight = _near(folded, max(1, round(sigma)))
+        out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
+    mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
+    while bool((folded := folded_cells(out, margin)).any()):
+        pair = folded.flatten(1).any(1).view(-1, *[1] * (out.dim() - 1))
+        out = torch.where(pair, mean + 0.9 * (out - mean), out)
+    return out

@@ -1,0 +1,71 @@
+"""MONAI inferer: network, field, refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.inferers import Inferer
+from torch import Tensor
+
+from monai_lm.fields import integrate, resample
+
+__all__ = ["RegistrationInferer"]
+
+
+class RegistrationInferer(Inferer):
+    """Predict a field with a network and refine it for the pair at hand.
+
+    Args:
+        prediction: what the network returns: ``"velocity"`` (stationary, integrated here) or ``"displacement"``, in
+            voxels of the grid it is returned on. A prediction on a coarser grid is resampled, units included.
+        integration_steps: squarings of the integration.
+        divisible_pad: the network's input is padded with zeros at its end to multiples of this; ``None`` does not pad.
+        refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
+
+    Raises:
+        ValueError: unknown ``prediction``, ``integration_steps < 1``, or (when called) inputs or predictions of the
+            wrong shape.
+    """
+
+    def __init__(
+        self,
+        prediction: str = "velocity",
+        integration_steps: int = 7,
+        divisible_pad: int | None = None,
+        refine: dict[str, Any] | None = None,
+    ) -> None:
+        if prediction not in ("velocity", "displacement"):
+            raise ValueError(f"prediction must be 'velocity' or 'displacement', got {prediction!r}")
+        if integration_steps < 1:
+            raise ValueError(f"integration_steps must be at least 1, got {integration_steps}")
+        self.prediction = prediction
+        self.integration_steps = integration_steps
+        self.divisible_pad = divisible_pad
+        self.refine = refine
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Field that warps channel 0 of ``inputs`` onto channel 1.
+
+        Args:
+            inputs: ``(B, 2, *S)``, channel 0 moving, channel 1 fixed.
+            network: called as ``network(inputs, *args, **kwargs)``.
+            args: positional arguments of ``network``.
+            kwargs: keyword arguments of ``network``.
+
+        Returns:
+            ``(B, n, *S)`` displacement in voxels.
+        """
+        size = inputs.shape[2:]
+        padded = inputs
+        if self.divisible_pad:
+            padded = F.pad(inputs, [p for s in reversed(size) for p in (0, -s % self.divisible_pad)])
+        return self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
+
+    def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
+        """Turn a network's prediction into a displacement on a grid of ``size``, differentiably."""
+        with torch.autocast(prediction.device.type, enabled=False):
+            field = resample(prediction.float(), size)
+            return integrate(field, self.integration_steps) if self.prediction == "velocity" else field
