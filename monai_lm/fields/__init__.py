@@ -1,15 +1,14 @@
-"""Pure functions on displacement fields in voxel units; see ``docs/conventions.md`` for the convention."""
+"""Pure functions on displacement fields in voxel units; the convention is in ``docs/method.md``."""
 
 from monai_lm.fields.algebra import compose, integrate, invert, resample
 from monai_lm.fields.sampling import warp
 from monai_lm.fields.smoothing import gaussian_smooth
-from monai_lm.fields.topology import fold_count, guard, jacobian_determinant, repair
+from monai_lm.fields.topology import fold_count, jacobian_determinant, repair
 
 __all__ = [
     "compose",
     "fold_count",
     "gaussian_smooth",
-    "guard",
     "integrate",
     "invert",
     "jacobian_determinant",

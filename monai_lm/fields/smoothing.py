@@ -1,4 +1,4 @@
-"""Gaussian smoothing of images and fields."""
+"""Gaussian and box filters for images and fields."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["gaussian_smooth", "gaussian_taps"]
+__all__ = ["box_sum", "gaussian_smooth", "gaussian_taps", "inverse_window_counts"]
 
 
 def gaussian_taps(sigma: float) -> list[float]:
@@ -55,4 +56,42 @@ def _filter_axis(x: Tensor, taps: list[float], dim: int) -> Tensor:
     out = x * taps[0]
     for k, tap in enumerate(taps[1:], start=1):
         out = out + tap * (padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size))
+    return out
+
+
+def box_sum(x: Tensor, radius: int) -> Tensor:
+    """Sum over cubic windows ``2 radius + 1`` wide, zero outside; separable, its own adjoint.
+
+    Args:
+        x: ``(B, C, *S)``.
+        radius: half width in voxels.
+    """
+    n = x.dim() - 2
+    for axis in range(n):
+        dim, size = axis + 2, x.shape[axis + 2]
+        pads = [0, 0] * (n - 1 - axis) + [radius, radius]
+        padded = F.pad(x, pads)
+        out = padded.narrow(dim, 0, size)
+        for k in range(1, 2 * radius + 1):
+            out = out + padded.narrow(dim, k, size)
+        x = out
+    return x
+
+
+def inverse_window_counts(x: Tensor, radius: int) -> Tensor:
+    """One over the number of voxels that each window of :func:`box_sum` has inside the image.
+
+    Args:
+        x: ``(B, C, *S)``; only its shape, device and dtype matter.
+        radius: half width in voxels.
+
+    Returns:
+        ``(1, 1, *S)``; times :func:`box_sum` it gives window means.
+    """
+    n = x.dim() - 2
+    out = x.new_ones(1)
+    for axis, size in enumerate(x.shape[2:]):
+        i = torch.arange(size, device=x.device)
+        count = (i + radius).clamp(max=size - 1) - (i - radius).clamp(min=0) + 1
+        out = out / count.to(x.dtype).view([1, 1] + [-1 if a == axis else 1 for a in range(n)])
     return out

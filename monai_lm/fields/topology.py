@@ -9,7 +9,7 @@ Source: Liu et al., "On Finite Difference Jacobian Computation in Deformable Ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from monai_lm.fields.algebra import compose
 from monai_lm.fields.smoothing import gaussian_smooth
 
-__all__ = ["MARGIN", "fold_count", "folded_cells", "guard", "jacobian_determinant", "minimum_determinant", "repair"]
+__all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair"]
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
@@ -116,18 +116,9 @@ def fold_count(ddf: Tensor) -> Tensor:
         ddf: ``(B, n, *S)`` in voxels.
 
     Returns:
-        ``(B,)`` int64. Zero exactly when the non-diffeomorphic volume (NDV; in 2D area) is zero and no cell is flat.
+        ``(B,)`` int64. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
     """
     return folded_cells(ddf.float() if ddf.dtype == torch.float16 else ddf).flatten(1).sum(1)
-
-
-def minimum_determinant(ddf: Tensor) -> Tensor:
-    """Smallest of the cell determinants of each field, ``(B,)``: positive exactly when the field has no fold."""
-    smallest: Tensor | None = None
-    for determinant in _cell_determinants(ddf):
-        smallest = determinant if smallest is None else torch.minimum(smallest, determinant)
-    assert smallest is not None  # for mypy
-    return smallest.flatten(1).amin(1)
 
 
 def _near(cells: Tensor, reach: int) -> Tensor:
@@ -142,60 +133,47 @@ def _near(cells: Tensor, reach: int) -> Tensor:
     return torch.maximum(voxels, soft)
 
 
-def guard(old: Tensor, new: Tensor, outer: Tensor | None = None, margin: float = MARGIN) -> Tensor:
-    """Hold back a step where it would fold: ``old + s(x) (new - old)`` with a smooth local ``s`` in [0, 1].
-
-    Args:
-        old: ``(B, n, *S)`` field whose map (composed with ``outer``) has no determinant ``<= margin``.
-        new: ``(B, n, *S)`` candidate.
-        outer: ``(B, n, *M)`` field that is applied after; the composed map is what must not fold. Default: identity.
-        margin: smallest determinant that counts as folded.
-
-    Returns:
-        ``new`` itself where nothing folds; otherwise a blend whose map has no folded cell, at worst ``old``.
-    """
-    keep = new.new_ones(new.shape[0], 1, *new.shape[2:])
-    blended = new
-    for attempt in range(12):
-        folded = folded_cells(blended if outer is None else compose(outer, blended), margin)
-        if not bool(folded.any()):
-            return blended
-        if attempt < 10:
-            keep = keep * (1 - _near(folded, 1 + attempt // 2) * (0.5 if attempt < 4 else 1.0))
-        else:
-            pair = folded.flatten(1).any(1).view(-1, *[1] * (new.dim() - 1))
-            keep = torch.where(pair, torch.zeros_like(keep), keep)
-        blended = torch.where(keep == 1, new, torch.where(keep == 0, old, old + keep * (new - old)))
-    return blended
-
-
-def repair(ddf: Tensor, margin: float = MARGIN, iterations: int = 200) -> Tensor:
-    """Unfold a field by the least local smoothing that does it; what is not folded keeps its value.
+def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rounds: int = 100) -> Tensor:
+    """Unfold a map by the least local smoothing that does it; the field keeps its value away from the folds.
 
     Folded cells and their surroundings are smoothed again and again, with a Gaussian and a reach that grow only while
-    the count of folded cells does not fall. A field that resists is shrunk towards its mean displacement.
+    the count of folded cells does not fall. A field that resists is shrunk towards its mean, at last to zero.
 
     Args:
         ddf: ``(B, n, *S)`` in voxels, finite.
-        margin: smallest determinant that counts as folded.
-        iterations: most rounds of local smoothing.
+        outer: ``(B, n, *M)`` field without folds that is applied after; the composed map is what must not fold.
+            Default: identity.
+        margin: smallest determinant that still counts as folded.
+        rounds: most rounds of local smoothing.
 
     Returns:
-        ``(B, n, *S)`` without folded cells; ``ddf`` itself (the same tensor) if it had none.
+        ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
     """
     out, sigma, fewest = ddf, 1.0, None
-    for _ in range(iterations):
-        folded = folded_cells(out, margin)
+    for _ in range(rounds):
+        folded = folded_cells(_composed(outer, out), margin)
         count = int(folded.sum())
         if count == 0:
             return out
-        if fewest is not None and count > 0.9 * fewest:
+        if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
         weight = _near(folded, max(1, round(sigma)))
         out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
     mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
-    while bool((folded := folded_cells(out, margin)).any()):
-        pair = folded.flatten(1).any(1).view(-1, *[1] * (out.dim() - 1))
-        out = torch.where(pair, mean + 0.9 * (out - mean), out)
+    for attempt in range(60):
+        folded = folded_cells(_composed(outer, out), margin)
+        if not bool(folded.any()):
+            return out
+        shrunk = mean + 0.9 * (out - mean) if attempt < 50 else torch.zeros_like(out)
+        out = torch.where(_pairs(folded, out), shrunk, out)
     return out
+
+
+def _composed(outer: Tensor | None, field: Tensor) -> Tensor:
+    return field if outer is None else compose(outer, field)
+
+
+def _pairs(cells: Tensor, like: Tensor) -> Tensor:
+    """Which pairs of the batch have a marked cell, shaped to broadcast over ``like``."""
+    return cells.flatten(1).any(1).view(-1, *[1] * (like.dim() - 1))

@@ -78,12 +78,14 @@ def standardize(image: Tensor) -> tuple[Tensor, Tensor]:
         The standardised image and the divisor ``(B, C, 1, …)``.
     """
     axes = tuple(range(2, image.dim()))
+    largest = image.abs().amax(axes, keepdim=True).clamp(min=torch.finfo(image.dtype).tiny)
+    image = image / largest  # squares of very large or small intensities would leave the range of float32
     centred = image - image.mean(axes, keepdim=True)
     centred = centred - centred.mean(axes, keepdim=True)  # once more: the first mean of a large offset is rounded
     scale = centred.square().mean(axes, keepdim=True).sqrt()
-    constant = scale <= 1e-6 * image.abs().amax(axes, keepdim=True)
+    constant = scale <= 1e-6
     scale = torch.where(constant, torch.ones_like(scale), scale)
-    return torch.where(constant, torch.zeros_like(centred), centred / scale), scale
+    return torch.where(constant, torch.zeros_like(centred), centred / scale), scale * largest
 
 
 class _ClosedForm(torch.autograd.Function):

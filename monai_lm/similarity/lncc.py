@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from monai_lm.fields.smoothing import box_sum, inverse_window_counts
 from monai_lm.similarity.base import Similarity
 
-__all__ = ["LNCC", "box_sum"]
+__all__ = ["LNCC"]
 
 
 class LNCC(Similarity):
@@ -39,7 +38,7 @@ class LNCC(Similarity):
 
     def reference(self, fixed: Tensor) -> tuple[Tensor, ...]:
         """The fixed image, its window means and its window variances."""
-        weight = self._inverse_counts(fixed)
+        weight = inverse_window_counts(fixed, self.radius)
         mean = self._sum(fixed) * weight
         variance = (self._sum(fixed * fixed) * weight - mean * mean).clamp(min=0) + self.epsilon
         return fixed, mean, variance
@@ -47,7 +46,7 @@ class LNCC(Similarity):
     def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
         fixed, fixed_mean, fixed_variance = reference
-        weight = self._inverse_counts(warped)
+        weight = inverse_window_counts(warped, self.radius)
         mean = self._sum(warped) * weight
         variance = (self._sum(warped * warped) * weight - mean * mean).clamp(min=0) + self.epsilon
         covariance = self._sum(warped * fixed) * weight - mean * fixed_mean
@@ -61,32 +60,3 @@ class LNCC(Similarity):
 
     def _sum(self, x: Tensor) -> Tensor:
         return box_sum(x, self.radius)
-
-    def _inverse_counts(self, image: Tensor) -> Tensor:
-        """One over the number of voxels in each window, ``(1, 1, *S)``."""
-        n = image.dim() - 2
-        out = image.new_ones(1)
-        for axis, size in enumerate(image.shape[2:]):
-            i = torch.arange(size, device=image.device)
-            count = (i + self.radius).clamp(max=size - 1) - (i - self.radius).clamp(min=0) + 1
-            out = out / count.to(image.dtype).view([1, 1] + [-1 if a == axis else 1 for a in range(n)])
-        return out
-
-
-def box_sum(x: Tensor, radius: int) -> Tensor:
-    """Sum over cubic windows ``2 radius + 1`` wide, zero outside; separable, its own adjoint.
-
-    Args:
-        x: ``(B, C, *S)``.
-        radius: half width in voxels.
-    """
-    n = x.dim() - 2
-    for axis in range(n):
-        dim, size = axis + 2, x.shape[axis + 2]
-        pads = [0, 0] * (n - 1 - axis) + [radius, radius]
-        padded = F.pad(x, pads)
-        out = padded.narrow(dim, 0, size)
-        for k in range(1, 2 * radius + 1):
-            out = out + padded.narrow(dim, k, size)
-        x = out
-    return x

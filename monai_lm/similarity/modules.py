@@ -14,7 +14,8 @@ class ModuleSimilarity(Similarity):
     """Wrap a loss module that is called as ``module(warped, fixed)``, MONAI's losses for example.
 
     Pairs are passed one by one, ``(1, C, *S)``, so that a pair's result does not depend on its batch. Losses that the
-    module averages are multiplied by the number of voxels, so that every measure is a sum over voxels; modules whose
+    module averages are multiplied by the number of voxels, so that every measure is a sum over voxels; a derivative
+    that is not finite counts as zero; modules whose
     ``reduction`` is ``"sum"`` or ``"none"`` are summed as they are. Works inside ``torch.no_grad()``,
     ``torch.inference_mode()`` and autocast, which it leaves for the evaluation.
 
@@ -44,7 +45,7 @@ class ModuleSimilarity(Similarity):
                         "does not depend on the warped image"
                     )
                 losses.append(loss.detach())
-                derivatives.append(torch.autograd.grad(loss, leaf)[0])
+                derivatives.append(torch.autograd.grad(loss, leaf)[0].nan_to_num(0.0, 0.0, 0.0))
         return torch.stack(losses), torch.cat(derivatives)
 
     def _reduced(self, loss: Tensor, warped: Tensor) -> Tensor:

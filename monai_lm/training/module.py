@@ -71,7 +71,9 @@ class RegistrationModule(pl.LightningModule):
         loss = image_loss + self.hparams.smoothness * self.diffusion(prediction)
         self.log("train_similarity", image_loss)
         if self.hparams.labels:
-            dice_loss = self.dice_loss(warp(self._one_hot(batch["moving_label"]), ddf), self._one_hot(batch["fixed_label"]))
+            dice_loss = self.dice_loss(
+                warp(self._one_hot(batch["moving_label"]), ddf), self._one_hot(batch["fixed_label"])
+            )
             loss = loss + self.hparams.dice * dice_loss
             self.log("train_dice_loss", dice_loss, prog_bar=True)
         self.log("train_loss", loss, prog_bar=True)
@@ -97,7 +99,10 @@ class RegistrationModule(pl.LightningModule):
         """Adam under a one-cycle schedule that spans the whole fit."""
         optimizer = torch.optim.Adam(self.network.parameters(), lr=self.hparams.learning_rate)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.hparams.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=0.1
+            optimizer,
+            self.hparams.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=0.1,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

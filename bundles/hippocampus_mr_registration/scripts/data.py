@@ -7,8 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, ResizeWithPadOrCropd, ScaleIntensityRangePercentilesd
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    LoadImaged,
+    ResizeWithPadOrCropd,
+    ScaleIntensityRangePercentilesd,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 

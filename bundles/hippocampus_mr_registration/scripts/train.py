@@ -14,9 +14,9 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data import PairDataset, load_subjects  # noqa: E402 (beside this script, a bundle is no package)
+from data import PairDataset, load_subjects
 
-from monai_lm.training import RegistrationModule  # noqa: E402
+from monai_lm.training import RegistrationModule
 
 BUNDLE = Path(__file__).parent.parent
 TRAINING_GRID = (48, 64, 48)  # holds every image of the data set; the network is convolutional, inference uses 64³

@@ -1,0 +1,261 @@
+"""The factored Levenberg-Marquardt iteration on fields: tensors in, tensors out.
+
+One iteration has three parts. *Direction*: every voxel's gradient ``g`` is scaled by a damped inverse of its own
+rank-one Hessian, ``g / (|g|² + λ)`` (Sherman-Morrison), or of the mean of ``g gᵀ`` in a window. *Advance*: the step is
+composed into the map, ``(id + u) ← (id + u) ∘ (id + v)``, and the map smoothed. *Judge*: the damping λ, one scalar per
+pair, rises where the loss rose and falls where it fell.
+
+Everything here serves both :class:`monai_lm.FactoredLM` and :func:`monai_lm.refine`.
+
+Source: Jena, Chaudhari, Gee, "Factored Levenberg-Marquardt for Diffeomorphic Image Registration", arXiv 2603.19371.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from monai_lm.fields import compose, gaussian_smooth
+from monai_lm.fields.smoothing import box_sum, inverse_window_counts
+
+__all__ = [
+    "ACCEPTANCES",
+    "CONTROLS",
+    "Trust",
+    "advance",
+    "chance",
+    "direction",
+    "eulerian_gradient",
+    "expected_decrease",
+    "initial_trust",
+    "judge",
+    "per_voxel",
+    "pull_back",
+    "spatial_gradient",
+    "step_length",
+]
+
+CONTROLS = ("simple", "trust_region")
+ACCEPTANCES = ("always", "descent", "metropolis")
+
+_RISE, _FALL = 1.5, 0.975  # the published damping factors
+_SHRINK_BELOW, _GROW_ABOVE = 0.1, 0.5  # gain ratios; the minimum along a parabola has 1/2
+_DAMPING_RANGE = 1e6  # λ stays within λ₀ / range and λ₀ · range
+_NOTHING = 1e-8  # voxels with |g|² below this fraction of the mean are background
+
+
+@dataclass(frozen=True)
+class Trust:
+    """State of the damping, one value per pair; every field is a ``(B,)`` tensor.
+
+    Attributes:
+        damping: λ, in units of ``|g|²``; 0 where a pair had no gradient and does not move.
+        reference: λ₀, the damping at the start of the level.
+        loss: loss of the last accepted iterate.
+        expected: first-order decrease that the pending step promises, NaN if not computed.
+        decrease: size of the last accepted decrease, the unit of the Metropolis temperature.
+    """
+
+    damping: Tensor
+    reference: Tensor
+    loss: Tensor
+    expected: Tensor
+    decrease: Tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """The fields by name, for a ``state_dict``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def per_voxel(scalar: Tensor, like: Tensor) -> Tensor:
+    """Shape ``(B,)`` to broadcast over ``(B, C, *S)``."""
+    return scalar.view(-1, *[1] * (like.dim() - 1))
+
+
+def spatial_gradient(image: Tensor) -> list[Tensor]:
+    """Central differences along every axis, one-sided at the edges: ``n`` tensors ``(B, C, *S)``, per voxel."""
+    out = []
+    for dim in range(2, image.dim()):
+        size = image.shape[dim]
+        first = image.narrow(dim, 1, 1) - image.narrow(dim, 0, 1)
+        last = image.narrow(dim, size - 1, 1) - image.narrow(dim, size - 2, 1)
+        inner = 0.5 * (image.narrow(dim, 2, size - 2) - image.narrow(dim, 0, size - 2))
+        out.append(torch.cat([first, inner, last], dim))
+    return out
+
+
+def eulerian_gradient(derivative: Tensor, warped: Tensor) -> Tensor:
+    """Gradient for compositional updates, ``g(x) = Σ_c dℓ/dI_c(x) ∇I_c(x)`` with ``I`` the warped image.
+
+    Args:
+        derivative: ``(B, C, *S)`` derivative of the loss with respect to the warped image.
+        warped: ``(B, C, *S)``.
+
+    Returns:
+        ``(B, n, *S)``, loss per voxel of displacement.
+    """
+    return torch.stack([(derivative * slope).sum(1) for slope in spatial_gradient(warped)], 1)
+
+
+def pull_back(gradient: Tensor, ddf: Tensor) -> Tensor:
+    """Turn a gradient with respect to ``ddf`` into the one for compositional updates, ``(I + ∇u)ᵀ g``.
+
+    Args:
+        gradient: ``(B, n, *S)`` derivative of a loss with respect to ``ddf``.
+        ddf: ``(B, n, *S)`` in voxels.
+    """
+    return torch.stack([gradient[:, a] + (slope * gradient).sum(1) for a, slope in enumerate(spatial_gradient(ddf))], 1)
+
+
+def initial_trust(gradient: Tensor, loss: Tensor, damping: float) -> Trust:
+    """Damping at the start of a level, ``λ₀ = δ · mean |g|²`` over the voxels that have a gradient.
+
+    Args:
+        gradient: ``(B, n, *S)`` smoothed gradient, in the metric of the step.
+        loss: ``(B,)``.
+        damping: δ, without units.
+    """
+    squared = gradient.square().sum(1).flatten(1)
+    active = squared > _NOTHING * squared.mean(1, keepdim=True)
+    mean = (squared * active).sum(1) / active.sum(1).clamp(min=1)
+    reference = damping * mean
+    unknown = torch.full_like(loss, float("nan"))
+    return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
+
+
+def step_length(trust: Trust) -> Tensor:
+    """Trust radius as a fraction of ``step``, ``min(1, √(λ₀ / λ))``, ``(B,)``: rejections shorten the step."""
+    ratio = trust.reference / torch.where(trust.damping > 0, trust.damping, 1.0)
+    return ratio.clamp(max=1).sqrt()
+
+
+def direction(gradient: Tensor, trust: Trust, step: float, window: int = 1) -> Tensor:
+    """Levenberg-Marquardt step, bounded by ``step`` without looking for a maximum over the volume.
+
+    ``|g| / (|g|² + λ) <= 1 / (2√λ)``, so ``v = -2√λ s g / (|g|² + λ)`` is nowhere longer than the radius ``s``. With a
+    window, the inverse of ``mean(g gᵀ) + λ I`` replaces the scalar and every voxel is clipped to ``s``.
+
+    Args:
+        gradient: ``(B, n, *S)`` in the metric of the step.
+        trust: state of the damping.
+        step: largest step in units of the metric; the radius is ``s = step · step_length(trust)``.
+        window: width in voxels of the window that the Hessian is averaged over, odd.
+
+    Returns:
+        ``(B, n, *S)`` step in the metric; zero for pairs without a gradient.
+    """
+    radius = per_voxel(step * step_length(trust), gradient)
+    damping = per_voxel(trust.damping, gradient)
+    scale = -2 * damping.sqrt() * radius
+    moves = damping > 0
+    safe = torch.where(moves, damping, torch.ones_like(damping))
+    if window == 1:
+        return scale * gradient / (gradient.square().sum(1, keepdim=True) + safe)
+    v = scale * _solve_windowed(gradient, safe, window // 2)
+    length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return v * (radius / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
+
+
+def _solve_windowed(gradient: Tensor, damping: Tensor, half: int) -> Tensor:
+    """``(mean_w(g gᵀ) + λ I)⁻¹ g`` by the adjugate of the symmetric 2×2 or 3×3 matrix."""
+    n = gradient.shape[1]
+    weight = inverse_window_counts(gradient, half)[:, 0]
+    unit = gradient.square().mean(tuple(range(1, gradient.dim())), keepdim=True).sqrt()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    g, lam = gradient / unit, (damping / unit.square())[:, 0]
+
+    def entry(a: int, b: int) -> Tensor:
+        mean = box_sum((g[:, a] * g[:, b]).unsqueeze(1), half)[:, 0] * weight
+        return mean + lam if a == b else mean
+
+    if n == 2:
+        a, b, c = entry(0, 0), entry(0, 1), entry(1, 1)
+        adjugate = [[c, -b], [-b, a]]
+        determinant = a * c - b * b
+    else:
+        a, b, c, d, e, f = entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)
+        ab, ac, bc = c * e - b * f, b * e - c * d, b * c - a * e
+        adjugate = [[d * f - e * e, ab, ac], [ab, a * f - c * c, bc], [ac, bc, a * d - b * b]]
+        determinant = a * adjugate[0][0] + b * ab + c * ac
+    solved = [_dot(row, g.unbind(1)) / determinant for row in adjugate]
+    return torch.stack(solved, 1) / unit
+
+
+def _dot(row: Sequence[Tensor], column: Sequence[Tensor]) -> Tensor:
+    out = row[0] * column[0]
+    for a, b in zip(row[1:], column[1:], strict=True):
+        out = out + a * b
+    return out
+
+
+def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
+    """First-order decrease ``-Σ ⟨g, v⟩`` per pair, ``(B,)``; ``gradient`` unsmoothed, both per voxel of displacement."""
+    return -(gradient * v).flatten(1).sum(1)
+
+
+def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float]) -> Tensor:
+    """Compose the step into the residual map and smooth it: ``r ← r + α (G r' - r)``-like, with ``r' = r ∘ (id + v)``.
+
+    The elastic smoothing is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the
+    map, not only the step, goes to zero when steps are rejected.
+
+    Args:
+        residual: ``(B, n, *S)`` in voxels.
+        v: ``(B, n, *S)`` step in voxels.
+        trust: state of the damping; pairs without damping stay as they are.
+        smooth_residual: standard deviation of the Gaussian per axis, in voxels.
+    """
+    moved = compose(residual, v)
+    if any(s > 0 for s in smooth_residual):
+        smooth = gaussian_smooth(moved, smooth_residual)
+        moved = moved + per_voxel(step_length(trust), moved) * (smooth - moved)
+    return torch.where(per_voxel(trust.damping, moved) > 0, moved, residual)
+
+
+def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: float) -> tuple[Tensor, Tensor, Trust]:
+    """Compare the loss after a step with the one before; accept or reject, and adapt the damping.
+
+    Args:
+        trust: state from before the step.
+        loss: ``(B,)`` loss after the step; NaN or inf counts as a rise.
+        control: ``"simple"``: λ × 1.5 when the loss rose, × 0.975 when it fell. ``"trust_region"``: by the gain ratio
+            ρ = actual / expected decrease, λ × 1.5 below 0.1, × 0.667 above 0.5.
+        acceptance: ``"always"``, ``"descent"`` (only a loss that did not rise) or ``"metropolis"`` (a worse one with
+            probability ``exp(-Δ / T)``, T the last accepted decrease).
+        chance: uniform random number in [0, 1) for ``"metropolis"``.
+
+    Returns:
+        Which pairs accept ``(B,)`` bool, the gain ratios ``(B,)``, and the new state.
+    """
+    finite = torch.isfinite(loss)
+    decrease = torch.where(finite, trust.loss - loss, float("-inf"))
+    fell = decrease >= 0
+    gain = decrease / trust.expected
+    if control == "simple":
+        factor = torch.where(fell, _FALL, _RISE)
+    else:
+        factor = torch.where(gain > _GROW_ABOVE, 1 / _RISE, torch.where(gain >= _SHRINK_BELOW, 1.0, _RISE))
+    damping = trust.damping * factor.to(trust.damping.dtype)
+    damping = damping.clamp(trust.reference / _DAMPING_RANGE, trust.reference * _DAMPING_RANGE)
+    if acceptance == "always":
+        accepted = torch.ones_like(finite)
+    elif acceptance == "descent":
+        accepted = fell
+    else:
+        accepted = fell | (chance < torch.exp(decrease / trust.decrease.clamp(min=torch.finfo(loss.dtype).tiny)))
+    new = replace(
+        trust,
+        damping=damping,
+        loss=torch.where(accepted & finite, loss, trust.loss),
+        decrease=torch.where(accepted & fell, decrease, trust.decrease),
+    )
+    return accepted, gain, new
+
+
+def chance(seed: int, iteration: int) -> float:
+    """Uniform random number that depends on the seed and the iteration only: one sequence for every pair and batch."""
+    return random.Random(f"{seed}/{iteration}").random()

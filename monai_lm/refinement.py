@@ -1,0 +1,424 @@
+"""Refine a predicted field for one pair of images: levels, iterations, stopping, history."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from monai_lm import levenberg
+from monai_lm.compilation import compiled, pays
+from monai_lm.fields import compose, fold_count, gaussian_smooth, repair, resample, warp
+from monai_lm.levenberg import Trust, per_voxel
+from monai_lm.pyramid import Level, automatic_scales, make_level, shrink
+from monai_lm.result import Record, RefinementResult
+from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.validation import check_field, check_images, check_number, check_spacing, per_level, plain
+
+__all__ = ["refine"]
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 10  # iterations between two looks at folds and the plateau: the only host synchronisations
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What does not change from level to level."""
+
+    similarity: Similarity
+    step: float
+    control: str
+    acceptance: str
+    window: int
+    smooth_residual: float
+    tolerance: float
+    seed: int
+    compile: str | bool
+    deadline: float
+
+
+def refine(
+    fixed: Tensor,
+    moving: Tensor,
+    ddf: Tensor | None = None,
+    *,
+    similarity: str | Similarity | nn.Module = "lncc",
+    scales: str | Sequence[float] = "auto",
+    iterations: str | int | Sequence[int] = "auto",
+    step: float = 0.5,
+    damping: float | Sequence[float] = (0.1, 0.1, 0.3, 1.0),
+    control: str = "simple",
+    acceptance: str = "always",
+    window: int = 1,
+    smooth_gradient: float | Sequence[float] = (2.0, 2.0, 1.5, 1.0),
+    smooth_residual: float = 0.5,
+    spacing: Sequence[float] | None = None,
+    seconds: float | None = None,
+    tolerance: float = 0.005,
+    seed: int = 0,
+    compile: str | bool = "auto",  # noqa: A002 (the name torch users expect)
+    progress: bool = False,
+) -> RefinementResult:
+    """Optimise a field until the warped moving image matches the fixed one, without ever folding space.
+
+    The field is kept as ``(id + u0) ∘ (id + r)`` with ``u0`` the prediction; the residual ``r`` starts at zero, takes
+    the factored Levenberg-Marquardt steps and is the only thing that is smoothed, so a prediction does not erode.
+    Without a prediction this is a registration from the identity. Every pair of a batch has its own damping,
+    acceptance and stop: its result is the one it would have alone.
+
+    Args:
+        fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32.
+        moving: ``(B, C, *S)`` on the same grid.
+        ddf: predicted displacement ``(B, n, *S)`` in voxels on the fixed grid, ``warped(x) = moving(x + ddf(x))``, or
+            ``None``. Folds in it are repaired first.
+        similarity: ``"lncc"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as ``(warped, fixed)``.
+        scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
+            whether there is a prediction.
+        iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
+        step: largest displacement per iteration, in voxels of the level's finest axis.
+        damping: δ, the initial damping relative to the mean squared gradient. A sequence gives it per level, coarse to
+            fine, aligned at the finest level, here and below.
+        control: ``"simple"`` or ``"trust_region"``, see :func:`monai_lm.levenberg.judge`.
+        acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``.
+        window: width in voxels, odd, of the window that the Hessian is averaged over; 1 is the factored method.
+        smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
+        smooth_residual: standard deviation of the elastic smoothing of the residual, in the same unit.
+        spacing: voxel edge per axis, in millimetres; smoothing and steps are then isotropic in space.
+        seconds: time budget; the result so far is returned when it is spent.
+        tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
+        seed: of the ``"metropolis"`` acceptance.
+        compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays.
+        progress: show a progress bar.
+
+    Returns:
+        The refined field and how it came about; see :class:`monai_lm.RefinementResult`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or shapes, grids or devices that do not fit; the message names it.
+    """
+    started = time.perf_counter()
+    fixed, moving = plain("fixed", fixed), plain("moving", moving)
+    check_images(fixed, moving)
+    size, n = fixed.shape[2:], fixed.dim() - 2
+    if ddf is not None:
+        ddf = plain("ddf", ddf)
+        check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
+    edges = check_spacing(spacing, n)
+    levels = _levels(scales, size, edges, ddf is not None)
+    counts = _iterations(iterations, [level.scale for level in levels])
+    dampings = per_level("damping", damping, len(levels), 0, exclusive=True)
+    sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
+    _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
+    deadline = float("inf") if seconds is None else started + seconds
+    settings = _Settings(
+        get_similarity(similarity),
+        step,
+        control,
+        acceptance,
+        window,
+        smooth_residual,
+        tolerance,
+        seed,
+        compile,
+        deadline,
+    )
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(fixed.device.type, enabled=False),
+        tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
+    ):
+        fixed, moving, ddf = (_normal(t) for t in (fixed, moving, ddf))
+        repaired = None if ddf is None else repair(ddf)
+        record = Record(fixed.shape[0], started)
+        residual = _identity(fixed)
+        for level, count, delta, sigma in zip(levels, counts, dampings, sigmas, strict=True):
+            run = _LevelRun(level, fixed, moving, repaired, settings, sigma, count)
+            residual, loss = run.iterate(run.start(residual), delta, count, record, bar)
+        if levels[-1].size != tuple(size):
+            run = _LevelRun(make_level(size, edges, 1), fixed, moving, repaired, settings, sigmas[-1], 1)
+            residual = run.start(residual)
+            loss = run.loss(residual)
+        return _finish(run, residual, loss, ddf, _constant(fixed, moving), record, started)
+
+
+class _LevelRun:
+    """One level: its images and prediction, its kernels, and the loop over its iterations."""
+
+    def __init__(
+        self,
+        level: Level,
+        fixed: Tensor,
+        moving: Tensor,
+        prediction: Tensor | None,
+        settings: _Settings,
+        smooth_gradient: float,
+        iterations: int,
+    ) -> None:
+        self.level = level
+        self.settings = settings
+        self.reference, self.moving = settings.similarity.prepare(shrink(fixed, level.size), shrink(moving, level.size))
+        self.prediction = prediction
+        if prediction is not None and prediction.shape[2:] != level.size:
+            self.prediction = repair(resample(prediction, level.size))
+        self.smooth_gradient = level.in_voxels(smooth_gradient)
+        self.smooth_residual = level.in_voxels(settings.smooth_residual)
+        self.unit = fixed.new_tensor(level.unit).view(1, -1, *[1] * len(level.size))
+        voxels = fixed.shape[0] * self.moving[0, 0].numel()
+        fuse = settings.compile is True or (settings.compile == "auto" and pays(fixed.device, voxels, iterations))
+        self._advance = compiled(_advance) if fuse else _advance
+        self._evaluate = compiled(_evaluate) if fuse and settings.similarity.closed_form else _evaluate
+
+    def start(self, residual: Tensor) -> Tensor:
+        """Bring the residual of the level before to this one's grid; folds that this makes are repaired."""
+        if tuple(residual.shape[2:]) == self.level.size:
+            return residual
+        return repair(resample(residual, self.level.size), self.prediction)
+
+    def displacement(self, residual: Tensor) -> Tensor:
+        """Field of ``(id + u0) ∘ (id + r)``."""
+        return residual if self.prediction is None else compose(self.prediction, residual)
+
+    def evaluate(self, residual: Tensor, ddf: Tensor) -> _Iterate:
+        """Loss and gradient at a residual and its field."""
+        keep = self.settings.control == "trust_region"
+        values = self._evaluate(self.moving, self.reference, ddf, self.settings.similarity, self.smooth_gradient, keep)
+        return _Iterate(residual, *values)
+
+    def loss(self, residual: Tensor) -> Tensor:
+        """Loss ``(B,)`` at a residual."""
+        return self.evaluate(residual, self.displacement(residual)).loss
+
+    def step(self, at: _Iterate, trust: Trust, check: bool) -> tuple[_Iterate, Trust]:
+        """Candidate after one step, and the state that knows what the step promised; ``check`` repairs folds."""
+        residual, ddf, expected = self._advance(
+            at.residual, at.gradient, at.smooth, self.prediction, trust, self.unit, self.settings.step,
+            self.settings.window, self.smooth_residual,
+        )  # fmt: skip
+        if check and (mended := repair(residual, self.prediction)) is not residual:
+            residual, ddf = mended, self.displacement(mended)
+        return self.evaluate(residual, ddf), replace(trust, expected=expected)
+
+    def iterate(self, residual: Tensor, delta: float, count: int, record: Record, bar: tqdm) -> tuple[Tensor, Tensor]:
+        """Iterate from ``residual``; return the best one, without folds, and its loss ``(B,)``."""
+        settings, voxels, scale = self.settings, self.moving[0, 0].numel(), self.level.scale
+        at = self.evaluate(residual, self.displacement(residual))
+        trust = levenberg.initial_trust(at.smooth * self.unit, at.loss, delta)
+        first = looked_at = best_loss = at.loss
+        best, active = residual, trust.damping > 0
+        record.add(scale, at.loss / voxels, _relative(trust, delta), trust.expected, active, torch.ones_like(active))
+        for k in range(1, count + 1):
+            look = k % _LOOK == 0
+            candidate, trust = self.step(at, trust, check=look)
+            used = _relative(trust, delta)
+            chance = levenberg.chance(settings.seed, k) if settings.acceptance == "metropolis" else 0.0
+            accepted, gain, trust = levenberg.judge(
+                trust, candidate.loss, settings.control, settings.acceptance, chance
+            )
+            record.add(scale, candidate.loss / voxels, used, gain, accepted, active)
+            better = candidate.loss < best_loss
+            best_loss = torch.where(better, candidate.loss, best_loss)
+            at = candidate if settings.acceptance == "always" else candidate.where(accepted, at)
+            best = at.residual if settings.acceptance == "descent" else _pick(better, candidate.residual, best)
+            bar.update()
+            if time.perf_counter() > settings.deadline:
+                break
+            if look:
+                bar.set_postfix(scale=scale, loss=f"{float(best_loss.mean()) / voxels:.4f}")
+                if settings.tolerance > 0:
+                    active = active & (looked_at - best_loss > settings.tolerance * (first - best_loss))
+                    trust, looked_at = _freeze(trust, active), best_loss
+                if not bool(active.any()):
+                    bar.update(count - k)
+                    break
+        mended = repair(best, self.prediction)
+        return mended, best_loss if mended is best else self.loss(mended)
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    """A residual with the loss ``(B,)``, the smoothed gradient and, if kept, the gradient there ``(B, n, *S)``."""
+
+    residual: Tensor
+    loss: Tensor
+    smooth: Tensor
+    gradient: Tensor | None
+
+    def where(self, chosen: Tensor, old: _Iterate) -> _Iterate:
+        """This iterate for the chosen pairs ``(B,)``, ``old`` for the others."""
+        if bool(chosen.all()):
+            return self
+        gradient = None
+        if self.gradient is not None and old.gradient is not None:
+            gradient = _pick(chosen, self.gradient, old.gradient)
+        return _Iterate(
+            _pick(chosen, self.residual, old.residual),
+            torch.where(chosen, self.loss, old.loss),
+            _pick(chosen, self.smooth, old.smooth),
+            gradient,
+        )
+
+
+def _evaluate(
+    moving: Tensor,
+    reference: tuple[Tensor, ...],
+    ddf: Tensor,
+    similarity: Similarity,
+    sigma: Sequence[float],
+    keep_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    warped = warp(moving, ddf)
+    loss, derivative = similarity.evaluate(warped, reference)
+    gradient = levenberg.eulerian_gradient(derivative, warped)
+    return loss, gaussian_smooth(gradient, sigma), gradient if keep_gradient else None
+
+
+def _advance(
+    residual: Tensor,
+    gradient: Tensor | None,
+    smooth: Tensor,
+    prediction: Tensor | None,
+    trust: Trust,
+    unit: Tensor,
+    step: float,
+    window: int,
+    smooth_residual: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    v = levenberg.direction(smooth * unit, trust, step, window) * unit
+    expected = (
+        torch.full_like(trust.loss, float("nan")) if gradient is None else levenberg.expected_decrease(gradient, v)
+    )
+    residual = levenberg.advance(residual, v, trust, smooth_residual)
+    return residual, residual if prediction is None else compose(prediction, residual), expected
+
+
+def _pick(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the chosen pairs ``(B,)``, ``old`` for the others."""
+    return torch.where(per_voxel(chosen, new), new, old)
+
+
+def _freeze(trust: Trust, active: Tensor) -> Trust:
+    """Stop the pairs that are not active: without damping a pair does not move."""
+    return replace(trust, damping=trust.damping * active, reference=trust.reference * active)
+
+
+def _relative(trust: Trust, delta: float) -> Tensor:
+    """Damping relative to the mean squared gradient at the start of the level, ``(B,)``."""
+    return delta * trust.damping / torch.where(trust.reference > 0, trust.reference, 1.0)
+
+
+def _normal(tensor: Tensor | None) -> Tensor | None:
+    """Copy of an inference tensor that may take part in autograd; any other tensor itself."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _identity(fixed: Tensor) -> Tensor:
+    return fixed.new_zeros(fixed.shape[0], fixed.dim() - 2, *fixed.shape[2:])
+
+
+def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
+    """Pairs of which an image has one value only, ``(B,)``, with a warning."""
+    constant = torch.zeros(fixed.shape[0], dtype=torch.bool, device=fixed.device)
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
+        if bool(same.any()):
+            pairs = same.nonzero().flatten().tolist()
+            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=3)
+        constant |= same
+    return constant
+
+
+def _finish(
+    run: _LevelRun,
+    residual: Tensor,
+    loss: Tensor,
+    predicted: Tensor | None,
+    constant: Tensor,
+    record: Record,
+    started: float,
+) -> RefinementResult:
+    """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction."""
+    voxels = run.moving[0, 0].numel()
+    start = torch.zeros_like(residual) if run.prediction is None else run.prediction
+    initial = run.loss(torch.zeros_like(residual))
+    better = (loss <= initial) & ~constant
+    ddf = _pick(better, run.displacement(residual), start)
+    if predicted is None:
+        folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
+    else:
+        folds = fold_count(predicted)
+        shift = torch.linalg.vector_norm(start - predicted, dim=1).flatten(1).mean(1)
+    return RefinementResult(
+        ddf=ddf.clone() if ddf is predicted else ddf,
+        history=record.history(),
+        initial_loss=initial / voxels,
+        final_loss=torch.where(better, loss, initial) / voxels,
+        predicted_folds=folds,
+        repair_shift=shift,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _levels(
+    scales: str | Sequence[float], size: Sequence[int], spacing: Sequence[float], predicted: bool
+) -> list[Level]:
+    if isinstance(scales, str):
+        if scales != "auto":
+            raise ValueError(f"scales must be 'auto' or a sequence of numbers, got {scales!r}")
+        scales = automatic_scales(size, spacing, predicted)
+    values = list(scales)
+    for value in values:
+        check_number("scales", value, 1)
+    if not values or any(a <= b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"scales must be strictly decreasing and not empty, got {tuple(values)}")
+    return [make_level(size, spacing, value) for value in values]
+
+
+def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> list[int]:
+    if isinstance(iterations, str):
+        if iterations != "auto":
+            raise ValueError(f"iterations must be 'auto', a number or a sequence, got {iterations!r}")
+        return [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
+    counts = [iterations] * len(scales) if isinstance(iterations, int) else list(iterations)
+    if len(counts) != len(scales):
+        raise ValueError(
+            f"iterations must have one number per level, {len(scales)} for scales {scales}, got {len(counts)}"
+        )
+    for count in counts:
+        check_number("iterations", count, 0)
+        if not isinstance(count, int):
+            raise TypeError(f"iterations must be integers, got {count!r}")
+    return counts
+
+
+def _check_settings(
+    step: float,
+    smooth_residual: float,
+    tolerance: float,
+    seconds: float | None,
+    control: str,
+    acceptance: str,
+    window: int,
+    fuse: str | bool,
+) -> None:
+    check_number("step", step, 0, exclusive=True)
+    check_number("smooth_residual", smooth_residual, 0)
+    check_number("tolerance", tolerance, 0)
+    if seconds is not None:
+        check_number("seconds", seconds, 0, exclusive=True)
+    if control not in levenberg.CONTROLS:
+        raise ValueError(f"control must be one of {levenberg.CONTROLS}, got {control!r}")
+    if acceptance not in levenberg.ACCEPTANCES:
+        raise ValueError(f"acceptance must be one of {levenberg.ACCEPTANCES}, got {acceptance!r}")
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd number of voxels, got {window!r}")
+    if fuse not in ("auto", True, False):
+        raise ValueError(f"compile must be 'auto', True or False, got {fuse!r}")

@@ -1,0 +1,92 @@
+"""What a refinement returns: the field and the history of how it came about."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monai_lm.fields import invert
+
+__all__ = ["Iteration", "Record", "RefinementResult"]
+
+
+class Iteration(NamedTuple):
+    """One iteration of one pair.
+
+    Attributes:
+        level: reduction of the level against the finest grid; the first entry of a level is its starting point.
+        loss: dissimilarity per voxel after the step.
+        damping: λ that the step was taken with, relative to the mean squared gradient at the start of the level.
+        gain_ratio: actual over expected decrease; NaN where it was not computed (``control="simple"``) or no step.
+        accepted: whether the step was kept.
+        seconds: since the call of :func:`monai_lm.refine`.
+    """
+
+    level: float
+    loss: float
+    damping: float
+    gain_ratio: float
+    accepted: bool
+    seconds: float
+
+
+class Record:
+    """Collects iterations on the device; they are read when the run is over.
+
+    Args:
+        pairs: batch size.
+        started: ``time.perf_counter()`` at the start.
+    """
+
+    def __init__(self, pairs: int, started: float) -> None:
+        self._pairs = pairs
+        self._started = started
+        self._levels: list[tuple[float, float]] = []
+        self._values: list[Tensor] = []
+
+    def add(self, level: float, loss: Tensor, damping: Tensor, gain: Tensor, accepted: Tensor, active: Tensor) -> None:
+        """Note one iteration of all pairs, ``(B,)`` each; pairs that are not ``active`` have stopped."""
+        self._levels.append((level, time.perf_counter() - self._started))
+        self._values.append(torch.stack([loss, damping, gain, accepted.to(loss), active.to(loss)]))
+
+    def history(self) -> list[list[Iteration]]:
+        """Per pair, its iterations."""
+        if not self._values:
+            return [[] for _ in range(self._pairs)]
+        values = torch.stack(self._values).cpu()
+        history: list[list[Iteration]] = []
+        for pair in range(self._pairs):
+            rows = zip(self._levels, values[:, :, pair].tolist(), strict=True)
+            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, t) for (lv, t), x in rows if x[4] > 0])
+        return history
+
+
+@dataclass(frozen=True)
+class RefinementResult:
+    """A refined field.
+
+    Attributes:
+        ddf: ``(B, n, *S)`` displacement in voxels on the fixed grid, without folds.
+        history: per pair, its iterations.
+        initial_loss: ``(B,)`` dissimilarity per voxel at the finest level before the refinement.
+        final_loss: ``(B,)`` the same after it; not above ``initial_loss``.
+        predicted_folds: ``(B,)`` folded cells in the field that came in.
+        repair_shift: ``(B,)`` mean displacement in voxels by which the repair of those folds moved the field.
+        seconds: wall time of the call.
+    """
+
+    ddf: Tensor
+    history: list[list[Iteration]]
+    initial_loss: Tensor
+    final_loss: Tensor
+    predicted_folds: Tensor
+    repair_shift: Tensor
+    seconds: float
+
+    def inverse(self) -> Tensor:
+        """Field of the inverse map, ``(B, n, *S)`` in voxels on the moving grid; see :func:`monai_lm.fields.invert`."""
+        return invert(self.ddf)[0]

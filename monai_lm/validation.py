@@ -1,0 +1,93 @@
+"""Checks at the public edge: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+__all__ = ["check_field", "check_images", "check_number", "check_spacing", "per_level", "plain"]
+
+
+def plain(name: str, value: Any) -> Tensor:
+    """Detached float32 tensor without metadata; TypeError for anything that is no real tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+    if isinstance(value, MetaTensor):
+        value = value.as_tensor()
+    return value.detach().to(torch.float32)
+
+
+def check_images(fixed: Tensor, moving: Tensor) -> None:
+    """Two finite ``(B, C, *S)`` images, 2D or 3D, of the same shape and device, every axis at least 2 voxels."""
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        if image.dim() not in (4, 5):
+            raise ValueError(f"{name} must be (B, C, H, W) or (B, C, H, W, D), got shape {tuple(image.shape)}")
+        if image.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(image.shape)}")
+        if min(image.shape[2:]) < 2:
+            raise ValueError(f"{name} must have at least 2 voxels along every axis, got shape {tuple(image.shape)}")
+    if fixed.shape[2:] != moving.shape[2:] or fixed.shape[0] != moving.shape[0]:
+        raise ValueError(
+            "fixed and moving must have the same batch size and grid, got shapes "
+            f"{tuple(fixed.shape)} and {tuple(moving.shape)}; resample one onto the other first"
+        )
+    if fixed.shape[1] != moving.shape[1]:
+        raise ValueError(f"fixed and moving must have the same channels, got {fixed.shape[1]} and {moving.shape[1]}")
+    if fixed.device != moving.device:
+        raise ValueError(f"fixed and moving must be on one device, got {fixed.device} and {moving.device}")
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        _check_finite(name, image)
+
+
+def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device: torch.device) -> None:
+    """A finite ``(B, n, *S)`` field on the grid of the fixed image."""
+    expected = (batch, len(size), *size)
+    if tuple(ddf.shape) != expected:
+        raise ValueError(f"{name} must be (B, n, *S) = {expected} on the grid of fixed, got shape {tuple(ddf.shape)}")
+    if ddf.device != device:
+        raise ValueError(f"{name} must be on the device of fixed, {device}, got {ddf.device}")
+    _check_finite(name, ddf)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+
+
+def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
+    """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > minimum if exclusive else value >= minimum) or value == float("inf"):
+        raise ValueError(f"{name} must be {'greater than' if exclusive else 'at least'} {minimum}, got {value}")
+
+
+def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
+    """``n`` positive edge lengths; ones if ``None``."""
+    if spacing is None:
+        return (1.0,) * n
+    values = tuple(float(s) for s in spacing)
+    if len(values) != n or not all(0 < s < float("inf") for s in values):
+        raise ValueError(f"spacing must be {n} positive numbers, one per axis, got {tuple(spacing)}")
+    return values
+
+
+def per_level(name: str, value: float | Sequence[float], levels: int, minimum: float, exclusive: bool) -> list[float]:
+    """Spread a setting over the levels, coarse to fine; of a longer sequence the fine end is used.
+
+    Raises:
+        ValueError: a value out of range, or fewer values than levels.
+    """
+    values = [value] * levels if isinstance(value, int | float) else list(value)
+    for v in values:
+        check_number(name, v, minimum, exclusive)
+    if len(values) < levels:
+        raise ValueError(f"{name} must be one number or at least one per level ({levels}), got {len(values)}")
+    return [float(v) for v in values[len(values) - levels :]]
