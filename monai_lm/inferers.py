@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from monai_lm.fields import integrate, resample
+from monai_lm.refinement import refine
 
 __all__ = ["RegistrationInferer"]
 
@@ -35,7 +36,7 @@ class RegistrationInferer(Inferer):
         prediction: str = "velocity",
         integration_steps: int = 7,
         divisible_pad: int | None = None,
-        refine: dict[str, Any] | None = None,
+        refine: Mapping[str, Any] | None = None,
     ) -> None:
         if prediction not in ("velocity", "displacement"):
             raise ValueError(f"prediction must be 'velocity' or 'displacement', got {prediction!r}")
@@ -58,14 +59,26 @@ class RegistrationInferer(Inferer):
         Returns:
             ``(B, n, *S)`` displacement in voxels.
         """
+        if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or inputs.shape[1] != 2:
+            got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"inputs must be (B, 2, *S), channel 0 moving and channel 1 fixed, got {got}")
         size = inputs.shape[2:]
         padded = inputs
         if self.divisible_pad:
             padded = F.pad(inputs, [p for s in reversed(size) for p in (0, -s % self.divisible_pad)])
-        return self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
+        ddf = self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
+        ddf = ddf[(slice(None), slice(None), *(slice(s) for s in size))]
+        if self.refine is None:
+            return ddf
+        moving, fixed = inputs.split(1, dim=1)
+        return refine(fixed, moving, ddf, **self.refine).ddf
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
-        """Turn a network's prediction into a displacement on a grid of ``size``, differentiably."""
+        """Turn a network's prediction ``(B, n, *P)`` into a displacement on a grid of ``size``, differentiably."""
+        if prediction.dim() != len(size) + 2 or prediction.shape[1] != len(size):
+            raise ValueError(
+                f"network must return a {self.prediction} (B, {len(size)}, *P), got shape {tuple(prediction.shape)}"
+            )
         with torch.autocast(prediction.device.type, enabled=False):
             field = resample(prediction.float(), size)
             return integrate(field, self.integration_steps) if self.prediction == "velocity" else field

@@ -193,7 +193,7 @@ def _dot(row: Sequence[Tensor], column: Sequence[Tensor]) -> Tensor:
 
 
 def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
-    """First-order decrease ``-Σ ⟨g, v⟩`` per pair, ``(B,)``; ``gradient`` unsmoothed, both per voxel of displacement."""
+    """First-order decrease ``-Σ ⟨g, v⟩`` per pair, ``(B,)``, for the unsmoothed gradient ``g``."""
     return -(gradient * v).flatten(1).sum(1)
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level, automatic_scales, make_level, shrink
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.validation import check_field, check_images, check_number, check_spacing, per_level, plain
+from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
 
 __all__ = ["refine"]
 
@@ -377,7 +378,7 @@ def _levels(
     values = list(scales)
     for value in values:
         check_number("scales", value, 1)
-    if not values or any(a <= b for a, b in zip(values, values[1:], strict=False)):
+    if not values or any(a <= b for a, b in pairwise(values)):
         raise ValueError(f"scales must be strictly decreasing and not empty, got {tuple(values)}")
     return [make_level(size, spacing, value) for value in values]
 
@@ -414,11 +415,6 @@ def _check_settings(
     check_number("tolerance", tolerance, 0)
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
-    if control not in levenberg.CONTROLS:
-        raise ValueError(f"control must be one of {levenberg.CONTROLS}, got {control!r}")
-    if acceptance not in levenberg.ACCEPTANCES:
-        raise ValueError(f"acceptance must be one of {levenberg.ACCEPTANCES}, got {acceptance!r}")
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd number of voxels, got {window!r}")
+    check_control(control, acceptance, window)
     if fuse not in ("auto", True, False):
         raise ValueError(f"compile must be 'auto', True or False, got {fuse!r}")

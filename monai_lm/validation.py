@@ -9,7 +9,9 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["check_field", "check_images", "check_number", "check_spacing", "per_level", "plain"]
+from monai_lm.levenberg import ACCEPTANCES, CONTROLS
+
+__all__ = ["check_control", "check_field", "check_images", "check_number", "check_spacing", "per_level", "plain"]
 
 
 def plain(name: str, value: Any) -> Tensor:
@@ -67,6 +69,16 @@ def check_number(name: str, value: Any, minimum: float, exclusive: bool = False)
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > minimum if exclusive else value >= minimum) or value == float("inf"):
         raise ValueError(f"{name} must be {'greater than' if exclusive else 'at least'} {minimum}, got {value}")
+
+
+def check_control(control: Any, acceptance: Any, window: Any) -> None:
+    """Names of the damping control and the acceptance, and an odd window."""
+    if control not in CONTROLS:
+        raise ValueError(f"control must be one of {CONTROLS}, got {control!r}")
+    if acceptance not in ACCEPTANCES:
+        raise ValueError(f"acceptance must be one of {ACCEPTANCES}, got {acceptance!r}")
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd number of voxels, got {window!r}")
 
 
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:

@@ -62,7 +62,7 @@ class RegistrationModule(pl.LightningModule):
         """Return the (refined) field ``(B, n, *S)`` in voxels for ``(B, 2, *S)`` moving and fixed images."""
         return self.inferer(images, self.network)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 (Lightning's signature)
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch: similarity, smoothness of the prediction, and Dice where labels are used."""
         fixed, moving = batch["fixed"], batch["moving"]
         prediction = self.network(torch.cat([moving, fixed], 1))
@@ -79,7 +79,7 @@ class RegistrationModule(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the similarity and, where the batch has labels, the Dice of the network's own field."""
         fixed, moving = batch["fixed"], batch["moving"]
         ddf = self.network_field(torch.cat([moving, fixed], 1), self.network)
@@ -91,7 +91,7 @@ class RegistrationModule(pl.LightningModule):
             self.log("val_dice", score.nanmean(), prog_bar=True)
             self.dice_metric.reset()
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 (Lightning's signature)
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the refined field ``(B, n, *S)`` in voxels."""
         return self(torch.cat([batch["moving"], batch["fixed"]], 1))
 

@@ -60,7 +60,9 @@ class PairDataset(Dataset):
         augment: mirror left and right and change the contrast of either image at random.
     """
 
-    def __init__(self, subjects: list[dict[str, Any]], pairs: int, seed: int | None = None, augment: bool = False) -> None:
+    def __init__(
+        self, subjects: list[dict[str, Any]], pairs: int, seed: int | None = None, augment: bool = False
+    ) -> None:
         self.subjects = subjects
         self.pairs = pairs
         self.augment = augment

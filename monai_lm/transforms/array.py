@@ -1,0 +1,136 @@
+"""Array transforms: channel-first tensors without a batch dimension, as MONAI's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from monai.utils import TransformBackends, convert_to_tensor
+from torch import Tensor
+
+from monai_lm.fields import warp
+from monai_lm.fileio import write_itk_ddf
+from monai_lm.refinement import refine
+
+__all__ = ["RefineDDF", "SaveDDF", "WarpImage"]
+
+
+class RefineDDF(Transform):
+    """Refine a predicted displacement field for the pair of images at hand.
+
+    Args:
+        device: where to compute; default: where the fixed image is. The result stays there.
+        kwargs: keyword arguments of :func:`monai_lm.refine`. ``spacing`` defaults to that of the fixed image if it is
+            a ``MetaTensor``, else to one.
+
+    Example::
+
+        refined = RefineDDF(iterations=(50, 25), scales=(2, 1))(fixed, moving, ddf)
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        self.device = device
+        self.kwargs = kwargs
+
+    def __call__(
+        self, fixed: NdarrayOrTensor, moving: NdarrayOrTensor, ddf: NdarrayOrTensor | None = None
+    ) -> MetaTensor:
+        """Refine.
+
+        Args:
+            fixed: ``(C, *S)`` image, 2D or 3D.
+            moving: ``(C, *S)`` image on the same grid.
+            ddf: ``(n, *S)`` predicted displacement in voxels; ``None`` starts from the identity.
+
+        Returns:
+            ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
+            the dissimilarity before and after, the folds of the prediction, and the seconds it took.
+
+        Raises:
+            ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`.
+        """
+        inputs = [None if x is None else convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving, ddf)]
+        kwargs = dict(self.kwargs)
+        if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
+            kwargs["spacing"] = fixed.pixdim.tolist()
+        result = refine(*inputs, **kwargs)
+        out = MetaTensor(result.ddf[0], affine=fixed.affine if isinstance(fixed, MetaTensor) else None)
+        out.meta["refinement"] = {
+            "initial_loss": float(result.initial_loss[0]),
+            "final_loss": float(result.final_loss[0]),
+            "predicted_folds": int(result.predicted_folds[0]),
+            "seconds": result.seconds,
+        }
+        return out
+
+
+class WarpImage(Transform):
+    """Warp a moving image or label map onto the fixed grid with a displacement field.
+
+    Args:
+        mode: ``"bilinear"``, or ``"nearest"`` for labels.
+        padding_mode: ``"border"`` or ``"zeros"``.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, mode: str = "bilinear", padding_mode: str = "border") -> None:
+        if mode not in ("bilinear", "nearest"):
+            raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
+        if padding_mode not in ("border", "zeros"):
+            raise ValueError(f"padding_mode must be 'border' or 'zeros', got {padding_mode!r}")
+        self.mode = mode
+        self.padding_mode = padding_mode
+
+    def __call__(self, img: NdarrayOrTensor, ddf: NdarrayOrTensor) -> Tensor:
+        """Warp.
+
+        Args:
+            img: ``(C, *M)`` moving image.
+            ddf: ``(n, *S)`` displacement in voxels on the fixed grid.
+
+        Returns:
+            ``(C, *S)``, a ``MetaTensor`` with the affine of the field if that has one.
+
+        Raises:
+            ValueError: image and field differ in their spatial dimensions.
+        """
+        field = convert_to_tensor(ddf, track_meta=False)
+        image = convert_to_tensor(img, track_meta=False, device=field.device)
+        if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
+            raise ValueError(
+                f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
+            )
+        out = warp(image[None].float(), field[None].float(), self.mode, self.padding_mode)[0]
+        if isinstance(ddf, MetaTensor):
+            return MetaTensor(out, affine=ddf.affine, meta=dict(img.meta) if isinstance(img, MetaTensor) else None)
+        return out
+
+
+class SaveDDF(Transform):
+    """Write a field as a NIfTI displacement field that ANTs, SimpleITK and Slicer read.
+
+    Args:
+        output_dir: folder, made if missing.
+        output_postfix: the file is ``<name>_<postfix>.nii.gz``.
+    """
+
+    backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, output_dir: str | Path = ".", output_postfix: str = "ddf") -> None:
+        self.output_dir = Path(output_dir)
+        self.output_postfix = output_postfix
+
+    def __call__(self, ddf: NdarrayOrTensor, name: str = "pair") -> NdarrayOrTensor:
+        """Write ``ddf`` ``(n, *S)`` in voxels, with its affine (identity if it has none); returns it unchanged."""
+        affine = ddf.affine.cpu().numpy() if isinstance(ddf, MetaTensor) else np.eye(4)
+        array = convert_to_tensor(ddf, track_meta=False).detach().cpu().numpy()
+        write_itk_ddf(self.output_dir / f"{name}_{self.output_postfix}.nii.gz", array, affine)
+        return ddf

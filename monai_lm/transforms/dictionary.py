@@ -1,0 +1,156 @@
+"""Dictionary versions of the transforms in ``array.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from monai_lm.transforms.array import RefineDDF, SaveDDF, WarpImage
+
+__all__ = [
+    "RefineDDFD",
+    "RefineDDFDict",
+    "RefineDDFd",
+    "SaveDDFD",
+    "SaveDDFDict",
+    "SaveDDFd",
+    "WarpImageD",
+    "WarpImageDict",
+    "WarpImaged",
+]
+
+
+class RefineDDFd(MapTransform):
+    """Dictionary version of :class:`RefineDDF`: replaces the predicted field by the refined one.
+
+    Args:
+        fixed_key: fixed image ``(C, *S)``.
+        moving_key: moving image ``(C, *S)``.
+        ddf_key: predicted displacement ``(n, *S)`` in voxels; the refined one is stored under the same key.
+        allow_missing_keys: with a missing ``ddf_key`` start from the identity; with a missing image leave the data as
+            it is. Otherwise a missing key raises.
+        device: where to compute; default: where the fixed image is.
+        kwargs: keyword arguments of :func:`monai_lm.refine`.
+    """
+
+    backend = RefineDDF.backend
+
+    def __init__(
+        self,
+        fixed_key: str = "fixed",
+        moving_key: str = "moving",
+        ddf_key: str = "ddf",
+        allow_missing_keys: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__((fixed_key, moving_key, ddf_key), allow_missing_keys)
+        self.fixed_key, self.moving_key, self.ddf_key = fixed_key, moving_key, ddf_key
+        self.refine = RefineDDF(device, **kwargs)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Refine ``data[ddf_key]``.
+
+        Raises:
+            KeyError: a key is missing and ``allow_missing_keys`` is false.
+            ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`.
+        """
+        d = dict(data)
+        present = set(self.key_iterator(d))
+        if {self.fixed_key, self.moving_key} <= present:
+            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key))
+        return d
+
+
+class WarpImaged(MapTransform):
+    """Dictionary version of :class:`WarpImage`.
+
+    Args:
+        keys: moving images or label maps; each is replaced by its warped version.
+        ddf_key: displacement ``(n, *S)`` in voxels.
+        mode: ``"bilinear"`` or ``"nearest"``, one or a sequence as long as ``keys``.
+        padding_mode: ``"border"`` or ``"zeros"``.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = WarpImage.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ddf_key: str = "ddf",
+        mode: str | list[str] = "bilinear",
+        padding_mode: str = "border",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        modes = [mode] * len(self.keys) if isinstance(mode, str) else list(mode)
+        if len(modes) != len(self.keys):
+            raise ValueError(f"mode must be one name or one per key ({len(self.keys)}), got {len(modes)}")
+        self.ddf_key = ddf_key
+        self.warps = [WarpImage(m, padding_mode) for m in modes]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Warp every image with ``data[ddf_key]``."""
+        d = dict(data)
+        for key, warp_image in self.key_iterator(d, self.warps):
+            d[key] = warp_image(d[key], d[self.ddf_key])
+        return d
+
+
+class SaveDDFd(MapTransform):
+    """Dictionary version of :class:`SaveDDF`.
+
+    Args:
+        keys: displacement fields ``(n, *S)`` in voxels.
+        output_dir: folder, made if missing.
+        output_postfix: the file is ``<name>_<postfix>.nii.gz``.
+        name_key: the files' name: a string, or a ``MetaTensor`` whose file name is used. Default: the key.
+        affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = SaveDDF.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | Path = ".",
+        output_postfix: str = "ddf",
+        name_key: str | None = None,
+        affine_key: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.save = SaveDDF(output_dir, output_postfix)
+        self.name_key = name_key
+        self.affine_key = affine_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write every field; the data is returned unchanged."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            ddf = d[key]
+            if self.affine_key is not None and isinstance(d[self.affine_key], MetaTensor):
+                ddf = MetaTensor(ddf, affine=d[self.affine_key].affine)
+            self.save(ddf, self._name(d, key))
+        return d
+
+    def _name(self, data: Mapping[Hashable, Any], key: Hashable) -> str:
+        if self.name_key is None:
+            return str(key)
+        value = data[self.name_key]
+        if isinstance(value, MetaTensor):
+            value = Path(str(value.meta.get("filename_or_obj", self.name_key))).name.split(".")[0]
+        return str(value)
+
+
+RefineDDFD = RefineDDFDict = RefineDDFd
+WarpImageD = WarpImageDict = WarpImaged
+SaveDDFD = SaveDDFDict = SaveDDFd
