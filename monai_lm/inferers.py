@@ -67,7 +67,8 @@ class RegistrationInferer(Inferer):
         if self.divisible_pad:
             padded = F.pad(inputs, [p for s in reversed(size) for p in (0, -s % self.divisible_pad)])
         ddf = self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
-        ddf = ddf[(slice(None), slice(None), *(slice(s) for s in size))]
+        for axis, length in enumerate(size):
+            ddf = ddf.narrow(2 + axis, 0, length)
         if self.refine is None:
             return ddf
         moving, fixed = inputs.split(1, dim=1)

@@ -216,7 +216,7 @@ def _check_group(group: dict[str, Any]) -> None:
     for field in group["params"]:
         if field.dim() not in (4, 5) or field.shape[1] != field.dim() - 2 or min(field.shape) < 1:
             raise ValueError(
-                f"params must be fields (B, n, *S) with n = len(S) = 2 or 3, got a parameter of shape {tuple(field.shape)}"
+                f"params must be fields (B, n, *S) with n = len(S) = 2 or 3, got shape {tuple(field.shape)}"
             )
         if min(field.shape[2:]) < 2:
             raise ValueError(f"params must have at least 2 voxels along every axis, got shape {tuple(field.shape)}")

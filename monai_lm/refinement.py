@@ -6,18 +6,15 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monai_lm import levenberg
-from monai_lm.compilation import compiled, pays
-from monai_lm.fields import compose, fold_count, gaussian_smooth, repair, resample, warp
-from monai_lm.levenberg import Trust, per_voxel
-from monai_lm.pyramid import Level, automatic_scales, make_level, shrink
+from monai_lm.fields import fold_count, repair
+from monai_lm.level import LevelRun, Settings, pick
+from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
@@ -25,24 +22,6 @@ from monai_lm.validation import check_control, check_field, check_images, check_
 __all__ = ["refine"]
 
 logger = logging.getLogger(__name__)
-
-_LOOK = 10  # iterations between two looks at folds and the plateau: the only host synchronisations
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What does not change from level to level."""
-
-    similarity: Similarity
-    step: float
-    control: str
-    acceptance: str
-    window: int
-    smooth_residual: float
-    tolerance: float
-    seed: int
-    compile: str | bool
-    deadline: float
 
 
 def refine(
@@ -119,7 +98,7 @@ def refine(
     sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
     _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
     deadline = float("inf") if seconds is None else started + seconds
-    settings = _Settings(
+    settings = Settings(
         get_similarity(similarity),
         step,
         control,
@@ -137,188 +116,24 @@ def refine(
         torch.autocast(fixed.device.type, enabled=False),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        fixed, moving, ddf = (_normal(t) for t in (fixed, moving, ddf))
+        fixed, moving = _normal(fixed), _normal(moving)
+        ddf = None if ddf is None else _normal(ddf)
         repaired = None if ddf is None else repair(ddf)
         record = Record(fixed.shape[0], started)
         residual = _identity(fixed)
         for level, count, delta, sigma in zip(levels, counts, dampings, sigmas, strict=True):
-            run = _LevelRun(level, fixed, moving, repaired, settings, sigma, count)
+            run = LevelRun(level, fixed, moving, repaired, settings, sigma, count)
             residual, loss = run.iterate(run.start(residual), delta, count, record, bar)
         if levels[-1].size != tuple(size):
-            run = _LevelRun(make_level(size, edges, 1), fixed, moving, repaired, settings, sigmas[-1], 1)
+            run = LevelRun(make_level(size, edges, 1), fixed, moving, repaired, settings, sigmas[-1], 1)
             residual = run.start(residual)
             loss = run.loss(residual)
         return _finish(run, residual, loss, ddf, _constant(fixed, moving), record, started)
 
 
-class _LevelRun:
-    """One level: its images and prediction, its kernels, and the loop over its iterations."""
-
-    def __init__(
-        self,
-        level: Level,
-        fixed: Tensor,
-        moving: Tensor,
-        prediction: Tensor | None,
-        settings: _Settings,
-        smooth_gradient: float,
-        iterations: int,
-    ) -> None:
-        self.level = level
-        self.settings = settings
-        self.reference, self.moving = settings.similarity.prepare(shrink(fixed, level.size), shrink(moving, level.size))
-        self.prediction = prediction
-        if prediction is not None and prediction.shape[2:] != level.size:
-            self.prediction = repair(resample(prediction, level.size))
-        self.smooth_gradient = level.in_voxels(smooth_gradient)
-        self.smooth_residual = level.in_voxels(settings.smooth_residual)
-        self.unit = fixed.new_tensor(level.unit).view(1, -1, *[1] * len(level.size))
-        voxels = fixed.shape[0] * self.moving[0, 0].numel()
-        fuse = settings.compile is True or (settings.compile == "auto" and pays(fixed.device, voxels, iterations))
-        self._advance = compiled(_advance) if fuse else _advance
-        self._evaluate = compiled(_evaluate) if fuse and settings.similarity.closed_form else _evaluate
-
-    def start(self, residual: Tensor) -> Tensor:
-        """Bring the residual of the level before to this one's grid; folds that this makes are repaired."""
-        if tuple(residual.shape[2:]) == self.level.size:
-            return residual
-        return repair(resample(residual, self.level.size), self.prediction)
-
-    def displacement(self, residual: Tensor) -> Tensor:
-        """Field of ``(id + u0) ∘ (id + r)``."""
-        return residual if self.prediction is None else compose(self.prediction, residual)
-
-    def evaluate(self, residual: Tensor, ddf: Tensor) -> _Iterate:
-        """Loss and gradient at a residual and its field."""
-        keep = self.settings.control == "trust_region"
-        values = self._evaluate(self.moving, self.reference, ddf, self.settings.similarity, self.smooth_gradient, keep)
-        return _Iterate(residual, *values)
-
-    def loss(self, residual: Tensor) -> Tensor:
-        """Loss ``(B,)`` at a residual."""
-        return self.evaluate(residual, self.displacement(residual)).loss
-
-    def step(self, at: _Iterate, trust: Trust, check: bool) -> tuple[_Iterate, Trust]:
-        """Candidate after one step, and the state that knows what the step promised; ``check`` repairs folds."""
-        residual, ddf, expected = self._advance(
-            at.residual, at.gradient, at.smooth, self.prediction, trust, self.unit, self.settings.step,
-            self.settings.window, self.smooth_residual,
-        )  # fmt: skip
-        if check and (mended := repair(residual, self.prediction)) is not residual:
-            residual, ddf = mended, self.displacement(mended)
-        return self.evaluate(residual, ddf), replace(trust, expected=expected)
-
-    def iterate(self, residual: Tensor, delta: float, count: int, record: Record, bar: tqdm) -> tuple[Tensor, Tensor]:
-        """Iterate from ``residual``; return the best one, without folds, and its loss ``(B,)``."""
-        settings, voxels, scale = self.settings, self.moving[0, 0].numel(), self.level.scale
-        at = self.evaluate(residual, self.displacement(residual))
-        trust = levenberg.initial_trust(at.smooth * self.unit, at.loss, delta)
-        first = looked_at = best_loss = at.loss
-        best, active = residual, trust.damping > 0
-        record.add(scale, at.loss / voxels, _relative(trust, delta), trust.expected, active, torch.ones_like(active))
-        for k in range(1, count + 1):
-            look = k % _LOOK == 0
-            candidate, trust = self.step(at, trust, check=look)
-            used = _relative(trust, delta)
-            chance = levenberg.chance(settings.seed, k) if settings.acceptance == "metropolis" else 0.0
-            accepted, gain, trust = levenberg.judge(
-                trust, candidate.loss, settings.control, settings.acceptance, chance
-            )
-            record.add(scale, candidate.loss / voxels, used, gain, accepted, active)
-            better = candidate.loss < best_loss
-            best_loss = torch.where(better, candidate.loss, best_loss)
-            at = candidate if settings.acceptance == "always" else candidate.where(accepted, at)
-            best = at.residual if settings.acceptance == "descent" else _pick(better, candidate.residual, best)
-            bar.update()
-            if time.perf_counter() > settings.deadline:
-                break
-            if look:
-                bar.set_postfix(scale=scale, loss=f"{float(best_loss.mean()) / voxels:.4f}")
-                if settings.tolerance > 0:
-                    active = active & (looked_at - best_loss > settings.tolerance * (first - best_loss))
-                    trust, looked_at = _freeze(trust, active), best_loss
-                if not bool(active.any()):
-                    bar.update(count - k)
-                    break
-        mended = repair(best, self.prediction)
-        return mended, best_loss if mended is best else self.loss(mended)
-
-
-@dataclass(frozen=True)
-class _Iterate:
-    """A residual with the loss ``(B,)``, the smoothed gradient and, if kept, the gradient there ``(B, n, *S)``."""
-
-    residual: Tensor
-    loss: Tensor
-    smooth: Tensor
-    gradient: Tensor | None
-
-    def where(self, chosen: Tensor, old: _Iterate) -> _Iterate:
-        """This iterate for the chosen pairs ``(B,)``, ``old`` for the others."""
-        if bool(chosen.all()):
-            return self
-        gradient = None
-        if self.gradient is not None and old.gradient is not None:
-            gradient = _pick(chosen, self.gradient, old.gradient)
-        return _Iterate(
-            _pick(chosen, self.residual, old.residual),
-            torch.where(chosen, self.loss, old.loss),
-            _pick(chosen, self.smooth, old.smooth),
-            gradient,
-        )
-
-
-def _evaluate(
-    moving: Tensor,
-    reference: tuple[Tensor, ...],
-    ddf: Tensor,
-    similarity: Similarity,
-    sigma: Sequence[float],
-    keep_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    warped = warp(moving, ddf)
-    loss, derivative = similarity.evaluate(warped, reference)
-    gradient = levenberg.eulerian_gradient(derivative, warped)
-    return loss, gaussian_smooth(gradient, sigma), gradient if keep_gradient else None
-
-
-def _advance(
-    residual: Tensor,
-    gradient: Tensor | None,
-    smooth: Tensor,
-    prediction: Tensor | None,
-    trust: Trust,
-    unit: Tensor,
-    step: float,
-    window: int,
-    smooth_residual: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    v = levenberg.direction(smooth * unit, trust, step, window) * unit
-    expected = (
-        torch.full_like(trust.loss, float("nan")) if gradient is None else levenberg.expected_decrease(gradient, v)
-    )
-    residual = levenberg.advance(residual, v, trust, smooth_residual)
-    return residual, residual if prediction is None else compose(prediction, residual), expected
-
-
-def _pick(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for the chosen pairs ``(B,)``, ``old`` for the others."""
-    return torch.where(per_voxel(chosen, new), new, old)
-
-
-def _freeze(trust: Trust, active: Tensor) -> Trust:
-    """Stop the pairs that are not active: without damping a pair does not move."""
-    return replace(trust, damping=trust.damping * active, reference=trust.reference * active)
-
-
-def _relative(trust: Trust, delta: float) -> Tensor:
-    """Damping relative to the mean squared gradient at the start of the level, ``(B,)``."""
-    return delta * trust.damping / torch.where(trust.reference > 0, trust.reference, 1.0)
-
-
-def _normal(tensor: Tensor | None) -> Tensor | None:
+def _normal(tensor: Tensor) -> Tensor:
     """Copy of an inference tensor that may take part in autograd; any other tensor itself."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _identity(fixed: Tensor) -> Tensor:
@@ -338,7 +153,7 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
 
 
 def _finish(
-    run: _LevelRun,
+    run: LevelRun,
     residual: Tensor,
     loss: Tensor,
     predicted: Tensor | None,
@@ -351,7 +166,7 @@ def _finish(
     start = torch.zeros_like(residual) if run.prediction is None else run.prediction
     initial = run.loss(torch.zeros_like(residual))
     better = (loss <= initial) & ~constant
-    ddf = _pick(better, run.displacement(residual), start)
+    ddf = pick(better, run.displacement(residual), start)
     if predicted is None:
         folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
     else:

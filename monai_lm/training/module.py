@@ -9,6 +9,7 @@ import torch
 from monai.losses import DiceLoss, DiffusionLoss
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from monai_lm.fields import warp
@@ -50,6 +51,7 @@ class RegistrationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network", "similarity"])
+        self.labels, self.smoothness, self.dice, self.learning_rate = labels, smoothness, dice, learning_rate
         self.network = network
         self.network_field = RegistrationInferer(prediction, integration_steps, refine=None)
         self.inferer = RegistrationInferer(prediction, integration_steps, refine=refine)
@@ -68,13 +70,13 @@ class RegistrationModule(pl.LightningModule):
         prediction = self.network(torch.cat([moving, fixed], 1))
         ddf = self.network_field.displacement(prediction, fixed.shape[2:])
         image_loss = self.similarity(warp(moving, ddf), fixed).mean() / fixed[0, 0].numel()
-        loss = image_loss + self.hparams.smoothness * self.diffusion(prediction)
+        loss = image_loss + self.smoothness * self.diffusion(prediction)
         self.log("train_similarity", image_loss)
-        if self.hparams.labels:
+        if self.labels:
             dice_loss = self.dice_loss(
                 warp(self._one_hot(batch["moving_label"]), ddf), self._one_hot(batch["fixed_label"])
             )
-            loss = loss + self.hparams.dice * dice_loss
+            loss = loss + self.dice * dice_loss
             self.log("train_dice_loss", dice_loss, prog_bar=True)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -85,26 +87,26 @@ class RegistrationModule(pl.LightningModule):
         ddf = self.network_field(torch.cat([moving, fixed], 1), self.network)
         self.log("val_similarity", self.similarity(warp(moving, ddf), fixed).mean() / fixed[0, 0].numel())
         if "fixed_label" in batch:
-            labels = max(int(self.hparams.labels), int(batch["fixed_label"].max()) + 1)
+            labels = max(self.labels, int(batch["fixed_label"].max()) + 1)
             warped = warp(batch["moving_label"].float(), ddf, mode="nearest")
             score = self.dice_metric(one_hot(warped, labels), one_hot(batch["fixed_label"], labels))
-            self.log("val_dice", score.nanmean(), prog_bar=True)
+            self.log("val_dice", torch.as_tensor(score).nanmean(), prog_bar=True)
             self.dice_metric.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the refined field ``(B, n, *S)`` in voxels."""
         return self(torch.cat([batch["moving"], batch["fixed"]], 1))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam under a one-cycle schedule that spans the whole fit."""
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.hparams.learning_rate)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            self.hparams.learning_rate,
+            self.learning_rate,
             total_steps=int(self.trainer.estimated_stepping_batches),
             pct_start=0.1,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _one_hot(self, label: Tensor) -> Tensor:
-        return one_hot(label, self.hparams.labels)
+        return one_hot(label, self.labels)

@@ -39,7 +39,7 @@ class RefineDDF(Transform):
         self.device = device
         self.kwargs = kwargs
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, fixed: NdarrayOrTensor, moving: NdarrayOrTensor, ddf: NdarrayOrTensor | None = None
     ) -> MetaTensor:
         """Refine.
@@ -56,11 +56,12 @@ class RefineDDF(Transform):
         Raises:
             ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`.
         """
-        inputs = [None if x is None else convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving, ddf)]
+        images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
+        predicted = None if ddf is None else convert_to_tensor(ddf, device=self.device)[None]
         kwargs = dict(self.kwargs)
         if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
             kwargs["spacing"] = fixed.pixdim.tolist()
-        result = refine(*inputs, **kwargs)
+        result = refine(images[0], images[1], predicted, **kwargs)
         out = MetaTensor(result.ddf[0], affine=fixed.affine if isinstance(fixed, MetaTensor) else None)
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
@@ -89,7 +90,7 @@ class WarpImage(Transform):
         self.mode = mode
         self.padding_mode = padding_mode
 
-    def __call__(self, img: NdarrayOrTensor, ddf: NdarrayOrTensor) -> Tensor:
+    def __call__(self, img: NdarrayOrTensor, ddf: NdarrayOrTensor) -> Tensor:  # type: ignore[override]
         """Warp.
 
         Args:

@@ -1,0 +1,1 @@
+"""Benchmarks on real images: ``python -m benchmarks hippocampus|brain``; each prints its table and its settings."""

@@ -1,0 +1,14 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import warnings
+
+from jsonargparse import auto_cli
+
+from benchmarks.brain import brain
+from benchmarks.hippocampus import hippocampus
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=UserWarning, module="monai")
+    auto_cli([hippocampus, brain], as_positional=False)

@@ -1,0 +1,51 @@
+"""Where the images are, and which are for tuning and which for reporting."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+BUNDLE = ROOT / "bundles" / "hippocampus_mr_registration"
+
+# fixed subjects; a prototype was tuned on some of the validation pairs
+BRAIN_SPLIT = {
+    "validation": ("1000", "1001", "1002", "1006", "1007"),
+    "test": ("1008", "1009", "1010", "1011", "1012", "1013", "1014", "1015", "1017", "1036"),
+}
+
+
+def data_root(folder: str) -> Path:
+    """A folder of ``$MONAI_LM_DATA`` (default ``../shared/data`` seen from the project's root)."""
+    path = Path(os.environ.get("MONAI_LM_DATA", ROOT.parent / "shared" / "data")) / folder
+    if not path.is_dir():
+        raise SystemExit(f"no images at {path}: set MONAI_LM_DATA to the folder that holds {folder!r}")
+    return path
+
+
+def hippocampus_data() -> ModuleType:
+    """The bundle's own data module; a bundle is a folder of scripts, not a package."""
+    spec = importlib.util.spec_from_file_location("hippocampus_data", BUNDLE / "scripts" / "data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Values as float32, and the affine."""
+    image = nib.Nifti1Image.from_filename(path)
+    return np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine)
+
+
+def brain_image(subject: str, kind: str) -> Tensor:
+    """``t1`` or ``seg`` of a subject, ``(1, 1, 176, 224, 176)`` float32."""
+    return torch.from_numpy(read_image(data_root("brain") / f"{subject}_{kind}.nii.gz")[0])[None, None]

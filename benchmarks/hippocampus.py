@@ -1,0 +1,126 @@
+"""Hippocampus: a network, the network refined by Adam, the network refined by LM, pair by pair."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor
+
+import monai_lm
+from benchmarks.adam import refine_with_adam
+from benchmarks.data import BUNDLE, data_root, hippocampus_data
+from benchmarks.metrics import mean_dice, paired_bootstrap
+from monai_lm import RegistrationInferer
+from monai_lm.fields import fold_count
+from monai_lm.pyramid import automatic_scales
+
+ITERATIONS = {8: 100, 4: 100, 2: 50, 1: 25}
+
+
+def hippocampus(
+    weights: str = str(BUNDLE / "models" / "model.pt"),
+    part: str = "test",
+    pairs: int = 50,
+    adam_steps: tuple[float, ...] = (0.1, 0.2, 0.4),
+    identity: bool = True,
+    compile: bool = True,  # noqa: A002 (as refine calls it)
+    json_file: str | None = None,
+) -> None:
+    """Dice, similarity and folds of 50 seeded random pairs.
+
+    Args:
+        weights: state dictionary of the bundle's network.
+        part: of the split: ``test`` to report, ``validation`` to tune.
+        pairs: how many.
+        adam_steps: step sizes of Adam; on the test part give the one that won on the validation part.
+        identity: also LM without the network.
+        compile: compile the kernels.
+        json_file: write one line per pair here, as it goes.
+    """
+    data = hippocampus_data()
+    dataset = data.PairDataset(data.load_subjects(data_root("hippocampus"), part), pairs, seed=0)
+    config = ConfigParser()
+    config.read_config(BUNDLE / "configs" / "inference.json")
+    network = config.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+    predict = RegistrationInferer("velocity", int(config["integration_steps"]))
+    methods = _methods(adam_steps, identity, compile)
+    rows: list[dict[str, Any]] = []
+    for index in range(pairs):
+        pair = {k: v[None] for k, v in dataset[index].items()}
+        started = time.perf_counter()
+        with torch.no_grad():
+            ddf = predict(torch.cat([pair["moving"], pair["fixed"]], 1), network)
+        row: dict[str, Any] = {"start": {"dice": mean_dice(pair["fixed_label"], pair["moving_label"])}}
+        row["network"] = _measure(pair, ddf, ddf, time.perf_counter() - started)
+        for name, method in methods.items():
+            started = time.perf_counter()
+            refined = method(pair["fixed"], pair["moving"], ddf)
+            row[name] = _measure(pair, refined, ddf, time.perf_counter() - started)
+        rows.append(row)
+        if json_file:
+            with Path(json_file).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(f"hippocampus, {part}, {pairs} pairs, weights {Path(weights).name}, torch {torch.__version__}")
+    _print(rows)
+
+
+def _methods(adam_steps: tuple[float, ...], identity: bool, compile_: bool) -> dict[str, Callable[..., Tensor]]:
+    def lm(fixed: Tensor, moving: Tensor, ddf: Tensor | None) -> Tensor:
+        return monai_lm.refine(fixed, moving, ddf, compile=compile_).ddf
+
+    def adam(step: float) -> Callable[..., Tensor]:
+        def run(fixed: Tensor, moving: Tensor, ddf: Tensor) -> Tensor:
+            scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
+            counts = [ITERATIONS[s] for s in scales]
+            return refine_with_adam(fixed, moving, ddf, scales, counts, (2, 2, 1.5, 1), step, compile_, 0.005)
+
+        return run
+
+    methods: dict[str, Callable[..., Tensor]] = {f"network + Adam {s:g}": adam(s) for s in adam_steps}
+    methods["network + LM"] = lm
+    if identity:
+        methods["identity + LM"] = lambda fixed, moving, _: lm(fixed, moving, None)
+    return methods
+
+
+def _measure(pair: dict[str, Tensor], ddf: Tensor, predicted: Tensor, seconds: float) -> dict[str, float]:
+    similarity = monai_lm.similarity.LNCC()
+    return {
+        "dice": mean_dice(pair["fixed_label"], pair["moving_label"], ddf),
+        "loss": float(similarity(monai_lm.fields.warp(pair["moving"], ddf), pair["fixed"])) / pair["fixed"].numel(),
+        "folds": int(fold_count(ddf)),
+        "change": float(torch.linalg.vector_norm(ddf - predicted, dim=1).mean()),
+        "seconds": seconds,
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"{'method':<22}{'Dice':>8}{'loss':>9}{'folds, all pairs':>18}{'mean |du|':>11}{'s':>7}")
+    for name in rows[0]:
+        averages = {k: float(np.mean([row[name][k] for row in rows])) for k in rows[0][name]}
+        folds = sum(row[name].get("folds", 0) for row in rows)
+        rest = (
+            ""
+            if name == "start"
+            else f"{averages['loss']:9.4f}{folds:18d}{averages['change']:11.3f}{averages['seconds']:7.2f}"
+        )
+        print(f"{name:<22}{averages['dice']:8.4f}{rest}")
+    if "network + LM" not in rows[0]:
+        return
+    print("difference in Dice, network + LM minus …: mean [95 % bootstrap interval]")
+    for name in rows[0]:
+        if name != "network + LM":
+            mean, low, high = paired_bootstrap([row["network + LM"]["dice"] - row[name]["dice"] for row in rows])
+            print(f"  {name:<22}{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    better = np.mean([row["network + LM"]["loss"] < row["network"]["loss"] for row in rows])
+    worse = np.mean([row["network + LM"]["dice"] < row["network"]["dice"] - 0.01 for row in rows])
+    print(f"pairs whose similarity improved over the network: {better:.0%}; Dice lower by more than .01: {worse:.0%}")

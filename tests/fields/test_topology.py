@@ -1,0 +1,321 @@
+"""Jacobians, folds and repair against simplex volumes, digital-diffeomorphism and known maps."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.fields import compose, fold_count, jacobian_determinant, repair
+from monai_lm.fields.topology import MARGIN, _cell_determinants, folded_cells
+
+WIDE = pytest.mark.parametrize("size", [(24, 22), (18, 17, 18)], ids=["2D", "3D"])
+NOISY = pytest.mark.parametrize("size", [(14, 12), (9, 8, 7)], ids=["2D", "3D"])
+
+
+def linear_field(size, matrix):
+    axes = [torch.arange(s, dtype=torch.float64) for s in size]
+    return torch.einsum("ac,c...->a...", matrix, torch.stack(torch.meshgrid(*axes, indexing="ij")))[None]
+
+
+def simplices(n):
+    """Vertices of the simplices of a unit cell: one at every corner and, in 3D, the two of one parity."""
+    corners = list(itertools.product((0, 1), repeat=n))
+    for corner in corners:
+        yield [corner] + [tuple(1 - c if a == axis else c for a, c in enumerate(corner)) for axis in range(n)]
+    if n == 3:
+        yield [c for c in corners if sum(c) % 2 == 0]
+        yield [c for c in corners if sum(c) % 2 == 1]
+
+
+def signed_volume(vertices):
+    vertices = np.array(vertices, dtype=np.float64)
+    return np.linalg.det(vertices[1:] - vertices[0])
+
+
+def smallest_ratio_by_loops(ddf):
+    """Smallest volume ratio, mapped against original simplex, in every cell of the grid and of the ring around it."""
+    field = ddf.numpy()
+    n, size = field.shape[0], field.shape[1:]
+
+    def mapped(x):
+        inside = tuple(min(max(i, 0), s - 1) for i, s in zip(x, size, strict=True))
+        return np.array(x) + field[(slice(None), *inside)]
+
+    out = np.zeros([s + 1 for s in size])
+    for cell in np.ndindex(*out.shape):
+        ratios = []
+        for simplex in simplices(n):
+            vertices = [tuple(i - 1 + c for i, c in zip(cell, corner, strict=True)) for corner in simplex]
+            ratios.append(signed_volume([mapped(v) for v in vertices]) / signed_volume(vertices))
+        out[cell] = min(ratios)
+    return torch.from_numpy(out)
+
+
+def one_fold(size, amplitude=1.6, dtype=torch.float32):
+    """Zero but for the centre voxel, which jumps over its neighbour along the first axis."""
+    field = torch.zeros(1, len(size), *size, dtype=dtype)
+    field[(0, 0, *[s // 2 for s in size])] = amplitude
+    return field
+
+
+def non_diffeomorphic_volume(field):
+    """NDV (area in 2D) of a ``(1, n, *S)`` field from the package of those who defined it."""
+    package = pytest.importorskip("digital_diffeomorphism", reason="the oracle digital-diffeomorphism is not installed")
+    measure = package.ndv if field.shape[1] == 3 else package.nda
+    displacement = field[0].movedim(0, -1).float().numpy().copy()  # it changes its input
+    return float(measure(displacement, is_disp=True)[0])
+
+
+def test_jacobian_determinant_of_a_linear_map_is_exact(size, random_tensor):
+    n = len(size)
+    matrix = 0.3 * random_tensor((n, n))
+    expected = torch.linalg.det(torch.eye(n, dtype=torch.float64) + matrix)
+    out = jacobian_determinant(linear_field(size, matrix))
+    torch.testing.assert_close(out, expected.expand(1, *size), rtol=1e-11, atol=1e-11)
+
+
+def test_jacobian_determinant_is_the_central_difference(size, random_tensor):
+    n, field = len(size), random_tensor((1, len(size), *size))
+    centre = tuple(1 for _ in size)
+    columns = []
+    for axis in range(n):
+        ahead, behind = (tuple(1 + d * (a == axis) for a in range(n)) for d in (1, -1))
+        columns.append((field[(0, slice(None), *ahead)] - field[(0, slice(None), *behind)]) / 2)
+    matrix = torch.stack(columns, 1) + torch.eye(n, dtype=torch.float64)
+    assert jacobian_determinant(field)[(0, *centre)].item() == pytest.approx(torch.linalg.det(matrix).item())
+
+
+def test_identity_has_determinant_one_and_no_folds(size):
+    identity = torch.zeros(2, len(size), *size)
+    assert torch.equal(jacobian_determinant(identity), torch.ones(2, *size))
+    assert fold_count(identity).tolist() == [0, 0]
+    assert not folded_cells(identity, margin=0.999).any()
+    assert folded_cells(identity, margin=1.0).all()
+
+
+def test_any_translation_has_no_folds(size, random_tensor):
+    n = len(size)
+    shift = 100 * random_tensor((1, n), dtype=torch.float32).view(1, n, *[1] * n).expand(1, n, *size)
+    assert fold_count(shift).tolist() == [0]
+
+
+@pytest.mark.parametrize("amplitude", [0.3, 1.0])
+@pytest.mark.parametrize("size", [(6, 5), (4, 3, 5)], ids=["2D", "3D"])
+def test_folded_cells_equal_simplex_volumes(size, amplitude, random_tensor):
+    field = amplitude * random_tensor((2, len(size), *size), 1)
+    smallest = torch.stack([smallest_ratio_by_loops(pair) for pair in field])
+    for margin in (0.0, 0.1, -0.5):
+        assert torch.equal(folded_cells(field, margin), smallest <= margin)
+    folded = smallest <= 0
+    assert torch.equal(fold_count(field), folded.flatten(1).sum(1))
+    assert folded.any()
+    assert not folded.all()
+
+
+def test_a_fold_in_the_ring_around_the_grid_counts():
+    """Growing along an edge past the next row: only the extension by the border value folds."""
+    field = torch.zeros(1, 2, 5, 4)
+    field[0, 1, :, 3] = -1.5
+    mask = folded_cells(field)
+    assert mask.shape == (1, 6, 5)
+    assert mask[0, :, 3].all()  # between the last two columns
+    tilted = torch.zeros(1, 2, 3, 3)
+    tilted[0, 0, 0, 0], tilted[0, 1, 0, 0] = 0.9, 0.0
+    tilted[0, 1, 0, 1] = -0.9
+    smallest = smallest_ratio_by_loops(tilted[0].double())
+    assert torch.equal(folded_cells(tilted)[0], smallest <= 0)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (4, 5, 3)], ids=["2D", "3D"])
+def test_only_cells_of_the_ring_fold(size):
+    """A sheared edge layer whose extension folds while every cell between voxels is sound."""
+    n = len(size)
+    field = torch.zeros(1, n, *size)
+    field[(0, 1, slice(None), 0)] = 0.0
+    field[(0, 0, 1)] = 1.2
+    field[(0, 0, slice(2, None))] = 1.2
+    field[(0, 0, 0)] = 0.0
+    field[(0, 1, 0, 0)] = 1.2  # the first voxel slides past its neighbour along the edge ...
+    field[(0, 0, 0, 0)] = 0.6
+    smallest = smallest_ratio_by_loops(field[0].double())
+    assert torch.equal(folded_cells(field)[0], smallest <= 0)
+    assert (smallest[0] <= 0).any()  # ... so the ring beyond the first layer folds
+
+
+def test_a_reflection_is_folded_everywhere(size):
+    n = len(size)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    matrix[0, 0] = -2
+    mask = folded_cells(linear_field(size, matrix))
+    assert mask[(0, *[slice(1, -1)] * n)].all()
+
+
+def test_two_reflections_are_none(size):
+    """Turning by half a turn has a positive determinant, so no cell of the grid itself folds."""
+    n = len(size)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    matrix[0, 0] = matrix[1, 1] = -2
+    assert not folded_cells(linear_field(size, matrix))[(0, *[slice(1, -1)] * n)].any()
+
+
+def test_nan_counts_as_folded(size):
+    field = torch.zeros(2, len(size), *size)
+    field[(1, 0, *[2] * len(size))] = float("nan")
+    counts = fold_count(field)
+    assert counts[0] == 0
+    assert counts[1] >= 2 ** len(size)
+
+
+def test_a_collapsed_cell_counts_as_folded():
+    field = torch.zeros(1, 2, 6, 4)
+    field[:, 0] = torch.tensor([0.0, 0.0, 0.0, -1.0, -1.0, -1.0]).view(1, 6, 1)
+    assert folded_cells(field)[0, :, 2].tolist() == [False, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fold_count_does_not_depend_on_the_dtype(size, dtype, random_tensor):
+    field = (0.5 * random_tensor((2, len(size), *size), 3)).bfloat16().half()  # exact in all of them
+    counts = fold_count(field.to(dtype))
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == fold_count(field.float()).tolist()
+
+
+def test_fold_count_is_invariant_to_batch_order_flips_and_transposition(
+    size, random_tensor, flip_field, transpose_field
+):
+    field = 0.4 * random_tensor((3, len(size), *size), 4)
+    counts = fold_count(field)
+    assert counts.unique().numel() > 1
+    assert fold_count(field.flip(0)).tolist() == counts.flip(0).tolist()
+    for axis in range(len(size)):
+        assert fold_count(flip_field(field, axis)).tolist() == counts.tolist()
+    assert fold_count(transpose_field(field)).tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("size", [(12, 11), (9, 10, 8)], ids=["2D", "3D"])
+def test_negative_parts_sum_to_the_non_diffeomorphic_volume(size, random_tensor):
+    """A corner simplex is counted at 1/2 of its volume, and so is a central one, which is twice as large."""
+    field = torch.zeros(1, len(size), *size, dtype=torch.float64)
+    inside = (..., *[slice(3, -3)] * len(size))
+    field[inside] = random_tensor(field[inside].shape, 5)
+    negative = [-d.clamp(max=0).sum().item() for d in _cell_determinants(field)]
+    expected = sum(negative) / 4 if len(size) == 2 else sum(negative[:8]) / 12 + sum(negative[8:]) / 6
+    assert expected > 1
+    assert non_diffeomorphic_volume(field) == pytest.approx(expected, rel=1e-5)
+
+
+@NOISY
+@pytest.mark.parametrize("amplitude", [0.05, 0.15, 0.25, 0.5, 3.0])
+def test_no_folds_means_no_non_diffeomorphic_volume(size, amplitude, random_tensor):
+    field = amplitude * random_tensor((1, len(size), *size), 6, dtype=torch.float32)
+    if fold_count(field).item() == 0:
+        assert amplitude < 0.25
+        assert non_diffeomorphic_volume(field) == 0
+    else:
+        assert amplitude > 0.05
+        repaired = repair(field)
+        assert fold_count(repaired).tolist() == [0]
+        assert non_diffeomorphic_volume(repaired) == 0
+
+
+@NOISY
+@pytest.mark.parametrize("amplitude", [0.5, 2.0, 20.0])
+def test_repair_leaves_no_folds_in_noise(size, amplitude, random_tensor):
+    field = amplitude * random_tensor((2, len(size), *size), 7, dtype=torch.float32)
+    assert (fold_count(field) > 0).all()
+    repaired = repair(field)
+    assert fold_count(repaired).tolist() == [0, 0]
+    assert not folded_cells(repaired, MARGIN).any()
+
+
+@NOISY
+@pytest.mark.parametrize("amplitude", [0.5, 5.0])
+def test_repair_leaves_no_folds_in_the_composed_map(size, amplitude, random_tensor, smooth_field):
+    outer = smooth_field((2, len(size), *size), 1.5, 4.0, 8, dtype=torch.float32)
+    assert not folded_cells(outer, MARGIN).any()
+    field = amplitude * random_tensor((2, len(size), *size), 9, dtype=torch.float32)
+    repaired = repair(field, outer)
+    assert fold_count(compose(outer, repaired)).tolist() == [0, 0]
+
+
+def test_repair_with_an_outer_field_looks_at_the_composed_map_only():
+    """The inner field is sound by itself and folds only together with the outer one."""
+    position = torch.arange(20.0).view(1, 1, 20, 1).expand(1, 1, 20, 20)
+    squeeze = torch.cat([-0.9 * (position - 9.5).clamp(-4, 4), torch.zeros_like(position)], 1)
+    wiggle = torch.zeros_like(squeeze)
+    wiggle[0, 1] = 6 * torch.sin(position[0, 0])
+    shear = torch.zeros_like(squeeze)
+    shear[:, 0] = 0.9 * torch.sin(position[0, 0].T)
+    assert fold_count(wiggle).item() == fold_count(shear).item() == 0
+    assert repair(shear) is shear
+    assert fold_count(compose(wiggle, shear)).item() > 0
+    assert fold_count(compose(wiggle, repair(shear, wiggle))).item() == 0
+
+
+def test_repair_returns_the_same_tensor_where_nothing_folds(size, smooth_field):
+    field = smooth_field((2, len(size), *size), 0.2, 2.0, 10)
+    assert fold_count(field).tolist() == [0, 0]
+    assert repair(field) is field
+    assert repair(field, torch.zeros_like(field)) is field
+
+
+@WIDE
+def test_repair_leaves_the_input_alone(size):
+    field = one_fold(size)
+    copy = field.clone()
+    repair(field)
+    assert torch.equal(field, copy)
+
+
+@WIDE
+def test_repair_of_one_fold_does_not_touch_far_voxels(size, smooth_field):
+    field = smooth_field((1, len(size), *size), 1.0, 5.0, 11, dtype=torch.float32)
+    assert fold_count(field).item() == 0
+    field = field + one_fold(size, 2.0)
+    assert fold_count(field).item() > 0
+    repaired = repair(field)
+    assert fold_count(repaired).item() == 0
+    far = torch.zeros(size, dtype=torch.bool)
+    for axis, length in enumerate(size):
+        distance = (torch.arange(length) - length // 2).abs() > 6
+        far |= distance.view([-1 if a == axis else 1 for a in range(len(size))])
+    assert far.sum() > 100
+    assert torch.equal(repaired[..., far], field[..., far])
+
+
+@WIDE
+def test_repair_keeps_a_clean_pair_bit_for_bit(size, smooth_field, random_tensor):
+    clean = smooth_field((1, len(size), *size), 1.0, 5.0, 12, dtype=torch.float32)
+    noise = 3 * random_tensor(clean.shape, 13, dtype=torch.float32)
+    repaired = repair(torch.cat([clean, noise, clean]))
+    assert torch.equal(repaired[:1], clean)
+    assert torch.equal(repaired[2:], clean)
+    assert fold_count(repaired).tolist() == [0, 0, 0]
+
+
+@WIDE
+def test_repair_of_a_pair_does_not_depend_on_the_others(size, random_tensor):
+    noise = 3 * random_tensor((1, len(size), *size), 14, dtype=torch.float32)
+    lightly = one_fold(size)
+    together = repair(torch.cat([lightly, noise]))
+    torch.testing.assert_close(together[:1], repair(lightly), rtol=0, atol=1e-6)
+    torch.testing.assert_close(together[1:], repair(noise), rtol=0, atol=1e-6)
+
+
+@WIDE
+@pytest.mark.parametrize("noise", [0.0, 10.0])
+def test_repair_keeps_a_huge_translation(size, noise, random_tensor):
+    field = 500 + one_fold(size, 3.0) + noise * random_tensor((1, len(size), *size), 15, dtype=torch.float32)
+    repaired = repair(field)
+    assert fold_count(repaired).item() == 0
+    torch.testing.assert_close(repaired.mean(), torch.tensor(500.0), rtol=0, atol=2.0)
+    assert (repaired - 500).abs().max() < 30
+
+
+@NOISY
+def test_repair_is_equivariant_to_flips_and_transposition(size, random_tensor, flip_field, transpose_field):
+    field = 0.6 * random_tensor((1, len(size), *size), 16)
+    repaired = repair(field)
+    torch.testing.assert_close(repair(flip_field(field, 1)), flip_field(repaired, 1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(repair(transpose_field(field)), transpose_field(repaired), rtol=0, atol=1e-9)
