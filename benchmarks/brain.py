@@ -48,7 +48,7 @@ def brain(
     settings: dict[str, dict[str, Any]] = {"LM": {}}
     if prototype:
         settings["LM, prototype's settings"] = {"damping": 1.0, "smooth_gradient": 1.0}
-    print(print(f"brain, {part}, torch {torch.__version__}, {torch.get_num_threads()} threads; settings: {settings}"))
+    print(f"brain, {part}, torch {torch.__version__}, {torch.get_num_threads()} threads; settings: {settings}")
     print(f"{'fixed':<7}{'moving':<8}{'method':<28}{'Dice':>7}{'folds':>9}{'seconds':>9}", flush=True)
     for f in fixed or BRAIN_SPLIT[part]:
         movings = MOVING[:3] if f == "1000" else [m for m in (*BRAIN_SPLIT[part], *MOVING) if m != f]

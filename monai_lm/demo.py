@@ -46,7 +46,10 @@ def brain_example(resolution: int = 2, seed: int = 0) -> Example:
 
     Raises:
         ImportError: nilearn is not installed.
+        ValueError: the resolution is out of range.
     """
+    if not 1 <= resolution <= 4:
+        raise ValueError(f"resolution must be between 1 and 4 mm, got {resolution}")
     try:
         from nilearn.datasets import load_mni152_template
     except ImportError as error:

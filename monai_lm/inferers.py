@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
@@ -62,6 +63,8 @@ class RegistrationInferer(Inferer):
         if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or inputs.shape[1] != 2:
             got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise ValueError(f"inputs must be (B, 2, *S), channel 0 moving and channel 1 fixed, got {got}")
+        if isinstance(inputs, MetaTensor):
+            inputs = inputs.as_tensor()  # its affine is that of the moving image, the field lives on the fixed grid
         size = inputs.shape[2:]
         padded = inputs
         if self.divisible_pad:

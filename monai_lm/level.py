@@ -105,6 +105,8 @@ class LevelRun:
         best, active = residual, trust.damping > 0
         record.add(scale, at.loss / voxels, _relative(trust, delta), trust.expected, active, torch.ones_like(active))
         for k in range(1, count + 1):
+            if self._out_of_time():
+                break
             look = k % _LOOK == 0
             candidate, trust = self.step(at, trust, check=look)
             used = _relative(trust, delta)
@@ -118,8 +120,6 @@ class LevelRun:
             at = candidate if settings.acceptance == "always" else candidate.where(accepted, at)
             best = at.residual if settings.acceptance == "descent" else pick(better, candidate.residual, best)
             bar.update()
-            if time.perf_counter() > settings.deadline:
-                break
             if look:
                 bar.set_postfix(scale=scale, loss=f"{float(best_loss.mean()) / voxels:.4f}")
                 if settings.tolerance > 0:
@@ -130,6 +130,14 @@ class LevelRun:
                     break
         mended = repair(best, self.prediction)
         return mended, best_loss if mended is best else self.loss(mended)
+
+    def _out_of_time(self) -> bool:
+        """Whether the time budget is spent; with one, the device is waited for, or the clock would tell nothing."""
+        if self.settings.deadline == float("inf"):
+            return False
+        if self.moving.is_cuda:
+            torch.cuda.synchronize(self.moving.device)
+        return time.perf_counter() > self.settings.deadline
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ ACCEPTANCES = ("always", "descent", "metropolis")
 _RISE, _FALL = 1.5, 0.975  # the published damping factors
 _SHRINK_BELOW, _GROW_ABOVE = 0.1, 0.5  # gain ratios; the minimum along a parabola has 1/2
 _DAMPING_RANGE = 1e6  # λ stays within λ₀ / range and λ₀ · range
-_NOTHING = 1e-8  # voxels with |g|² below this fraction of the mean are background
+_NOTHING = 1e-10  # voxels with |g|² below this fraction of the largest component squared are background
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,12 @@ def initial_trust(gradient: Tensor, loss: Tensor, damping: float) -> Trust:
         loss: ``(B,)``.
         damping: δ, without units.
     """
-    squared = gradient.square().sum(1).flatten(1)
-    active = squared > _NOTHING * squared.mean(1, keepdim=True)
+    largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    squared = (gradient / per_voxel(largest, gradient)).square().sum(1).flatten(1)  # in the range of float32
+    active = squared > _NOTHING
     mean = (squared * active).sum(1) / active.sum(1).clamp(min=1)
-    reference = damping * mean
+    bound = torch.finfo(gradient.dtype).max / _DAMPING_RANGE
+    reference = (damping * mean * largest * largest).clamp(max=bound)
     unknown = torch.full_like(loss, float("nan"))
     return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
 
@@ -150,46 +152,43 @@ def direction(gradient: Tensor, trust: Trust, step: float, window: int = 1) -> T
     """
     radius = per_voxel(step * step_length(trust), gradient)
     damping = per_voxel(trust.damping, gradient)
-    scale = -2 * damping.sqrt() * radius
     moves = damping > 0
-    safe = torch.where(moves, damping, torch.ones_like(damping))
+    root = torch.where(moves, damping, torch.ones_like(damping)).sqrt()
+    g = gradient / root  # λ is 1 for it: no square leaves the range of float32
     if window == 1:
-        return scale * gradient / (gradient.square().sum(1, keepdim=True) + safe)
-    v = scale * _solve_windowed(gradient, safe, window // 2)
+        v = -2 * radius * g / (g.square().sum(1, keepdim=True) + 1)
+        return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
+    v = -2 * radius * _solve_windowed(g, window // 2)
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    return v * (radius / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
+    v = v * (radius / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
+    return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _solve_windowed(gradient: Tensor, damping: Tensor, half: int) -> Tensor:
-    """``(mean_w(g gᵀ) + λ I)⁻¹ g`` by the adjugate of the symmetric 2×2 or 3×3 matrix."""
-    n = gradient.shape[1]
-    weight = inverse_window_counts(gradient, half)[:, 0]
-    unit = gradient.square().mean(tuple(range(1, gradient.dim())), keepdim=True).sqrt()
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    g, lam = gradient / unit, (damping / unit.square())[:, 0]
-
-    def entry(a: int, b: int) -> Tensor:
-        mean = box_sum((g[:, a] * g[:, b]).unsqueeze(1), half)[:, 0] * weight
-        return mean + lam if a == b else mean
-
-    if n == 2:
-        a, b, c = entry(0, 0), entry(0, 1), entry(1, 1)
-        adjugate = [[c, -b], [-b, a]]
-        determinant = a * c - b * b
-    else:
-        a, b, c, d, e, f = entry(0, 0), entry(0, 1), entry(0, 2), entry(1, 1), entry(1, 2), entry(2, 2)
-        ab, ac, bc = c * e - b * f, b * e - c * d, b * c - a * e
-        adjugate = [[d * f - e * e, ab, ac], [ab, a * f - c * c, bc], [ac, bc, a * d - b * b]]
-        determinant = a * adjugate[0][0] + b * ab + c * ac
-    solved = [_dot(row, g.unbind(1)) / determinant for row in adjugate]
-    return torch.stack(solved, 1) / unit
-
-
-def _dot(row: Sequence[Tensor], column: Sequence[Tensor]) -> Tensor:
-    out = row[0] * column[0]
-    for a, b in zip(row[1:], column[1:], strict=True):
-        out = out + a * b
-    return out
+def _solve_windowed(g: Tensor, half: int) -> Tensor:
+    """``(mean_w(g gᵀ) + I)⁻¹ g`` by the closed-form ``L D Lᵀ`` of the symmetric 2×2 or 3×3 matrix; ``D >= I``."""
+    n = g.shape[1]
+    weight = inverse_window_counts(g, half)
+    lower: dict[tuple[int, int], Tensor] = {}
+    pivots: list[Tensor] = []
+    solved: list[Tensor] = []
+    for i in range(n):
+        for j in range(i + 1):
+            entry = box_sum(g[:, i : i + 1] * g[:, j : j + 1], half) * weight
+            for k in range(j):
+                entry = entry - lower[i, k] * lower[j, k] * pivots[k]
+            if j < i:
+                lower[i, j] = entry / pivots[j]
+            else:
+                pivots.append(entry.clamp(min=0) + 1)
+        forward = g[:, i : i + 1]
+        for k in range(i):
+            forward = forward - lower[i, k] * solved[k]
+        solved.append(forward)
+    solved = [z / pivot for z, pivot in zip(solved, pivots, strict=True)]
+    for i in reversed(range(n)):
+        for k in range(i + 1, n):
+            solved[i] = solved[i] - lower[k, i] * solved[k]
+    return torch.cat(solved, 1)
 
 
 def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
@@ -233,12 +232,14 @@ def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: flo
     """
     finite = torch.isfinite(loss)
     decrease = torch.where(finite, trust.loss - loss, float("-inf"))
+    decrease = torch.where(finite & ~torch.isfinite(trust.loss), float("inf"), decrease)
     fell = decrease >= 0
     gain = decrease / trust.expected
     if control == "simple":
         factor = torch.where(fell, _FALL, _RISE)
     else:
         factor = torch.where(gain > _GROW_ABOVE, 1 / _RISE, torch.where(gain >= _SHRINK_BELOW, 1.0, _RISE))
+        factor = torch.where(fell, factor, _RISE)  # also where the step had promised a rise
     damping = trust.damping * factor.to(trust.damping.dtype)
     damping = damping.clamp(trust.reference / _DAMPING_RANGE, trust.reference * _DAMPING_RANGE)
     if acceptance == "always":
@@ -251,7 +252,7 @@ def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: flo
         trust,
         damping=damping,
         loss=torch.where(accepted & finite, loss, trust.loss),
-        decrease=torch.where(accepted & fell, decrease, trust.decrease),
+        decrease=torch.where(accepted & fell & torch.isfinite(decrease), decrease, trust.decrease),
     )
     return accepted, gain, new
 

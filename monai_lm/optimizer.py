@@ -144,9 +144,12 @@ class FactoredLM(Optimizer):
             loss = closure()
             if not isinstance(loss, Tensor):
                 raise TypeError(f"closure must return the loss as a torch.Tensor, got {type(loss).__name__}")
-            batch = fields[0].shape[0]
-            if loss.numel() != 1 and tuple(loss.shape) != (batch,):
-                raise ValueError(f"closure must return a scalar or ({batch},) losses, got shape {tuple(loss.shape)}")
+            batches = {p.shape[0] for p in fields}
+            if loss.numel() != 1 and (len(batches) > 1 or tuple(loss.shape) != (fields[0].shape[0],)):
+                raise ValueError(
+                    f"closure must return a scalar or ({fields[0].shape[0]},) losses, got shape {tuple(loss.shape)} "
+                    f"for fields of batch sizes {sorted(batches)}"
+                )
             if loss.requires_grad and all(p.grad is None for p in fields):
                 loss.sum().backward()
         if all(p.grad is None for p in fields):
@@ -183,7 +186,7 @@ class FactoredLM(Optimizer):
                 warnings.warn(
                     "FactoredLM smooths the whole field at every step, which erodes a field that does not start at "
                     "zero: compose the prediction with a zero field in the closure, or set smooth_residual=0",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             state["step"] = 0
             whole = gradient if loss.numel() == gradient.shape[0] else gradient.transpose(0, 1).unsqueeze(0)

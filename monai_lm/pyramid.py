@@ -59,9 +59,8 @@ def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: b
     scales = []
     for scale in (2, 1) if predicted else (8, 4, 2, 1):
         level = make_level(size, spacing, scale)
-        if scale == 1 or min(s for s, full in zip(level.size, size, strict=True) if s < full or full < _COARSEST) >= (
-            _COARSEST if scale > 2 else _SHORTEST
-        ):
+        shrunk = [new for new, old in zip(level.size, size, strict=True) if new < old]
+        if scale == 1 or (shrunk and min(shrunk) >= (_COARSEST if scale > 2 else _SHORTEST)):
             scales.append(scale)
     return tuple(scales)
 

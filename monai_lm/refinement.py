@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,10 @@ def _levels(
         if scales != "auto":
             raise ValueError(f"scales must be 'auto' or a sequence of numbers, got {scales!r}")
         scales = automatic_scales(size, spacing, predicted)
-    values = list(scales)
+    try:
+        values = [*scales]
+    except TypeError as error:
+        raise TypeError(f"scales must be 'auto' or a sequence of numbers, got {type(scales).__name__}") from error
     for value in values:
         check_number("scales", value, 1)
     if not values or any(a <= b for a, b in pairwise(values)):
@@ -203,15 +207,17 @@ def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> l
         if iterations != "auto":
             raise ValueError(f"iterations must be 'auto', a number or a sequence, got {iterations!r}")
         return [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
-    counts = [iterations] * len(scales) if isinstance(iterations, int) else list(iterations)
+    try:
+        counts = [index(i) for i in ([iterations] * len(scales) if isinstance(iterations, int) else iterations)]
+    except TypeError as error:
+        expected = "'auto', a whole number or a sequence of them"
+        raise TypeError(f"iterations must be {expected}, got {iterations!r}") from error
     if len(counts) != len(scales):
         raise ValueError(
             f"iterations must have one number per level, {len(scales)} for scales {scales}, got {len(counts)}"
         )
     for count in counts:
         check_number("iterations", count, 0)
-        if not isinstance(count, int):
-            raise TypeError(f"iterations must be integers, got {count!r}")
     return counts
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
@@ -65,10 +68,14 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
     """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real | np.number):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > minimum if exclusive else value >= minimum) or value == float("inf"):
-        raise ValueError(f"{name} must be {'greater than' if exclusive else 'at least'} {minimum}, got {value}")
+    bound = f"{'greater than' if exclusive else 'at least'} {minimum}"
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+    if not (number > minimum if exclusive else number >= minimum):
+        raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def check_control(control: Any, acceptance: Any, window: Any) -> None:
@@ -85,9 +92,13 @@ def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
     """``n`` positive edge lengths; ones if ``None``."""
     if spacing is None:
         return (1.0,) * n
-    values = tuple(float(s) for s in spacing)
-    if len(values) != n or not all(0 < s < float("inf") for s in values):
-        raise ValueError(f"spacing must be {n} positive numbers, one per axis, got {tuple(spacing)}")
+    message = f"spacing must be {n} positive numbers, one per axis, got {spacing}"
+    try:
+        values = tuple(float(s) for s in spacing)
+    except (TypeError, ValueError) as error:
+        raise ValueError(message) from error
+    if len(values) != n or not all(0 < s < math.inf for s in values):
+        raise ValueError(message)
     return values
 
 
@@ -97,7 +108,7 @@ def per_level(name: str, value: float | Sequence[float], levels: int, minimum: f
     Raises:
         ValueError: a value out of range, or fewer values than levels.
     """
-    values = [value] * levels if isinstance(value, int | float) else list(value)
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * levels
     for v in values:
         check_number(name, v, minimum, exclusive)
     if len(values) < levels:

@@ -33,6 +33,10 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     Returns:
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
     """
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
+    if padding_mode not in ("border", "zeros"):
+        raise ValueError(f"padding_mode must be 'border' or 'zeros', got {padding_mode!r}")
     n = ddf.shape[1]
     sizes = image.shape[2:]
     position = [
@@ -41,15 +45,11 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     flat = image.reshape(image.shape[0], image.shape[1], -1)
     if mode == "nearest":
         return _nearest(flat, position, sizes, padding_mode)
-    if mode != "bilinear":
-        raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
+    if padding_mode == "zeros":
+        return _zero_padded(flat, position, sizes)
     clamped = [p.clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
     lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
     weight = [p - low for p, low in zip(clamped, lower, strict=True)]
-    if padding_mode == "zeros":
-        return _zero_padded(flat, position, sizes)
-    if padding_mode != "border":
-        raise ValueError(f"padding_mode must be 'border' or 'zeros', got {padding_mode!r}")
     base, strides = _flat_index(lower, sizes)
     out: Tensor | None = None
     for corner in product((0, 1), repeat=n):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_lm.fields.algebra import compose
-from monai_lm.fields.smoothing import gaussian_smooth
+from monai_lm.fields.smoothing import box_sum, gaussian_smooth, inverse_window_counts
 
 __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair"]
 
@@ -118,18 +118,15 @@ def fold_count(ddf: Tensor) -> Tensor:
     Returns:
         ``(B,)`` int64. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
     """
-    return folded_cells(ddf.float() if ddf.dtype == torch.float16 else ddf).flatten(1).sum(1)
+    return folded_cells(ddf if ddf.dtype == torch.float64 else ddf.float()).flatten(1).sum(1)
 
 
 def _near(cells: Tensor, reach: int) -> Tensor:
-    """Smooth weight in [0, 1] on voxels ``(B, 1, *S)``: 1 at the voxels of marked cells, 0 beyond ``reach`` voxels."""
-    n = cells.dim() - 1
-    pool = F.max_pool2d if n == 2 else F.max_pool3d
-    mean = F.avg_pool2d if n == 2 else F.avg_pool3d
+    """Smooth weight in [0, 1] on voxels ``(B, 1, *S)``: 1 at the voxels of marked cells, 0 beyond twice ``reach``."""
+    pool = F.max_pool2d if cells.dim() == 3 else F.max_pool3d
     voxels = pool(cells.unsqueeze(1).float(), 2, stride=1)
-    window = 2 * reach + 1
-    wide = pool(voxels, window, stride=1, padding=reach)
-    soft = mean(wide, window, stride=1, padding=reach, count_include_pad=False)
+    wide = (box_sum(voxels, reach) > 0.5).float()
+    soft = box_sum(wide, reach) * inverse_window_counts(wide, reach)
     return torch.maximum(voxels, soft)
 
 
@@ -149,7 +146,18 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
     """
-    out, sigma, fewest = ddf, 1.0, None
+    folding = folded_cells(_composed(outer, ddf), margin).flatten(1).any(1)
+    if not bool(folding.any()):
+        return ddf
+    pairs = list(ddf.split(1))
+    for index in folding.nonzero().flatten().tolist():  # one by one: a pair must not depend on its batch
+        pairs[index] = _unfold(pairs[index], None if outer is None else outer[index : index + 1], margin, rounds)
+    return torch.cat(pairs)
+
+
+def _unfold(out: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Tensor:
+    """Repair one pair, ``(1, n, *S)``."""
+    sigma, fewest = 1.0, None
     for _ in range(rounds):
         folded = folded_cells(_composed(outer, out), margin)
         count = int(folded.sum())
@@ -161,19 +169,12 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
         weight = _near(folded, max(1, round(sigma)))
         out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
     mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
-    for attempt in range(60):
-        folded = folded_cells(_composed(outer, out), margin)
-        if not bool(folded.any()):
+    for _ in range(50):
+        if not bool(folded_cells(_composed(outer, out), margin).any()):
             return out
-        shrunk = mean + 0.9 * (out - mean) if attempt < 50 else torch.zeros_like(out)
-        out = torch.where(_pairs(folded, out), shrunk, out)
-    return out
+        out = mean + 0.9 * (out - mean)
+    return torch.zeros_like(out)
 
 
 def _composed(outer: Tensor | None, field: Tensor) -> Tensor:
     return field if outer is None else compose(outer, field)
-
-
-def _pairs(cells: Tensor, like: Tensor) -> Tensor:
-    """Which pairs of the batch have a marked cell, shaped to broadcast over ``like``."""
-    return cells.flatten(1).any(1).view(-1, *[1] * (like.dim() - 1))

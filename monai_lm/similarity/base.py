@@ -56,12 +56,13 @@ class Similarity(ABC):
 
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
-        scale: Tensor | float = 1.0
-        if self.standardized:
-            warped, scale = standardize(warped)
-            fixed = standardize(fixed)[0]
-        loss, derivative = self.evaluate(warped, self.reference(fixed))
-        return loss, derivative / scale
+        if not self.standardized:
+            return self.evaluate(warped, self.reference(fixed))
+        warped, scale = standardize(warped)
+        loss, derivative = self.evaluate(warped, self.reference(standardize(fixed)[0]))
+        axes = tuple(range(2, warped.dim()))
+        along = (derivative * warped).mean(axes, keepdim=True)  # mean and scale depend on the image, too
+        return loss, (derivative - derivative.mean(axes, keepdim=True) - along * warped) / scale
 
     def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Loss per pair ``(B,)``, differentiable with respect to ``warped`` (not ``fixed``)."""

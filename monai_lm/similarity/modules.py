@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ class ModuleSimilarity(Similarity):
         module: the loss.
 
     Raises:
+        TypeError: (when evaluated) the loss is no tensor.
         ValueError: (when evaluated) the loss does not depend on the warped image.
     """
 
@@ -39,16 +42,22 @@ class ModuleSimilarity(Similarity):
             for w, f in zip(warped.split(1), fixed.split(1), strict=True):
                 leaf = w.detach().clone().requires_grad_()
                 loss = self._reduced(self.module(leaf, f.detach().clone()), leaf)
-                if not loss.requires_grad:
+                derivative = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+                if derivative is None:
                     raise ValueError(
                         f"similarity must be differentiable: the loss that {type(self.module).__name__} returned "
                         "does not depend on the warped image"
                     )
                 losses.append(loss.detach())
-                derivatives.append(torch.autograd.grad(loss, leaf)[0].nan_to_num(0.0, 0.0, 0.0))
+                derivatives.append(derivative.nan_to_num(0.0, 0.0, 0.0))
         return torch.stack(losses), torch.cat(derivatives)
 
-    def _reduced(self, loss: Tensor, warped: Tensor) -> Tensor:
+    def _reduced(self, loss: Any, warped: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"similarity must return its loss as a tensor, {type(self.module).__name__} returned a "
+                f"{type(loss).__name__}"
+            )
         averaged = loss.dim() == 0 or loss.numel() == 1
         if averaged and getattr(self.module, "reduction", "mean") != "sum":
             return loss.sum() * warped[0, 0].numel()

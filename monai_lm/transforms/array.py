@@ -111,7 +111,8 @@ class WarpImage(Transform):
             )
         out = warp(image[None].float(), field[None].float(), self.mode, self.padding_mode)[0]
         if isinstance(ddf, MetaTensor):
-            return MetaTensor(out, affine=ddf.affine, meta=dict(img.meta) if isinstance(img, MetaTensor) else None)
+            meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
+            return MetaTensor(out, affine=ddf.affine, meta=meta)
         return out
 
 

@@ -81,7 +81,7 @@ def test_compose_is_associative_for_smooth_fields(size, smooth_field, interior):
     a, b, c = (smooth_field((1, len(size), *size), 1.0, 6.0, seed) for seed in range(3))
     left, right = compose(compose(a, b), c), compose(a, compose(b, c))
     assert (interior(left - right, 3)).abs().max() < 5e-3
-    assert (left - a - b - c).abs().max() > 0.1  # not just addition
+    assert (left - a - b - c).abs().max() > 0.05  # not just addition
 
 
 def test_compose_of_linear_fields_multiplies_their_maps(interior, random_tensor):
@@ -208,7 +208,7 @@ def test_inverse_converges_where_the_field_is_no_contraction(size):
     torch.testing.assert_close(inverse, -0.6 * centred, rtol=0, atol=1e-4)
 
 
-def test_inverse_on_another_grid(interior):
+def test_inverse_on_another_grid():
     """A linear map of a (9, 11) grid, inverted on a larger moving grid: exact where the map covers it."""
     size, new = (9, 11), (12, 14)
     matrix = torch.tensor([[0.2, 0.1], [-0.1, 0.3]], dtype=torch.float64)

@@ -9,8 +9,6 @@ import torch
 from monai.networks.blocks import Warp
 
 from monai_lm.fields import warp
-from monai_lm.fields import warp as public_warp
-from monai_lm.fields.sampling import warp as module_warp
 
 MODES = list(itertools.product(["bilinear", "nearest"], ["border", "zeros"]))
 
@@ -49,10 +47,6 @@ def off_grid(shape, generator, reach=3):
     whole = torch.randint(-reach, reach, shape, generator=generator)
     fraction = torch.rand(shape, generator=generator, dtype=torch.float64)
     return whole + torch.where(fraction < 0.5, 0.2 + 0.4 * fraction, 0.4 + 0.4 * fraction)
-
-
-def test_package_exports_the_function_of_the_module():
-    assert public_warp is module_warp
 
 
 @pytest.mark.parametrize(("mode", "padding_mode"), MODES)

@@ -21,6 +21,27 @@ SPLIT = Path(__file__).parent.parent / "configs" / "split.json"
 GRID = (64, 64, 64)
 
 
+def subject_files(root: str | Path, name: str) -> dict[str, Path]:
+    """Find the ``image`` and the ``label`` of a subject.
+
+    Args:
+        root: folder with ``images``/``labels`` or, as the Decathlon archive has it, ``imagesTr``/``labelsTr``.
+        name: of the subject, e.g. ``hippocampus_001``.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+    """
+    suffix = "" if (Path(root) / "images").is_dir() else "Tr"
+    files = {key: Path(root) / f"{key}s{suffix}" / f"{name}.nii.gz" for key in ("image", "label")}
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: the data folder must hold images/ and labels/, or imagesTr/ and labelsTr/ as the "
+                f"Decathlon's Task04_Hippocampus does, got {Path(root).absolute()}"
+            )
+    return files
+
+
 def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> list[dict[str, Tensor]]:
     """Load the subjects of a part (``train``, ``validation``, ``test``) of the split, centred on ``grid``.
 
@@ -31,9 +52,10 @@ def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> 
 
     Returns:
         A dictionary per subject: ``name``, ``image`` ``(1, *grid)`` in [0, 1] and ``label`` ``(1, *grid)``.
+
+    Raises:
+        FileNotFoundError: a subject's image or label is not in ``root``.
     """
-    root = Path(root)
-    suffix = "" if (root / "images").is_dir() else "Tr"
     names = json.loads(SPLIT.read_text())[part]
     transform = Compose(
         [
@@ -45,7 +67,7 @@ def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> 
     )
     subjects = []
     for name in names:
-        files = {k: root / f"{k}s{suffix}" / f"{name}.nii.gz" for k in ("image", "label")}
+        files = subject_files(root, name)
         subjects.append({"name": name} | {k: transform(files)[k].as_tensor() for k in ("image", "label")})
     return subjects
 

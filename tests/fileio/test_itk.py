@@ -1,0 +1,219 @@
+"""Fields as ITK reads them: checked with SimpleITK on grids of every handedness."""
+
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.fields import gaussian_smooth, warp
+from monai_lm.fileio import write_itk_ddf
+
+sitk = pytest.importorskip("SimpleITK")
+
+
+def rotation(axis: int, degrees: float) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    a, b = [i for i in range(3) if i != axis]
+    out = np.eye(3)
+    out[a, a], out[a, b], out[b, a], out[b, b] = c, -s, s, c
+    return out
+
+
+def affine(matrix: np.ndarray, origin=(7.0, -20.0, 30.0)) -> np.ndarray:
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = matrix, origin
+    return out
+
+
+OBLIQUE = rotation(0, 20) @ rotation(1, -35) @ rotation(2, 50)
+AFFINES = {
+    "identity": np.eye(4),
+    "RAS isotropic": affine(np.diag([2.0, 2.0, 2.0])),
+    "RAS anisotropic": affine(np.diag([0.7, 1.3, 3.0])),
+    "LAS": affine(np.diag([-0.7, 1.3, 3.0])),
+    "LPS": affine(np.diag([-1.0, -1.5, 2.0])),
+    "RPI": affine(np.diag([1.0, -1.5, -2.0])),
+    "PIR": affine(np.array([[0, 0, 2.0], [-1.0, 0, 0], [0, -1.5, 0]])),
+    "oblique": affine(OBLIQUE @ np.diag([0.7, 1.3, 3.0])),
+    "oblique, left-handed": affine(OBLIQUE @ np.diag([0.7, -1.3, 3.0])),
+}
+PLANES = {
+    "identity": np.eye(4),
+    "anisotropic": affine(np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
+    "LA": affine(np.diag([-0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
+    "LP": affine(np.diag([-2.0, -1.3, 1.0]), (7.0, -20.0, 0.0)),
+    "rotated": affine(rotation(2, 30) @ np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
+}
+GRIDS = [
+    *((name, a, (14, 12, 10)) for name, a in AFFINES.items()),
+    *((name, a, (16, 14)) for name, a in PLANES.items()),
+]
+GRID = pytest.mark.parametrize(
+    ("grid", "shape"), [(a, s) for _, a, s in GRIDS], ids=[f"{len(s)}D {name}" for name, _, s in GRIDS]
+)
+
+
+def random_field(shape: tuple[int, ...], amplitude: float = 2.0) -> np.ndarray:
+    noise = torch.randn(1, len(shape), *shape, generator=torch.Generator().manual_seed(1))
+    ddf = gaussian_smooth(noise, 2.0)[0]
+    return (ddf * (amplitude / ddf.abs().max())).numpy()
+
+
+def itk_vectors(image) -> np.ndarray:
+    """Vectors of a SimpleITK image, array axes in the order x, y, z: ``(*S, n)``."""
+    array = sitk.GetArrayFromImage(image)
+    return array.transpose(*range(array.ndim - 2, -1, -1), array.ndim - 1)
+
+
+@GRID
+def test_a_known_shift_is_lps_millimetres(tmp_path, grid, shape):
+    """A shift of so many voxels along every axis moves a point as the affine says, with x and y negated."""
+    n = len(shape)
+    shift = np.array([1.0, -2.0, 3.0])[:n]
+    write_itk_ddf(tmp_path / "ddf.nii.gz", np.broadcast_to(shift.reshape(n, *[1] * n), (n, *shape)), grid)
+    image = sitk.ReadImage(str(tmp_path / "ddf.nii.gz"))
+    expected = (np.diag([-1.0, -1.0, 1.0])[:n, :n] @ grid[:n, :n]) @ shift
+    np.testing.assert_allclose(itk_vectors(image), np.broadcast_to(expected, (*shape, n)), atol=1e-3)
+    # and ITK agrees on where the voxels are: from voxel 0 the shift leads to the voxel that is meant
+    origin, target = (np.array(image.TransformContinuousIndexToPhysicalPoint(i)) for i in ([0.0] * n, shift.tolist()))
+    np.testing.assert_allclose(target - origin, expected, atol=1e-3)
+
+
+@GRID
+def test_simpleitk_resamples_as_warp_does(tmp_path, grid, shape):
+    ddf, n = random_field(shape), len(shape)
+    moving = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    write_itk_ddf(tmp_path / "ddf.nii.gz", ddf, grid)
+    nib.save(nib.Nifti1Image(moving, grid), tmp_path / "moving.nii.gz")
+    image = sitk.ReadImage(str(tmp_path / "moving.nii.gz"))
+    vectors = sitk.Cast(sitk.ReadImage(str(tmp_path / "ddf.nii.gz")), sitk.sitkVectorFloat64)
+    assert image.GetDimension() == vectors.GetDimension() == n
+    np.testing.assert_allclose(vectors.GetDirection(), image.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(vectors.GetOrigin(), image.GetOrigin(), atol=1e-4)
+    resampled = sitk.Resample(image, image, sitk.DisplacementFieldTransform(vectors), sitk.sitkLinear, -100.0)
+    theirs = sitk.GetArrayFromImage(resampled).T
+    ours = warp(torch.from_numpy(moving)[None, None], torch.from_numpy(ddf)[None])[0, 0].numpy()
+    position = np.stack(np.meshgrid(*[np.arange(s) for s in shape], indexing="ij")) + ddf
+    inside = np.all([(p > 0.01) & (p < s - 1.01) for p, s in zip(position, shape, strict=True)], axis=0)
+    assert inside.mean() > 0.4
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=2e-3)
+
+
+@pytest.mark.parametrize(("shape", "stored"), [((5, 6, 7), (5, 6, 7, 1, 3)), ((5, 6), (5, 6, 1, 1, 2))])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_the_header_says_what_it_is(tmp_path, shape, stored, suffix):
+    grid = AFFINES["oblique"] if len(shape) == 3 else PLANES["rotated"]
+    write_itk_ddf(tmp_path / f"ddf{suffix}", random_field(shape), grid)
+    image = nib.load(tmp_path / f"ddf{suffix}")
+    header = image.header
+    assert image.shape == stored
+    assert int(header["intent_code"]) == 1007
+    assert header.get_xyzt_units()[0] == "mm"
+    assert header.get_data_dtype() == np.float32
+    assert int(header["qform_code"]) == int(header["sform_code"]) == 1
+    np.testing.assert_allclose(header.get_sform(), grid, atol=1e-5)
+    np.testing.assert_allclose(header.get_qform(), grid, atol=1e-5)
+
+
+def test_vectors_keep_their_place_along_every_axis(tmp_path):
+    ddf = np.zeros((3, 4, 5, 6), np.float32)
+    ddf[1, 3, 2, 1] = 0.5
+    write_itk_ddf(tmp_path / "ddf.nii", ddf, affine(np.diag([1.0, 2.0, 3.0])))
+    data = np.asanyarray(nib.load(tmp_path / "ddf.nii").dataobj)
+    assert np.argwhere(data).tolist() == [[3, 2, 1, 0, 1]]
+    assert data[3, 2, 1, 0, 1] == -1.0
+    vectors = itk_vectors(sitk.ReadImage(str(tmp_path / "ddf.nii")))
+    assert np.argwhere(vectors).tolist() == [[3, 2, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16])
+def test_the_array_is_not_changed_and_any_real_dtype_will_do(tmp_path, dtype):
+    ddf = (4 * random_field((5, 6, 7))).astype(dtype)
+    before = ddf.copy()
+    write_itk_ddf(tmp_path / "ddf.nii", ddf, np.eye(4))
+    np.testing.assert_array_equal(ddf, before)
+    data = np.asanyarray(nib.load(tmp_path / "ddf.nii").dataobj)[:, :, :, 0]
+    np.testing.assert_allclose(np.moveaxis(data, -1, 0), ddf * np.array([-1, -1, 1.0])[:, None, None, None], atol=1e-6)
+
+
+def test_folders_are_made_and_files_replaced(tmp_path):
+    path = tmp_path / "a" / "b" / "ddf.nii.gz"
+    for amplitude in (1.0, 2.0):
+        write_itk_ddf(str(path), random_field((5, 6, 7), amplitude), np.eye(4))
+        assert np.abs(nib.load(path).get_fdata()).max() == pytest.approx(amplitude)
+    assert os.listdir(path.parent) == ["ddf.nii.gz"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_the_file_has_the_permissions_of_any_other(tmp_path):
+    write_itk_ddf(tmp_path / "ddf.nii.gz", random_field((5, 6, 7)), np.eye(4))
+    (tmp_path / "other").write_text("")
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("ddf.nii.gz", "other")]
+    assert modes[0] == modes[1]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+GOOD = np.zeros((3, 4, 5, 6), np.float32)
+
+
+def with_nan() -> np.ndarray:
+    ddf = GOOD.copy()
+    ddf[0, 1, 2, 3] = np.nan
+    return ddf
+
+
+@pytest.mark.parametrize(
+    ("ddf", "grid", "name", "message"),
+    [
+        (np.zeros((2, 4, 5, 6)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(2, 4, 5, 6\)"),
+        (np.zeros((3, 4, 5)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(3, 4, 5\)"),
+        (np.zeros((1, 4)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(1, 4\)"),
+        (np.zeros((1, 3, 4, 5, 6)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(1, 3, 4, 5, 6\)"),
+        (with_nan(), np.eye(4), "x.nii", "ddf must be finite"),
+        (GOOD, np.eye(3), "x.nii", r"affine must be an invertible \(4, 4\) matrix, got shape \(3, 3\)"),
+        (GOOD, np.diag([1.0, 0, 1, 1]), "x.nii", r"affine must be an invertible \(4, 4\) matrix"),
+        (GOOD, np.full((4, 4), np.nan), "x.nii", r"affine must be an invertible \(4, 4\) matrix"),
+        (GOOD, np.eye(4), "x.mha", r"path must end in .nii or .nii.gz, got 'x.mha'"),
+        (GOOD, np.eye(4), "x.gz", r"path must end in .nii or .nii.gz, got 'x.gz'"),
+        ([[0.0]], np.eye(4), "x.nii", "ddf must be"),
+    ],
+    ids=[
+        "two of three components",
+        "three of two",
+        "1D",
+        "batch",
+        "NaN",
+        "3x3",
+        "singular",
+        "NaN affine",
+        "mha",
+        "gz",
+        "list",
+    ],
+)
+def test_invalid_data_is_refused_and_leaves_what_is_there(tmp_path, ddf, grid, name, message):
+    path = tmp_path / name
+    path.write_bytes(b"precious")
+    with pytest.raises((TypeError, ValueError), match=message), np.errstate(all="ignore"):
+        write_itk_ddf(path, ddf, grid)
+    assert path.read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_failure_while_writing_leaves_no_half_file(tmp_path, monkeypatch):
+    path = tmp_path / "ddf.nii.gz"
+    path.write_bytes(b"precious")
+
+    def fail(image, temporary):  # noqa: ARG001
+        with open(temporary, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nib, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_itk_ddf(path, GOOD, np.eye(4))
+    assert path.read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == ["ddf.nii.gz"]

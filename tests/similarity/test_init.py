@@ -1,0 +1,39 @@
+"""Looking measures up by name, module or class."""
+
+import pytest
+from torch import nn
+
+from monai_lm.similarity import LNCC, MSE, NCC, ModuleSimilarity, get_similarity
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mse", MSE), ("ncc", NCC)])
+def test_a_name_gives_the_measure_with_its_defaults(name, kind):
+    measure = get_similarity(name)
+    assert type(measure) is kind
+    assert vars(measure) == vars(kind())
+
+
+def test_a_measure_is_returned_as_it_is():
+    measure = LNCC(radius=2)
+    assert get_similarity(measure) is measure
+
+
+def test_a_module_is_wrapped():
+    module = nn.L1Loss()
+    measure = get_similarity(module)
+    assert type(measure) is ModuleSimilarity
+    assert measure.module is module
+
+
+@pytest.mark.parametrize("name", ["mi", "LNCC", ""])
+def test_an_unknown_name_is_refused(name):
+    message = rf"similarity must be one of \['lncc', 'mse', 'ncc'\] or a loss module, got '{name}'"
+    with pytest.raises(ValueError, match=message):
+        get_similarity(name)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(3, "int"), (None, "NoneType"), (nn.functional.mse_loss, "function")])
+def test_anything_else_is_refused(value, kind):
+    message = f"similarity must be a name, a Similarity or a torch.nn.Module, got {kind}"
+    with pytest.raises(TypeError, match=message):
+        get_similarity(value)

@@ -1,0 +1,100 @@
+"""Compile where it pays, fall back where it cannot."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from monai_lm import compilation
+from monai_lm.compilation import compiled, pays
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def which(monkeypatch):
+    """Decide what ``shutil.which`` finds."""
+    found: set[str] = set()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in found else None)
+    compilation._compiler_found.cache_clear()
+    yield found
+    compilation._compiler_found.cache_clear()
+
+
+def test_little_work_does_not_pay(which):
+    which.add("g++")
+    assert not pays(CPU, 32**3, 100)
+    assert not pays(CPU, 10**9, 0)
+    assert not pays(torch.device("cuda"), 1000, 10)
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "c++"])
+def test_much_work_pays_where_a_compiler_is(which, compiler):
+    which.add(compiler)
+    assert pays(CPU, 128**3, 100)
+
+
+def test_nothing_pays_without_a_compiler(which):
+    assert not which
+    assert not pays(CPU, 128**3, 100)
+    assert pays(torch.device("cuda"), 128**3, 100)
+    assert not pays(torch.device("mps"), 128**3, 100)
+
+
+def unsupported(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def failing(x: torch.Tensor) -> torch.Tensor:
+    raise ValueError(f"shape {tuple(x.shape)} is not welcome")
+
+
+def test_a_function_that_does_not_compile_runs_eagerly_and_says_so_once(caplog):
+    function = compiled(unsupported)
+    with caplog.at_level(logging.WARNING, "monai_lm.compilation"):
+        for value in (1.0, 2.0):
+            assert torch.equal(function(torch.full((3,), value)), torch.full((3,), value + 1))
+        function(torch.zeros(5))
+    records = [r for r in caplog.records if r.name == "monai_lm.compilation"]
+    assert len(records) == 1
+    assert records[0].getMessage().startswith("compiling unsupported failed, running it eagerly: ")
+
+
+def test_a_failing_compiler_is_tried_once(monkeypatch, caplog):
+    """Also a missing or broken C++ compiler ends in eager execution."""
+    calls = []
+
+    def compile_badly(function, **options):
+        assert options == {"dynamic": False, "fullgraph": True}
+
+        def call(*args):
+            calls.append((function, args))
+            raise torch._dynamo.exc.BackendCompilerFailed(function, RuntimeError("no C++ compiler"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_badly)
+    function = compilation._Compiled(torch.add)
+    with caplog.at_level(logging.WARNING, "monai_lm.compilation"):
+        for _ in range(3):
+            assert float(function(torch.tensor(1.0), torch.tensor(2.0))) == 3
+    assert len(calls) == 1
+    assert sum("no C++ compiler" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_errors_of_the_function_itself_are_raised():
+    with pytest.raises(ValueError, match=r"shape \(2,\) is not welcome"):
+        compiled(failing)(torch.zeros(2))
+
+
+def test_a_function_is_compiled_once_per_process():
+    assert compiled(unsupported) is compiled(unsupported)
+    assert compiled(unsupported) is not compiled(failing)
+
+
+def test_the_users_compiler_settings_are_left_alone():
+    before = (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit)
+    compiled(unsupported)(torch.zeros(1))
+    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == before

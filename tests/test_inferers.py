@@ -1,0 +1,257 @@
+"""RegistrationInferer: network → field → refinement."""
+
+import monai.inferers
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from monai_lm import RegistrationInferer, refine
+from monai_lm.fields import gaussian_smooth, integrate, resample, warp
+
+SHAPES = [(20, 22), (12, 13, 14)]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(shape: tuple[int, ...], amplitude: float, batch: int = 1, seed: int = 2) -> Tensor:
+    ddf = gaussian_smooth(noise(batch, len(shape), *shape, seed=seed), 3.0)
+    return ddf * (amplitude / ddf.abs().max())
+
+
+def inputs_and_field(shape: tuple[int, ...], batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Channel 0 moving, channel 1 fixed, and the field between them."""
+    moving, ddf = gaussian_smooth(noise(batch, 1, *shape, seed=1), 1.5), smooth(shape, 1.5, batch)
+    return torch.cat([moving, warp(moving, ddf)], 1), ddf
+
+
+class Constant(nn.Module):
+    """Network that predicts the same field whatever it sees, and remembers what it saw."""
+
+    def __init__(self, field: Tensor) -> None:
+        super().__init__()
+        self.field = nn.Parameter(field.clone())
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return self.field * 1
+
+
+def test_is_a_monai_inferer():
+    assert isinstance(RegistrationInferer(), monai.inferers.Inferer)
+
+
+# --- the network's own field ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_displacement_is_passed_on(shape):
+    inputs, _ = inputs_and_field(shape, batch=2)
+    prediction = smooth(shape, 2.0, batch=2, seed=5)
+    network = Constant(prediction)
+    assert torch.equal(RegistrationInferer("displacement")(inputs, network), prediction)
+    assert torch.equal(network.seen[0], inputs)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_velocity_is_integrated(shape, steps):
+    inputs, _ = inputs_and_field(shape)
+    velocity = smooth(shape, 2.0, seed=5)
+    ddf = RegistrationInferer("velocity", integration_steps=steps)(inputs, Constant(velocity))
+    assert torch.equal(ddf, integrate(velocity, steps))
+    assert not torch.equal(ddf, velocity)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "displacement"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_uniform_prediction_is_a_shift(prediction, n):
+    shift = torch.tensor([0.5, -1.25, 2.0][:n]).view(1, n, *[1] * n)
+    field = shift.expand(1, n, *[9] * n)
+    ddf = RegistrationInferer(prediction)(torch.zeros(1, 2, *[9] * n), Constant(field))
+    torch.testing.assert_close(ddf, field)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "displacement"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_coarse_prediction_is_resampled_with_its_units(prediction, n):
+    """Between grids whose corner voxels coincide a voxel of 5 is 8 / 4 = 2 voxels of 9."""
+    shift = torch.tensor([0.5, -1.25, 2.0][:n]).view(1, n, *[1] * n)
+    ddf = RegistrationInferer(prediction)(torch.zeros(1, 2, *[9] * n), Constant(shift.expand(1, n, *[5] * n)))
+    torch.testing.assert_close(ddf, (2 * shift).expand(1, n, *[9] * n))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_coarse_velocity_is_integrated_on_the_fine_grid(shape):
+    coarse = tuple(s // 2 for s in shape)
+    velocity = smooth(coarse, 1.0, seed=5)
+    ddf = RegistrationInferer("velocity")(torch.zeros(1, 2, *shape), Constant(velocity))
+    assert torch.equal(ddf, integrate(resample(velocity, shape), 7))
+
+
+@pytest.mark.parametrize("shape", [(13, 17), (9, 11, 16)])
+def test_padding_is_for_the_network_only(shape):
+    inputs, _ = inputs_and_field(shape)
+    padded = tuple(-(-s // 8) * 8 for s in shape)
+    field = smooth(padded, 2.0, seed=5)
+    network = Constant(field)
+    ddf = RegistrationInferer("displacement", divisible_pad=8)(inputs, network)
+    inside = (..., *[slice(s) for s in shape])
+    assert torch.equal(ddf, field[inside])
+    (seen,) = network.seen
+    assert seen.shape == (1, 2, *padded)
+    assert torch.equal(seen[inside], inputs)
+    outside = seen.clone()
+    outside[inside] = 0
+    assert torch.count_nonzero(outside) == 0
+
+
+def test_a_coarse_prediction_belongs_to_the_padded_grid():
+    shift = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+    network = Constant(shift.expand(1, 2, 8, 8))
+    ddf = RegistrationInferer("displacement", divisible_pad=16)(torch.zeros(1, 2, 13, 16), network)
+    torch.testing.assert_close(ddf, (shift * 15 / 7).expand(1, 2, 13, 16))
+
+
+@pytest.mark.parametrize("divisible_pad", [None, 1, 4])
+def test_nothing_is_padded_where_nothing_is_missing(divisible_pad):
+    network = Constant(torch.zeros(1, 2, 12, 16))
+    RegistrationInferer("displacement", divisible_pad=divisible_pad)(torch.zeros(1, 2, 12, 16), network)
+    assert network.seen[0].shape == (1, 2, 12, 16)
+
+
+def test_arguments_go_to_the_network():
+    def network(x: Tensor, scale: float, offset: float = 0.0) -> Tensor:
+        return torch.full_like(x, scale + offset)
+
+    ddf = RegistrationInferer("displacement")(torch.zeros(1, 2, 6, 6), network, 2.0, offset=0.5)
+    assert torch.equal(ddf, torch.full((1, 2, 6, 6), 2.5))
+
+
+def test_the_networks_field_can_be_trained_through():
+    """``refine=None`` keeps the graph: the gradient of a loss on the field reaches the network."""
+    network = Constant(smooth((5, 6), 1.0))
+    RegistrationInferer("velocity")(torch.zeros(1, 2, 10, 12), network).square().sum().backward()
+    assert float(network.field.grad.abs().min()) > 0
+
+
+def test_half_precision_predictions_become_float32_fields():
+    velocity = smooth((10, 12), 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ddf = RegistrationInferer("velocity")(torch.zeros(1, 2, 10, 12), lambda x: velocity.bfloat16())  # noqa: ARG005
+    assert ddf.dtype == torch.float32
+    assert torch.equal(ddf, integrate(velocity.bfloat16().float(), 7))
+
+
+# --- refinement -------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"iterations": 8, "compile": False, "similarity": "mse"}
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_refines_channel_0_onto_channel_1(shape, context):
+    inputs, truth = inputs_and_field(shape, batch=2)
+    prediction = 0.5 * truth
+    expected = refine(inputs[:, 1:], inputs[:, :1], prediction, **SETTINGS).ddf
+    with context():
+        ddf = RegistrationInferer("displacement", refine=SETTINGS)(inputs, Constant(prediction))
+    assert torch.equal(ddf, expected)
+    assert not ddf.requires_grad
+    start, end = (float(torch.linalg.vector_norm(d - truth, dim=1).mean()) for d in (prediction, ddf))
+    assert end < 0.8 * start
+
+
+def test_refines_the_integrated_velocity_on_the_unpadded_grid():
+    inputs, _ = inputs_and_field((13, 17))
+    velocity = smooth((8, 12), 0.5, seed=5)
+    inferer = RegistrationInferer("velocity", integration_steps=5, divisible_pad=4, refine=SETTINGS)
+    start = integrate(resample(velocity, (16, 20)), 5)[..., :13, :17]
+    expected = refine(inputs[:, 1:], inputs[:, :1], start, **SETTINGS).ddf
+    assert torch.equal(inferer(inputs, Constant(velocity)), expected)
+
+
+def test_the_settings_are_not_used_up():
+    inputs, truth = inputs_and_field((12, 14))
+    settings = dict(SETTINGS)
+    inferer = RegistrationInferer("displacement", refine=settings)
+    first, second = (inferer(inputs, Constant(0.5 * truth)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert settings == SETTINGS
+
+
+def test_an_empty_refinement_is_a_refinement_with_the_defaults():
+    inputs, truth = inputs_and_field((12, 14))
+    ddf = RegistrationInferer("displacement", refine={})(inputs, Constant(0.5 * truth))
+    assert torch.equal(ddf, refine(inputs[:, 1:], inputs[:, :1], 0.5 * truth).ddf)
+
+
+@pytest.mark.parametrize("settings", [None, SETTINGS])
+def test_meta_tensors_give_the_same_field(settings):
+    inputs, truth = inputs_and_field((12, 14))
+    inferer = RegistrationInferer("displacement", divisible_pad=8, refine=settings)
+    field = torch.nn.functional.pad(0.5 * truth, [0, 2, 0, 4])
+    expected = inferer(inputs, Constant(field))
+    meta = inferer(MetaTensor(inputs, affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0]))), Constant(field))
+    assert torch.equal(torch.as_tensor(meta), expected)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prediction": "flow"}, "prediction must be 'velocity' or 'displacement', got 'flow'"),
+        ({"integration_steps": 0}, "integration_steps must be at least 1, got 0"),
+        ({"divisible_pad": -3}, "divisible_pad must be"),
+    ],
+)
+def test_settings_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RegistrationInferer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        (torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 8), r"\(1, 1, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, 8), r"\(1, 3, 8, 8, 8\)"),
+        (torch.zeros(1, 2, 8, 8).numpy(), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs, got):
+    message = r"inputs must be \(B, 2, \*S\), channel 0 moving and channel 1 fixed, got " + got
+    with pytest.raises((TypeError, ValueError), match=message):
+        RegistrationInferer()(inputs, lambda x: x)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        torch.zeros(2, 1, 8, 8),
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(2, 2, 8),
+        torch.zeros(2, 3, 8, 8, 8),
+        torch.zeros(1, 2, 8, 8),
+        (torch.zeros(2, 2, 8, 8), torch.zeros(2, 2, 8, 8)),
+        None,
+    ],
+    ids=["too few channels", "too many channels", "rank", "3D", "another batch size", "tuple", "None"],
+)
+@pytest.mark.parametrize("prediction", ["velocity", "displacement"])
+def test_networks_that_do_not_fit(prediction, output):
+    with pytest.raises((TypeError, ValueError), match=rf"network must return a {prediction} "):
+        RegistrationInferer(prediction)(torch.zeros(2, 2, 8, 8), lambda x: output)  # noqa: ARG005
+
+
+def test_refinement_settings_are_checked_by_refine():
+    with pytest.raises(ValueError, match="similarity must be one of"):
+        RegistrationInferer("displacement", refine={"similarity": "ssim"})(noise(1, 2, 8, 8), torch.zeros_like)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepp'"):
+        RegistrationInferer("displacement", refine={"stepp": 1.0})(noise(1, 2, 8, 8), torch.zeros_like)

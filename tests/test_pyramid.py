@@ -1,0 +1,130 @@
+"""Levels: sizes, units, automatic scales and shrunken images."""
+
+import math
+
+import pytest
+import torch
+
+from monai_lm.pyramid import Level, automatic_scales, make_level, shrink
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "scale", "expected"),
+    [
+        ((64, 64, 64), (1, 1, 1), 4, (16, 16, 16)),
+        ((176, 224, 176), (1, 1, 1), 8, (22, 28, 22)),
+        ((256, 256), (0.5, 0.5), 2, (128, 128)),
+        ((256, 250), (1, 1), 1.5, (171, 167)),
+        ((64, 64, 20), (1, 1, 4), 2, (32, 32, 20)),  # slices are thicker than 2 mm: they stay
+        ((64, 64, 20), (1, 1, 4), 4, (16, 16, 20)),
+        ((64, 64, 20), (1, 1, 4), 8, (8, 8, 10)),  # 8 mm are two slices
+        ((20, 64, 64), (3.0, 0.7, 0.7), 2, (20, 32, 32)),
+        ((40, 12, 9), (1, 1, 1), 4, (10, 8, 8)),  # no axis is shrunk below 8 voxels
+        ((40, 5, 2), (1, 1, 1), 4, (10, 5, 2)),
+    ],
+)
+def test_sizes_of_a_level(size, spacing, scale, expected):
+    level = make_level(size, spacing, scale)
+    assert level.size == expected
+    assert level.scale == scale
+
+
+@pytest.mark.parametrize("size", [(33, 32), (20, 21, 22)])
+def test_scale_one_keeps_the_grid(size):
+    level = make_level(size, (2.5,) * len(size), 1)
+    assert level == Level(1, size, (1.0,) * len(size))
+
+
+def test_unit_is_one_along_the_finest_axis_and_less_along_coarser_ones():
+    level = make_level((64, 64, 20), (1, 1, 4), 1)
+    assert level.unit == (1.0, 1.0, 0.25)
+    assert level.in_voxels(2) == (2.0, 2.0, 0.5)
+
+
+def test_unit_uses_the_spacing_of_the_level():
+    """63 mm in 15 intervals against 76 mm in 19: corner voxels stay where they are."""
+    level = make_level((64, 64, 20), (1, 1, 4), 4)
+    edges = (63 / 15, 63 / 15, 4.0)
+    assert level.unit == pytest.approx([4.0 / e for e in edges])
+    assert max(level.unit) == 1
+    assert [u * e for u, e in zip(level.unit, edges, strict=True)] == pytest.approx([4.0] * 3)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1000.0])
+def test_a_level_does_not_depend_on_the_unit_of_the_spacing(factor):
+    expected = make_level((60, 50, 14), (0.8, 0.9, 5.0), 4)
+    level = make_level((60, 50, 14), [s * factor for s in (0.8, 0.9, 5.0)], 4)
+    assert level.size == expected.size
+    assert level.unit == pytest.approx(expected.unit)
+
+
+@pytest.mark.parametrize(
+    ("size", "predicted", "expected"),
+    [
+        ((64, 64, 64), False, (4, 2, 1)),
+        ((176, 224, 176), False, (8, 4, 2, 1)),
+        ((256, 256), False, (8, 4, 2, 1)),
+        ((40, 56, 40), False, (2, 1)),
+        ((12, 12, 12), False, (2, 1)),
+        ((4, 4), False, (1,)),
+        ((4, 5, 3), False, (1,)),
+        ((2, 2, 2), False, (1,)),
+        ((64, 64, 64), True, (2, 1)),
+        ((176, 224, 176), True, (2, 1)),
+        ((256, 256), True, (2, 1)),
+        ((4, 4), True, (1,)),
+        ((4, 5, 3), True, (1,)),
+    ],
+)
+def test_automatic_scales(size, predicted, expected):
+    assert automatic_scales(size, (1.0,) * len(size), predicted) == expected
+
+
+@pytest.mark.parametrize("slices", [7, 10, 15])
+def test_thick_slices_do_not_keep_the_plane_from_coarse_levels(slices):
+    """Only axes that are fine enough shrink, so a few slices that are never shrunk must not forbid coarse levels."""
+    size, spacing = (256, 256, slices), (1.0, 1.0, 10.0)
+    assert make_level(size, spacing, 8).size == (32, 32, slices)
+    assert automatic_scales(size, spacing, predicted=False) == (8, 4, 2, 1)
+    assert automatic_scales(size, spacing, predicted=True) == (2, 1)
+
+
+def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
+    assert automatic_scales((20, 64, 64), (4, 1, 1), False) == automatic_scales((64, 64, 20), (1, 1, 4), False)
+
+
+@pytest.mark.parametrize(("size", "small"), [((32, 28), (16, 14)), ((16, 18, 9), (8, 9, 9)), ((20, 20, 20), (5, 5, 5))])
+def test_shrink_keeps_constants(size, small):
+    image = torch.full((2, 1, *size), 7.25)
+    out = shrink(image, small)
+    torch.testing.assert_close(out, torch.full((2, 1, *small), 7.25), rtol=1e-6, atol=0)
+
+
+def test_shrink_to_the_same_size_returns_the_same_tensor(size):
+    image = torch.rand(1, 1, *size)
+    assert shrink(image, size) is image
+
+
+@pytest.mark.parametrize(("size", "small"), [((33, 29), (17, 15)), ((17, 21, 13), (9, 11, 13))])
+def test_shrink_keeps_linear_ramps_away_from_the_edge(size, small):
+    """Corner voxels coincide, so voxel ``i`` of the small image lies at ``i (old - 1) / (new - 1)``."""
+    for axis, (old, new) in enumerate(zip(size, small, strict=True)):
+        shape = [-1 if a == axis else 1 for a in range(len(size))]
+        ramp = torch.arange(old, dtype=torch.float64).view(1, 1, *shape).expand(1, 1, *size)
+        line = shrink(ramp, small).movedim(2 + axis, -1).reshape(-1, new)[0]
+        expected = torch.linspace(0, old - 1, new, dtype=torch.float64)
+        torch.testing.assert_close(line[3:-3], expected[3:-3], rtol=0, atol=1e-9)
+        assert (line - expected).abs().max() < 1
+
+
+def test_shrink_removes_what_the_coarse_grid_cannot_hold():
+    stripes = torch.tensor([1.0, -1.0]).repeat(32).view(1, 1, 64, 1).expand(1, 1, 64, 64)
+    assert shrink(stripes, (32, 64))[:, :, 2:-2].abs().max() < 0.35
+    assert shrink(stripes, (16, 64))[:, :, 2:-2].abs().max() < 1e-3
+    waves = torch.sin(torch.arange(64.0) * 2 * math.pi / 32).view(1, 1, 64, 1).expand(1, 1, 64, 64)
+    assert shrink(waves, (32, 64)).abs().max() > 0.95
+
+
+def test_shrink_does_not_smooth_an_axis_that_keeps_its_length(random_tensor):
+    image = random_tensor((1, 1, 1, 12)).expand(1, 1, 32, 12)
+    torch.testing.assert_close(shrink(image, (16, 12)), image[:, :, :16], rtol=1e-12, atol=1e-12)
