@@ -64,8 +64,8 @@ def brain_example(resolution: int = 2, seed: int = 0) -> Example:
         smooth = gaussian_smooth(noise, length / resolution)
         return smooth * (millimetres / resolution) / torch.linalg.vector_norm(smooth, dim=1).mean()
 
-    shape = velocity(5.0, 14.0)
-    truth = integrate(shape + velocity(1.5, 6.0))
+    shape = velocity(4.0, 16.0)
+    truth = integrate(shape + velocity(1.2, 9.0))
     prediction = integrate(0.8 * shape + velocity(1.0, 10.0))
     bias = (
         1 + 0.3 * gaussian_smooth(torch.randn(moving.shape, generator=generator), 20.0 / resolution) * 100 / resolution

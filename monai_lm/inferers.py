@@ -28,8 +28,8 @@ class RegistrationInferer(Inferer):
         refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
 
     Raises:
-        ValueError: unknown ``prediction``, ``integration_steps < 1``, or (when called) inputs or predictions of the
-            wrong shape.
+        ValueError: unknown ``prediction``, ``integration_steps`` or ``divisible_pad`` below 1; when called, inputs or
+            predictions of the wrong shape.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class RegistrationInferer(Inferer):
             raise ValueError(f"prediction must be 'velocity' or 'displacement', got {prediction!r}")
         if integration_steps < 1:
             raise ValueError(f"integration_steps must be at least 1, got {integration_steps}")
+        if divisible_pad is not None and (not isinstance(divisible_pad, int) or divisible_pad < 1):
+            raise ValueError(f"divisible_pad must be None or a whole number of at least 1, got {divisible_pad!r}")
         self.prediction = prediction
         self.integration_steps = integration_steps
         self.divisible_pad = divisible_pad
@@ -70,6 +72,10 @@ class RegistrationInferer(Inferer):
         if self.divisible_pad:
             padded = F.pad(inputs, [p for s in reversed(size) for p in (0, -s % self.divisible_pad)])
         ddf = self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
+        if ddf.shape[0] != inputs.shape[0]:
+            raise ValueError(
+                f"network must return a {self.prediction} for each of {inputs.shape[0]} pairs, got {ddf.shape[0]}"
+            )
         for axis, length in enumerate(size):
             ddf = ddf.narrow(2 + axis, 0, length)
         if self.refine is None:
@@ -79,10 +85,10 @@ class RegistrationInferer(Inferer):
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
         """Turn a network's prediction ``(B, n, *P)`` into a displacement on a grid of ``size``, differentiably."""
-        if prediction.dim() != len(size) + 2 or prediction.shape[1] != len(size):
-            raise ValueError(
-                f"network must return a {self.prediction} (B, {len(size)}, *P), got shape {tuple(prediction.shape)}"
-            )
+        n = len(size)
+        if not isinstance(prediction, Tensor) or prediction.dim() != n + 2 or prediction.shape[1] != n:
+            got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+            raise ValueError(f"network must return a {self.prediction} (B, {n}, *P), got {got}")
         with torch.autocast(prediction.device.type, enabled=False):
             field = resample(prediction.float(), size)
             return integrate(field, self.integration_steps) if self.prediction == "velocity" else field

@@ -12,7 +12,7 @@ from monai_lm.fields import gaussian_smooth
 
 __all__ = ["Level", "automatic_scales", "make_level", "shrink"]
 
-_COARSEST = 16  # voxels; a level whose longest axis is shorter says nothing about the motion
+_COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
 _SHORTEST = 8  # voxels; axes are not shrunk below this
 
 

@@ -207,6 +207,8 @@ def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> l
         if iterations != "auto":
             raise ValueError(f"iterations must be 'auto', a number or a sequence, got {iterations!r}")
         return [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
+    if isinstance(iterations, bool):
+        raise TypeError(f"iterations must be 'auto', a whole number or a sequence of them, got {iterations!r}")
     try:
         counts = [index(i) for i in ([iterations] * len(scales) if isinstance(iterations, int) else iterations)]
     except TypeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -68,7 +68,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
     """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
-    if isinstance(value, bool) or not isinstance(value, Real | np.number):
+    if isinstance(value, bool) or not isinstance(value, Real | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     bound = f"{'greater than' if exclusive else 'at least'} {minimum}"
     number = float(value)
@@ -84,7 +84,7 @@ def check_control(control: Any, acceptance: Any, window: Any) -> None:
         raise ValueError(f"control must be one of {CONTROLS}, got {control!r}")
     if acceptance not in ACCEPTANCES:
         raise ValueError(f"acceptance must be one of {ACCEPTANCES}, got {acceptance!r}")
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+    if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of voxels, got {window!r}")
 
 
@@ -94,7 +94,7 @@ def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
         return (1.0,) * n
     message = f"spacing must be {n} positive numbers, one per axis, got {spacing}"
     try:
-        values = tuple(float(s) for s in spacing)
+        values = () if isinstance(spacing, str) else tuple(float(s) for s in spacing)
     except (TypeError, ValueError) as error:
         raise ValueError(message) from error
     if len(values) != n or not all(0 < s < math.inf for s in values):
@@ -108,7 +108,10 @@ def per_level(name: str, value: float | Sequence[float], levels: int, minimum: f
     Raises:
         ValueError: a value out of range, or fewer values than levels.
     """
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * levels
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        check_number(name, value, minimum, exclusive)
+        return [float(value)] * levels
+    values = list(value)
     for v in values:
         check_number(name, v, minimum, exclusive)
     if len(values) < levels:

@@ -12,7 +12,7 @@ from monai_lm.refinement import refine
 
 @pytest.fixture(scope="module")
 def example():
-    return brain_example(resolution=4, seed=0)
+    return brain_example(resolution=3, seed=0)
 
 
 def test_truth_and_prediction_are_diffeomorphic_and_the_truth_is_exact(example):
@@ -24,8 +24,8 @@ def test_truth_and_prediction_are_diffeomorphic_and_the_truth_is_exact(example):
 
 
 def test_same_seed_same_example_other_seed_another(example):
-    assert torch.equal(brain_example(4, 0).fixed, example.fixed)
-    assert not torch.equal(brain_example(4, 1).truth, example.truth)
+    assert torch.equal(brain_example(3, 0).fixed, example.fixed)
+    assert not torch.equal(brain_example(3, 1).truth, example.truth)
 
 
 def test_refinement_reduces_the_error_of_the_prediction(example):

@@ -691,6 +691,9 @@ def test_compiled_kernels_give_the_same_field():
     fused = run(fixed, moving, 0.5 * truth, compile=True, **settings)
     torch.testing.assert_close(fused.ddf, eager.ddf, rtol=0, atol=1e-4)
     assert error(eager.ddf, 0.5 * truth) > 0.01
+    with torch.inference_mode():
+        inside = run(fixed.clone(), moving.clone(), 0.5 * truth, compile=True, **settings)
+    assert torch.equal(inside.ddf, fused.ddf)
     automatic = refine(fixed, moving, 0.5 * truth, **settings)
     assert torch.equal(automatic.ddf, eager.ddf)  # "auto" does not compile for so little
 

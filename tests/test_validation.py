@@ -160,7 +160,8 @@ def test_an_infinite_number_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [("1", "str"), (None, "NoneType"), (True, "bool"), ([1], "list"), (1j, "complex")]
+    ("value", "kind"),
+    [("1", "str"), (None, "NoneType"), (True, "bool"), ([1], "list"), (1j, "complex"), (np.complex64(1j), "complex64")],
 )
 def test_what_is_no_number_is_refused(value, kind):
     with refusal(TypeError, f"damping must be a number, got {kind}"):
@@ -210,7 +211,9 @@ def test_bad_spacing_is_refused(spacing):
         check_spacing(spacing, 3)
 
 
-@pytest.mark.parametrize("spacing", [2.0, "abc", (1, None, 1), object()], ids=["number", "text", "None", "object"])
+@pytest.mark.parametrize(
+    "spacing", [2.0, "abc", "123", (1, None, 1), object()], ids=["number", "text", "digits", "None", "object"]
+)
 def test_spacing_that_is_no_sequence_of_numbers_is_refused_by_name(spacing):
     with pytest.raises((TypeError, ValueError), match="spacing must be 3 positive numbers, one per axis, got"):
         check_spacing(spacing, 3)

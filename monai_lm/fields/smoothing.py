@@ -36,9 +36,14 @@ def gaussian_smooth(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
     Returns:
         ``(B, C, *S)``.
+
+    Raises:
+        ValueError: another number of standard deviations than axes.
     """
     n = x.dim() - 2
     sigmas = [float(sigma)] * n if isinstance(sigma, int | float) else [float(s) for s in sigma]
+    if len(sigmas) != n:
+        raise ValueError(f"sigma must be one number or one per axis ({n}), got {len(sigmas)}")
     for axis, s in enumerate(sigmas):
         taps = gaussian_taps(s)
         if len(taps) > 1:

@@ -25,15 +25,18 @@ def write_itk_ddf(path: str | Path, ddf: np.ndarray, affine: np.ndarray) -> None
     Raises:
         ValueError: the field is not ``(n, *S)`` with ``n = len(S)`` 2 or 3, or the affine not an invertible 4×4.
     """
-    path, affine = Path(path), np.asarray(affine, dtype=np.float64)
+    path = Path(path)
+    ddf, affine = np.asarray(ddf, dtype=np.float64), np.asarray(affine, dtype=np.float64)
     n = ddf.ndim - 1
     if n not in (2, 3) or ddf.shape[0] != n:
         raise ValueError(f"ddf must be (n, *S) with n = len(S) = 2 or 3, got shape {ddf.shape}")
-    if affine.shape != (4, 4) or abs(np.linalg.det(affine)) < 1e-12:
+    if not np.isfinite(ddf).all():
+        raise ValueError(f"ddf must be finite, got {int((~np.isfinite(ddf)).sum())} NaN or infinite values")
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
         raise ValueError(f"affine must be an invertible (4, 4) matrix, got shape {affine.shape}:\n{affine}")
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
-    ras = np.einsum("ij,j...->...i", affine[:n, :n], ddf.astype(np.float64))
+    ras = np.einsum("ij,j...->...i", affine[:n, :n], ddf)
     lps = ras * np.array([-1.0, -1.0, 1.0])[:n]
     data = lps[..., None, :] if n == 3 else lps[:, :, None, None, :]
     image = nib.Nifti1Image(data.astype(np.float32), affine)

@@ -58,7 +58,6 @@ class ModuleSimilarity(Similarity):
                 f"similarity must return its loss as a tensor, {type(self.module).__name__} returned a "
                 f"{type(loss).__name__}"
             )
-        averaged = loss.dim() == 0 or loss.numel() == 1
-        if averaged and getattr(self.module, "reduction", "mean") != "sum":
+        if loss.numel() == 1 and getattr(self.module, "reduction", "mean") not in ("sum", "none"):
             return loss.sum() * warped[0, 0].numel()
         return loss.sum()

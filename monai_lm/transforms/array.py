@@ -62,7 +62,7 @@ class RefineDDF(Transform):
         if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
             kwargs["spacing"] = fixed.pixdim.tolist()
         result = refine(images[0], images[1], predicted, **kwargs)
-        out = MetaTensor(result.ddf[0], affine=fixed.affine if isinstance(fixed, MetaTensor) else None)
+        out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
             "final_loss": float(result.final_loss[0]),
@@ -112,7 +112,7 @@ class WarpImage(Transform):
         out = warp(image[None].float(), field[None].float(), self.mode, self.padding_mode)[0]
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
-            return MetaTensor(out, affine=ddf.affine, meta=meta)
+            return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
         return out
 
 

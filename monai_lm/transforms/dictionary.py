@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class SaveDDFd(MapTransform):
     Args:
         keys: displacement fields ``(n, *S)`` in voxels.
         output_dir: folder, made if missing.
-        output_postfix: the file is ``<name>_<postfix>.nii.gz``.
+        output_postfix: the file is ``<name>_<postfix>.nii.gz``; one per key, default: the key.
         name_key: the files' name: a string, or a ``MetaTensor`` whose file name is used. Default: the key.
         affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
         allow_missing_keys: do not raise for missing ``keys``.
@@ -122,24 +122,28 @@ class SaveDDFd(MapTransform):
         self,
         keys: KeysCollection,
         output_dir: str | Path = ".",
-        output_postfix: str = "ddf",
+        output_postfix: str | Sequence[str] | None = None,
         name_key: str | None = None,
         affine_key: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.save = SaveDDF(output_dir, output_postfix)
+        given = self.keys if output_postfix is None else output_postfix
+        postfixes = [given] if isinstance(given, str) else [str(postfix) for postfix in given]
+        if len(postfixes) != len(self.keys) or len(set(postfixes)) < len(postfixes):
+            raise ValueError(f"output_postfix must be one per key of {self.keys}, all different, got {postfixes}")
+        self.saves = [SaveDDF(output_dir, postfix) for postfix in postfixes]
         self.name_key = name_key
         self.affine_key = affine_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write every field; the data is returned unchanged."""
         d = dict(data)
-        for key in self.key_iterator(d):
+        for key, save in self.key_iterator(d, self.saves):
             ddf = d[key]
-            if self.affine_key is not None and isinstance(d[self.affine_key], MetaTensor):
+            if self.affine_key is not None and not isinstance(ddf, MetaTensor):
                 ddf = MetaTensor(ddf, affine=d[self.affine_key].affine)
-            self.save(ddf, self._name(d, key))
+            save(ddf, self._name(d, key))
         return d
 
     def _name(self, data: Mapping[Hashable, Any], key: Hashable) -> str:

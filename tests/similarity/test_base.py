@@ -212,6 +212,12 @@ def test_standardized_channels_have_zero_mean_and_unit_variance(size, pair):
     torch.testing.assert_close(scale.view(2, 2), image.std(axes, correction=0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_standardize_leaves_no_mean_of_a_large_offset_in_float32(offset, random_tensor):
+    image = random_tensor((1, 1, 24, 24, 24), dtype=torch.float32) + offset
+    assert standardize(image)[0].double().mean().abs() < 1e-6
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_standardize_survives_extreme_intensities_in_float32(size, factor, pair):
     image = pair(size, dtype=torch.float32)[0]

@@ -60,7 +60,7 @@ def test_predict_refines_in_inference_mode(tmp_path):
     assert fold_count(refined).tolist() == [0, 0]
 
 
-def test_settings_are_saved(tmp_path):
+def test_settings_are_saved():
     module = RegistrationModule(_network(), labels=2, smoothness=0.7)
     assert module.hparams["smoothness"] == 0.7
     assert "network" not in module.hparams
