@@ -6,9 +6,10 @@ import warnings
 
 from jsonargparse import auto_cli
 
+from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
-    auto_cli([hippocampus, brain], as_positional=False)
+    auto_cli([hippocampus, brain, ablation], as_positional=False)

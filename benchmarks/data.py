@@ -10,7 +10,10 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import torch
-from torch import Tensor
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from monai_lm import RegistrationInferer
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "bundles" / "hippocampus_mr_registration"
@@ -38,6 +41,16 @@ def hippocampus_data() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def hippocampus_network(weights: str | Path) -> tuple[nn.Module, RegistrationInferer]:
+    """The bundle's network with these weights, and the inferer that integrates what it predicts."""
+    config = ConfigParser()
+    config.read_config(BUNDLE / "configs" / "inference.json")
+    network = config.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+    return network, RegistrationInferer("velocity", int(config["integration_steps"]))
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from torch import Tensor
 
 import monai_lm
 from benchmarks.adam import refine_with_adam
-from benchmarks.data import BUNDLE, data_root, hippocampus_data
+from benchmarks.data import BUNDLE, data_root, hippocampus_data, hippocampus_network
 from benchmarks.metrics import mean_dice, paired_bootstrap
-from monai_lm import RegistrationInferer
 from monai_lm.fields import fold_count
 from monai_lm.pyramid import automatic_scales
 
@@ -46,12 +44,7 @@ def hippocampus(
     """
     data = hippocampus_data()
     dataset = data.PairDataset(data.load_subjects(data_root("hippocampus"), part), pairs, seed=0)
-    config = ConfigParser()
-    config.read_config(BUNDLE / "configs" / "inference.json")
-    network = config.get_parsed_content("network_def")
-    network.load_state_dict(torch.load(weights, weights_only=True))
-    network.eval()
-    predict = RegistrationInferer("velocity", int(config["integration_steps"]))
+    network, predict = hippocampus_network(weights)
     methods = _methods(adam_steps, identity, compile)
     rows: list[dict[str, Any]] = []
     for index in range(pairs):
