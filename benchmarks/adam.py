@@ -26,7 +26,7 @@ class _AdamRun(LevelRun):
     second: Tensor
     count = 0
 
-    def step(self, at: Iterate, trust: Trust, check: bool) -> tuple[Iterate, Trust]:
+    def step(self, at: Iterate, trust: Trust, mend: bool) -> tuple[Iterate, Trust]:
         self.count += 1
         if self.first is None:
             self.first, self.second = torch.zeros_like(at.smooth), torch.zeros_like(at.smooth)
@@ -37,7 +37,7 @@ class _AdamRun(LevelRun):
         v = -self.settings.step * m / (s.sqrt() + 1e-8 * scale)
         still = replace(trust, damping=torch.ones_like(trust.damping), reference=torch.ones_like(trust.damping))
         residual = levenberg.advance(at.residual, v, still, self.smooth_residual)
-        if check:
+        if mend:
             residual = repair(residual, self.prediction)
         return self.evaluate(residual, self.displacement(residual)), trust
 

@@ -20,7 +20,8 @@ from monai_lm.similarity import Similarity
 
 __all__ = ["Iterate", "LevelRun", "Settings", "pick"]
 
-_LOOK = 10  # iterations between two looks at folds and the plateau: the only host synchronisations
+_LOOK = 10  # iterations between two looks at the plateau, each a host synchronisation
+_MEND = 50  # iterations between two repairs; a level's end is repaired in any case, and this is for long levels only
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ class LevelRun:
         """Loss ``(B,)`` at a residual."""
         return self.evaluate(residual, self.displacement(residual)).loss
 
-    def step(self, at: Iterate, trust: Trust, check: bool) -> tuple[Iterate, Trust]:
-        """Candidate after one step, and the state that knows what the step promised; ``check`` repairs folds."""
+    def step(self, at: Iterate, trust: Trust, mend: bool) -> tuple[Iterate, Trust]:
+        """Candidate after one step, and the state that knows what the step promised; ``mend`` repairs folds."""
         residual, ddf, expected = self._advance(
             at.residual, at.gradient, at.smooth, self.prediction, trust, self.unit, self.settings.step,
             self.settings.window, self.smooth_residual,
         )  # fmt: skip
-        if check and (mended := repair(residual, self.prediction)) is not residual:
+        if mend and (mended := repair(residual, self.prediction)) is not residual:
             residual, ddf = mended, self.displacement(mended)
         return self.evaluate(residual, ddf), replace(trust, expected=expected)
 
@@ -108,7 +109,7 @@ class LevelRun:
             if self._out_of_time():
                 break
             look = k % _LOOK == 0
-            candidate, trust = self.step(at, trust, check=look)
+            candidate, trust = self.step(at, trust, mend=k % _MEND == 0)
             used = _relative(trust, delta)
             chance = levenberg.chance(settings.seed, k) if settings.acceptance == "metropolis" else 0.0
             accepted, gain, trust = levenberg.judge(

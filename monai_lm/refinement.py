@@ -174,7 +174,7 @@ def _finish(
         folds = fold_count(predicted)
         shift = torch.linalg.vector_norm(start - predicted, dim=1).flatten(1).mean(1)
     return RefinementResult(
-        ddf=ddf.clone() if ddf is predicted else ddf,
+        ddf=ddf,
         history=record.history(),
         initial_loss=initial / voxels,
         final_loss=torch.where(better, loss, initial) / voxels,

@@ -146,20 +146,21 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
     """
-    folding = folded_cells(_composed(outer, ddf), margin).flatten(1).any(1)
-    if not bool(folding.any()):
+    folded = folded_cells(_composed(outer, ddf), margin)
+    folding = folded.flatten(1).any(1).nonzero().flatten().tolist()
+    if not folding:
         return ddf
     pairs = list(ddf.split(1))
-    for index in folding.nonzero().flatten().tolist():  # one by one: a pair must not depend on its batch
-        pairs[index] = _unfold(pairs[index], None if outer is None else outer[index : index + 1], margin, rounds)
+    for index in folding:  # one by one: a pair must not depend on its batch
+        pair = slice(index, index + 1)
+        pairs[index] = _unfold(pairs[index], folded[pair], None if outer is None else outer[pair], margin, rounds)
     return torch.cat(pairs)
 
 
-def _unfold(out: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Tensor:
-    """Repair one pair, ``(1, n, *S)``."""
+def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Tensor:
+    """Repair one pair ``(1, n, *S)`` whose folded cells are given."""
     sigma, fewest = 1.0, None
     for _ in range(rounds):
-        folded = folded_cells(_composed(outer, out), margin)
         count = int(folded.sum())
         if count == 0:
             return out
@@ -168,6 +169,7 @@ def _unfold(out: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Te
         fewest = count if fewest is None else min(fewest, count)
         weight = _near(folded, max(1, round(sigma)))
         out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
+        folded = folded_cells(_composed(outer, out), margin)
     mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
     for _ in range(50):
         if not bool(folded_cells(_composed(outer, out), margin).any()):
