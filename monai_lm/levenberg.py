@@ -197,7 +197,9 @@ def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
 
 
 def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float]) -> Tensor:
-    """Compose the step into the residual map and smooth it: ``r ← r + α (G r' - r)``-like, with ``r' = r ∘ (id + v)``.
+    """Compose the step into the residual map and smooth it.
+
+    ``r ← r' + α (G r' - r')`` with ``id + r' = (id + r) ∘ (id + v)`` and ``G`` a Gaussian.
 
     The elastic smoothing is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the
     map, not only the step, goes to zero when steps are rejected.

@@ -214,6 +214,8 @@ def _check_group(group: dict[str, Any]) -> None:
     check_number("smooth_gradient", group["smooth_gradient"], 0)
     check_number("smooth_residual", group["smooth_residual"], 0)
     check_number("repair_every", group["repair_every"], 0)
+    if group["repair_every"] != int(group["repair_every"]):
+        raise ValueError(f"repair_every must be a whole number of steps, got {group['repair_every']}")
     check_number("lr", group["lr"], 0)
     check_control(group["control"], group["acceptance"], group["window"])
     for field in group["params"]:

@@ -99,37 +99,44 @@ def refine(
     sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
     _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
     deadline = float("inf") if seconds is None else started + seconds
+    measure = get_similarity(similarity)
     settings = Settings(
-        get_similarity(similarity),
-        step,
-        control,
-        acceptance,
-        window,
-        smooth_residual,
-        tolerance,
-        seed,
-        compile,
-        deadline,
-    )
+        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, compile, deadline
+    )  # fmt: skip
+    stages = list(zip(levels, counts, dampings, sigmas, strict=True))
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        fixed, moving = _normal(fixed), _normal(moving)
-        ddf = None if ddf is None else _normal(ddf)
-        repaired = None if ddf is None else repair(ddf)
-        record = Record(fixed.shape[0], started)
-        residual = _identity(fixed)
-        for level, count, delta, sigma in zip(levels, counts, dampings, sigmas, strict=True):
-            run = LevelRun(level, fixed, moving, repaired, settings, sigma, count)
-            residual, loss = run.iterate(run.start(residual), delta, count, record, bar)
-        if levels[-1].size != tuple(size):
-            run = LevelRun(make_level(size, edges, 1), fixed, moving, repaired, settings, sigmas[-1], 1)
-            residual = run.start(residual)
-            loss = run.loss(residual)
-        return _finish(run, residual, loss, ddf, _constant(fixed, moving), record, started)
+        return _coarse_to_fine(fixed, moving, ddf, stages, make_level(size, edges, 1), settings, bar, started)
+
+
+def _coarse_to_fine(
+    fixed: Tensor,
+    moving: Tensor,
+    ddf: Tensor | None,
+    stages: list[tuple[Level, int, float, float]],
+    finest: Level,
+    settings: Settings,
+    bar: tqdm,
+    started: float,
+) -> RefinementResult:
+    """Run the stages (level, iterations, damping, smoothing of the gradient) and end on the grid of the images."""
+    fixed, moving = _normal(fixed), _normal(moving)
+    ddf = None if ddf is None else _normal(ddf)
+    repaired = None if ddf is None else repair(ddf)
+    record = Record(fixed.shape[0], started)
+    residual = _identity(fixed)
+    for level, count, delta, sigma in stages:
+        run = LevelRun(level, fixed, moving, repaired, settings, sigma, count)
+        residual, loss = run.iterate(run.start(residual), delta, count, record, bar)
+    if level.size != finest.size:
+        run = LevelRun(finest, fixed, moving, repaired, settings, sigma, 1)
+        residual = run.start(residual)
+        loss = run.loss(residual)
+    return _finish(run, residual, loss, ddf, _constant(fixed, moving), record, started)
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
         same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
         if bool(same.any()):
             pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=3)
+            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=4)
         constant |= same
     return constant
 
@@ -239,5 +246,5 @@ def _check_settings(
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     check_control(control, acceptance, window)
-    if fuse not in ("auto", True, False):
+    if not (isinstance(fuse, bool) or fuse == "auto"):
         raise ValueError(f"compile must be 'auto', True or False, got {fuse!r}")

@@ -1,4 +1,4 @@
-"""Displacement fields as ITK, ANTs, SimpleITK and Slicer read them."""
+"""Displacement fields in ITK's convention, which ANTs and Slicer share; tested with SimpleITK."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class WarpImage(Transform):
 
 
 class SaveDDF(Transform):
-    """Write a field as a NIfTI displacement field that ANTs, SimpleITK and Slicer read.
+    """Write a field as a NIfTI displacement field in ITK's convention (LPS millimetres); tested with SimpleITK.
 
     Args:
         output_dir: folder, made if missing.
