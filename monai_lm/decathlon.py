@@ -28,8 +28,10 @@ def register_pair(root: Path, fixed: int, moving: int) -> str:
         moving: index of the moving image.
 
     Raises:
-        ValueError: an index out of range.
+        ValueError: no such folder, or an index out of range.
     """
+    if not root.is_dir():
+        raise ValueError(f"root_dir must be an existing folder, got {str(root)!r}")
     dataset = DecathlonDataset(
         root, _TASK, section="training", val_frac=0.0, cache_num=0, download=not (root / _TASK).is_dir(), progress=True
     )

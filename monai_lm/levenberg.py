@@ -196,7 +196,7 @@ def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
     return -(gradient * v).flatten(1).sum(1)
 
 
-def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float]) -> Tensor:
+def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float], rate: float = 1) -> Tensor:
     """Compose the step into the residual map and smooth it.
 
     ``r ← r' + α (G r' - r')`` with ``id + r' = (id + r) ∘ (id + v)`` and ``G`` a Gaussian.
@@ -209,11 +209,12 @@ def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence
         v: ``(B, n, *S)`` step in voxels.
         trust: state of the damping; pairs without damping stay as they are.
         smooth_residual: standard deviation of the Gaussian per axis, in voxels.
+        rate: at most 1, multiplies α.
     """
     moved = compose(residual, v)
     if any(s > 0 for s in smooth_residual):
         smooth = gaussian_smooth(moved, smooth_residual)
-        moved = moved + per_voxel(step_length(trust), moved) * (smooth - moved)
+        moved = moved + per_voxel(rate * step_length(trust), moved) * (smooth - moved)
     return torch.where(per_voxel(trust.damping, moved) > 0, moved, residual)
 
 

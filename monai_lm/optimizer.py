@@ -54,7 +54,7 @@ class FactoredLM(Optimizer):
         repair_every: repair folds at every so many steps; 0 never.
         eulerian: ``.grad`` already holds the gradient for compositional updates.
         seed: of the ``"metropolis"`` acceptance.
-        lr: multiplies ``step``; it is what torch's learning-rate schedulers change.
+        lr: multiplies ``step`` and, up to 1, the elastic smoothing; it is what torch's learning-rate schedulers change.
 
     Raises:
         ValueError: a setting out of range, or a parameter that is no ``(B, n, *S)`` field with ``n = len(S)``.
@@ -145,7 +145,7 @@ class FactoredLM(Optimizer):
             if not isinstance(loss, Tensor):
                 raise TypeError(f"closure must return the loss as a torch.Tensor, got {type(loss).__name__}")
             batches = {p.shape[0] for p in fields}
-            if loss.numel() != 1 and (len(batches) > 1 or tuple(loss.shape) != (fields[0].shape[0],)):
+            if loss.dim() and (len(batches) > 1 or tuple(loss.shape) not in ((fields[0].shape[0],), (1,))):
                 raise ValueError(
                     f"closure must return a scalar or ({fields[0].shape[0]},) losses, got shape {tuple(loss.shape)} "
                     f"for fields of batch sizes {sorted(batches)}"
@@ -166,7 +166,7 @@ class FactoredLM(Optimizer):
         smooth = gaussian_smooth(gradient, level.in_voxels(group["smooth_gradient"]))
         trust = self._trust(field, group, smooth * unit, loss.reshape(-1).to(field.dtype))
         v = levenberg.direction(smooth * unit, trust, group["lr"] * group["step"], group["window"]) * unit
-        moved = levenberg.advance(field, v, trust, level.in_voxels(group["smooth_residual"]))
+        moved = levenberg.advance(field, v, trust, level.in_voxels(group["smooth_residual"]), min(1, group["lr"]))
         state = self.state[field]
         state["step"] += 1
         if group["repair_every"] and state["step"] % group["repair_every"] == 0:

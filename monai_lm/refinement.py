@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import index
 
@@ -20,7 +21,7 @@ from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
 
-__all__ = ["refine"]
+__all__ = ["check_keywords", "refine"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def refine(
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         smooth_residual: standard deviation of the elastic smoothing of the residual, in the same unit.
         spacing: voxel edge per axis, in millimetres; smoothing and steps are then isotropic in space.
-        seconds: time budget; the result so far is returned when it is spent.
+        seconds: time budget, looked at between iterations; the result so far is returned when it is spent. Compiling,
+            and making sure that the result has no folds, come on top.
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
         seed: of the ``"metropolis"`` acceptance.
         compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays.
@@ -84,6 +86,9 @@ def refine(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range, or shapes, grids or devices that do not fit; the message names it.
+
+    Warns:
+        UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
     """
     started = time.perf_counter()
     fixed, moving = plain("fixed", fixed), plain("moving", moving)
@@ -98,6 +103,8 @@ def refine(
     dampings = per_level("damping", damping, len(levels), 0, exclusive=True)
     sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
     _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
     settings = Settings(
@@ -111,6 +118,13 @@ def refine(
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
         return _coarse_to_fine(fixed, moving, ddf, stages, make_level(size, edges, 1), settings, bar, started)
+
+
+def check_keywords(owner: str, names: Iterable[str]) -> None:
+    """Keyword arguments of :func:`refine` that its callers keep until they call it; TypeError for any other name."""
+    known = [p.name for p in inspect.signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(names) - set(known)):
+        raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
 
 
 def _coarse_to_fine(
@@ -173,6 +187,9 @@ def _finish(
     voxels = run.moving[0, 0].numel()
     start = torch.zeros_like(residual) if run.prediction is None else run.prediction
     initial = run.loss(torch.zeros_like(residual))
+    if not bool(torch.isfinite(initial).all()):
+        pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
+        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=4)
     better = (loss <= initial) & ~constant
     ddf = pick(better, run.displacement(residual), start)
     if predicted is None:

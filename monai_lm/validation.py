@@ -14,7 +14,16 @@ from torch import Tensor
 
 from monai_lm.levenberg import ACCEPTANCES, CONTROLS
 
-__all__ = ["check_control", "check_field", "check_images", "check_number", "check_spacing", "per_level", "plain"]
+__all__ = [
+    "check_control",
+    "check_field",
+    "check_finite",
+    "check_images",
+    "check_number",
+    "check_spacing",
+    "per_level",
+    "plain",
+]
 
 
 def plain(name: str, value: Any) -> Tensor:
@@ -47,7 +56,7 @@ def check_images(fixed: Tensor, moving: Tensor) -> None:
     if fixed.device != moving.device:
         raise ValueError(f"fixed and moving must be on one device, got {fixed.device} and {moving.device}")
     for name, image in (("fixed", fixed), ("moving", moving)):
-        _check_finite(name, image)
+        check_finite(name, image)
 
 
 def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device: torch.device) -> None:
@@ -57,10 +66,11 @@ def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device:
         raise ValueError(f"{name} must be (B, n, *S) = {expected} on the grid of fixed, got shape {tuple(ddf.shape)}")
     if ddf.device != device:
         raise ValueError(f"{name} must be on the device of fixed, {device}, got {ddf.device}")
-    _check_finite(name, ddf)
+    check_finite(name, ddf)
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity."""
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")

@@ -425,9 +425,17 @@ def test_learning_rate_schedulers_shrink_the_step():
     assert longest[1] == pytest.approx(0.1 * longest[0], rel=0.4)  # the field has changed, and with it the gradient
     assert longest[2] == pytest.approx(0.1 * longest[1], rel=0.1)
     assert optimizer.param_groups[0]["step"] == 0.4
+
+
+def test_without_a_learning_rate_nothing_moves_not_even_by_smoothing():
+    weight = gaussian_smooth(noise(1, 2, 12, 12), 1.0)
+    field = zeros((12, 12))
+    optimizer = FactoredLM([field], step=0.4, smooth_residual=0.8)
+    optimizer.step(lambda: (weight * field).sum())
     optimizer.param_groups[0]["lr"] = 0.0
     before = field.detach().clone()
     optimizer.step(lambda: (weight * field).sum())
+    assert before.abs().max() > 0.1
     assert torch.equal(field.detach(), before)
 
 

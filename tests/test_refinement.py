@@ -507,7 +507,8 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("acceptance", ACCEPTANCES)
 def test_a_loss_that_is_never_finite_leaves_the_prediction(bad, acceptance):
     fixed, moving, truth = pair(FLAT)
-    result = run(fixed, moving, 0.5 * truth, similarity=Broken(bad), acceptance=acceptance, iterations=12)
+    with pytest.warns(UserWarning, match=r"similarity is not finite at the prediction of pairs \[0\]"):
+        result = run(fixed, moving, 0.5 * truth, similarity=Broken(bad), acceptance=acceptance, iterations=12)
     assert torch.equal(result.ddf, 0.5 * truth)
 
 
@@ -835,6 +836,7 @@ BAD_SETTINGS = [
     ({"seconds": "short"}, TypeError, "seconds must be a number, got str"),
     ({"tolerance": -0.1}, ValueError, "tolerance must be (finite and )?at least 0, got -0.1"),
     ({"compile": "yes"}, ValueError, "compile must be 'auto', True or False, got 'yes'"),
+    ({"seed": 1.5}, TypeError, "seed must be a whole number, got 1.5"),
     ({"compile": None}, ValueError, "compile must be 'auto', True or False, got None"),
 ]
 

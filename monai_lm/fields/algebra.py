@@ -36,9 +36,14 @@ def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
     Returns:
         ``(B, n, *S)`` displacement in voxels, the exponential of the velocity.
 
+    Raises:
+        ValueError: a negative number of steps.
+
     Source:
         Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
     """
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
     ddf = velocity / 2**steps
     for _ in range(steps):
         ddf = compose(ddf, ddf)
@@ -57,8 +62,15 @@ def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
 
     Returns:
         ``(B, n, *size)`` in voxels of the new grid; the same tensor if the size is unchanged.
+
+    Raises:
+        ValueError: another number of axes, or an axis, old or new, of fewer than 2 voxels.
     """
     old = ddf.shape[2:]
+    if len(size) != len(old) or min(*size, *old) < 2:
+        raise ValueError(
+            f"size must be {len(old)} voxel counts of at least 2 for a field of {tuple(old)} voxels, got {tuple(size)}"
+        )
     if tuple(old) == tuple(size):
         return ddf
     mode = "bilinear" if ddf.shape[1] == 2 else "trilinear"

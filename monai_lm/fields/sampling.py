@@ -25,20 +25,28 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     The image may live on another grid than the field, as long as both count voxels from the same corner.
 
     Args:
-        image: ``(B, C, *M)``, floating point, every axis at least 2 voxels long.
+        image: ``(B, C, *M)``, every axis at least 2 voxels long; floating point, or any type for ``"nearest"``.
         ddf: ``(B, n, *S)`` displacement in voxels of ``image``, ``n = len(M) = len(S)``.
         mode: ``"bilinear"`` (trilinear in 3D) or ``"nearest"`` (for label maps).
         padding_mode: what lies outside the image: ``"border"`` extends the edge voxels, ``"zeros"`` is zero.
 
     Returns:
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
+
+    Raises:
+        ValueError: unknown mode or padding, or image and field that do not fit.
     """
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
     if padding_mode not in ("border", "zeros"):
         raise ValueError(f"padding_mode must be 'border' or 'zeros', got {padding_mode!r}")
-    n = ddf.shape[1]
+    n = ddf.dim() - 2
     sizes = image.shape[2:]
+    if ddf.shape[1] != n or len(sizes) != n or min(sizes) < 2:
+        raise ValueError(
+            "image must be (B, C, *M) with at least 2 voxels along every axis and ddf (B, n, *S) with n = len(M) = "
+            f"len(S), got shapes {tuple(image.shape)} and {tuple(ddf.shape)}"
+        )
     position = [
         ddf[:, a] + _along(torch.arange(ddf.shape[2 + a], device=ddf.device, dtype=ddf.dtype), a, n) for a in range(n)
     ]

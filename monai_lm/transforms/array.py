@@ -15,7 +15,8 @@ from torch import Tensor
 
 from monai_lm.fields import warp
 from monai_lm.fileio import write_itk_ddf
-from monai_lm.refinement import refine
+from monai_lm.refinement import check_keywords, refine
+from monai_lm.validation import check_finite
 
 __all__ = ["RefineDDF", "SaveDDF", "WarpImage"]
 
@@ -36,6 +37,7 @@ class RefineDDF(Transform):
     backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
 
     def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        check_keywords("RefineDDF", kwargs)
         self.device = device
         self.kwargs = kwargs
 
@@ -51,11 +53,15 @@ class RefineDDF(Transform):
 
         Returns:
             ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
-            the dissimilarity before and after, the folds of the prediction, and the seconds it took.
+            the dissimilarity before and after, the folds of the prediction, and the seconds it took, and
+            ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
 
         Raises:
-            ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`.
+            ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`, or images whose axes differ in
+                direction or spacing: they must be resampled onto one grid first.
         """
+        _check_same_axes("fixed", fixed, "moving", moving)
+        _check_same_axes("fixed", fixed, "ddf", ddf)
         images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
         predicted = None if ddf is None else convert_to_tensor(ddf, device=self.device)[None]
         kwargs = dict(self.kwargs)
@@ -63,6 +69,8 @@ class RefineDDF(Transform):
             kwargs["spacing"] = fixed.pixdim.tolist()
         result = refine(images[0], images[1], predicted, **kwargs)
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
+        if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
+            out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
             "final_loss": float(result.final_loss[0]),
@@ -98,22 +106,46 @@ class WarpImage(Transform):
             ddf: ``(n, *S)`` displacement in voxels on the fixed grid.
 
         Returns:
-            ``(C, *S)``, a ``MetaTensor`` with the affine of the field if that has one.
+            ``(C, *S)``, a ``MetaTensor`` with the affine of the field if that has one; ``"nearest"`` keeps the dtype of
+            the image, ``"bilinear"`` returns float32.
 
         Raises:
-            ValueError: image and field differ in their spatial dimensions.
+            ValueError: image and field differ in the number, the direction or the spacing of their axes, or the field
+                is not finite.
         """
+        _check_same_axes("ddf", ddf, "img", img)
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
             raise ValueError(
                 f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
             )
-        out = warp(image[None].float(), field[None].float(), self.mode, self.padding_mode)[0]
+        check_finite("ddf", field)
+        if self.mode == "bilinear":
+            image = image.float()
+        out = warp(image[None], field[None].float(), self.mode, self.padding_mode)[0]
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
         return out
+
+
+def _check_same_axes(name: str, reference: Any, other_name: str, other: Any) -> None:
+    """Two images with affines, if they are, whose voxel axes have one direction and spacing; their origins may differ.
+
+    A displacement in voxels means the same in both only then. An identity affine is what MONAI gives to tensors without
+    one; it says nothing.
+    """
+    if not (isinstance(reference, MetaTensor) and isinstance(other, MetaTensor)):
+        return
+    n = min(reference.dim(), other.dim()) - 1
+    a, b = (x.affine[:n, :n].double().cpu() for x in (reference, other))
+    known = not any(torch.equal(x, torch.eye(n, dtype=x.dtype)) for x in (a, b))
+    if known and not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max())):
+        raise ValueError(
+            f"{name} and {other_name} must have voxel axes of the same direction and spacing, got affines\n"
+            f"{reference.affine.tolist()}\nand\n{other.affine.tolist()}\nresample one onto the other first"
+        )
 
 
 class SaveDDF(Transform):

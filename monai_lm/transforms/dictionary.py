@@ -111,7 +111,8 @@ class SaveDDFd(MapTransform):
         keys: displacement fields ``(n, *S)`` in voxels.
         output_dir: folder, made if missing.
         output_postfix: the file is ``<name>_<postfix>.nii.gz``; one per key, default: the key.
-        name_key: the files' name: a string, or a ``MetaTensor`` whose file name is used. Default: the key.
+        name_key: the files' name: a string, or a ``MetaTensor`` whose file name is used. Default: the field itself, and
+            ``"pair"`` where that carries no file name.
         affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
         allow_missing_keys: do not raise for missing ``keys``.
     """
@@ -147,11 +148,11 @@ class SaveDDFd(MapTransform):
         return d
 
     def _name(self, data: Mapping[Hashable, Any], key: Hashable) -> str:
-        if self.name_key is None:
-            return str(key)
-        value = data[self.name_key]
+        value = data[key if self.name_key is None else self.name_key]
         if isinstance(value, MetaTensor):
-            value = Path(str(value.meta.get("filename_or_obj", self.name_key))).name.split(".")[0]
+            value = Path(str(value.meta.get("filename_or_obj", self.name_key or "pair"))).name.split(".")[0]
+        elif self.name_key is None:
+            return "pair"
         return str(value)
 
 

@@ -238,3 +238,14 @@ def test_inverse_is_equivariant_to_flips_and_transposition(size, smooth_field, f
     assert fold_count(inverse).tolist() == [0]
     torch.testing.assert_close(invert(flip_field(field, 1))[0], flip_field(inverse, 1), rtol=0, atol=1e-9)
     torch.testing.assert_close(invert(transpose_field(field))[0], transpose_field(inverse), rtol=0, atol=1e-9)
+
+
+def test_steps_and_sizes_that_make_no_sense():
+    field = torch.zeros(1, 2, 4, 5)
+    with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
+        integrate(field, -1)
+    for size in [(1, 5), (4, 5, 6), (4,)]:
+        with pytest.raises(ValueError, match=r"size must be 2 voxel counts of at least 2 .*, got \("):
+            resample(field, size)
+    with pytest.raises(ValueError, match=r"field of \(1, 5\) voxels"):
+        resample(field[:, :, :1], (4, 5))

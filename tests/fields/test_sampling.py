@@ -144,3 +144,12 @@ def test_unknown_padding_mode_is_refused(size, mode):
     image, ddf = torch.zeros(1, 1, *size), torch.zeros(1, len(size), *size)
     with pytest.raises(ValueError, match="padding_mode must be 'border' or 'zeros', got 'reflection'"):
         warp(image, ddf, mode=mode, padding_mode="reflection")
+
+
+@pytest.mark.parametrize(
+    ("image", "ddf"),
+    [((1, 1, 4, 1), (1, 2, 4, 5)), ((1, 1, 4, 5, 6), (1, 2, 4, 5)), ((1, 1, 4, 5), (1, 3, 4, 5))],
+)
+def test_images_and_fields_that_do_not_fit(image, ddf):
+    with pytest.raises(ValueError, match=r"image must be \(B, C, \*M\) .* got shapes \(.*\) and \(.*\)"):
+        warp(torch.zeros(image), torch.zeros(ddf))

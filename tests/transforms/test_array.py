@@ -163,7 +163,7 @@ def test_errors_name_the_argument():
         RefineDDF()(fixed, moving, ddf[:1])
     with pytest.raises(ValueError, match="similarity must be one of"):
         RefineDDF(similarity="ssim")(fixed, moving, ddf)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'stepp'"):
+    with pytest.raises(TypeError, match=r"RefineDDF takes the keyword arguments .* got \['stepp'\]"):
         RefineDDF(stepp=1.0)(fixed, moving, ddf)
 
 
@@ -216,17 +216,19 @@ def test_the_field_may_live_on_another_grid():
 def test_a_warped_image_lies_where_the_field_does():
     """The affine is that of the field (the fixed grid), the rest of the metadata that of the moving image."""
     fixed, moving, ddf = pair((12, 13, 14))
-    image = MetaTensor(moving, affine=scaling(3, 3, 3), meta={"filename_or_obj": "moving.nii.gz"})
-    field = MetaTensor(2 * ddf, affine=scaling(2, 2, 2))
+    at_origin, elsewhere = scaling(2, 2, 2), scaling(2, 2, 2)
+    elsewhere[0, 3] = 5
+    image = MetaTensor(moving, affine=elsewhere, meta={"filename_or_obj": "moving.nii.gz"})
+    field = MetaTensor(2 * ddf, affine=at_origin.clone())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = WarpImage()(image, field)
-    assert torch.equal(out.affine, scaling(2, 2, 2))
+    assert torch.equal(out.affine, at_origin)
     assert out.meta["filename_or_obj"] == "moving.nii.gz"
-    assert torch.equal(image.affine, scaling(3, 3, 3))
+    assert torch.equal(image.affine, elsewhere)
     torch.testing.assert_close(plain(out), fixed)
     out.affine[0, 0] = 99
-    assert torch.equal(field.affine, scaling(2, 2, 2))
+    assert torch.equal(field.affine, at_origin)
 
 
 @pytest.mark.parametrize(
@@ -279,3 +281,48 @@ def test_a_batch_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"ddf must be \(n, \*S\)"):
         SaveDDF(tmp_path)(torch.zeros(1, 3, 4, 5, 6))
     assert list(tmp_path.iterdir()) == []
+
+
+# --- grids that contradict each other ---------------------------------------------------------------------------------
+
+
+def test_axes_of_another_spacing_or_direction_are_refused_and_other_origins_are_not():
+    fixed, moving, ddf = pair((12, 13, 14))
+    there, turned = scaling(1.5, 1.0, 1.0), scaling(-1.5, 1.0, 1.0)
+    shifted = there.clone()
+    shifted[:3, 3] = 7.0
+    refine_ddf = RefineDDF(iterations=1, compile=False)
+    out = refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=shifted), ddf)
+    assert torch.equal(out.affine, there)
+    for wrong in (turned, scaling(1.0, 1.0, 2.0)):
+        with pytest.raises(ValueError, match="fixed and moving must have voxel axes of the same direction and spacing"):
+            refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=wrong), ddf)
+        with pytest.raises(ValueError, match="ddf and img must have voxel axes of the same direction and spacing"):
+            WarpImage()(MetaTensor(moving, affine=wrong), MetaTensor(ddf, affine=there))
+
+
+def test_a_field_that_is_not_finite_does_not_warp():
+    _, moving, ddf = pair((20, 22))
+    ddf[0, 3, 3] = float("inf")
+    with pytest.raises(ValueError, match="ddf must be finite, got 1 NaN or infinite values"):
+        WarpImage()(moving, ddf)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_nearest_keeps_the_dtype_and_large_label_values(dtype):
+    top = min(torch.iinfo(dtype).max, 2**31 - 1)
+    labels = (top - torch.arange(16, dtype=torch.int64)).to(dtype).reshape(1, 4, 4)
+    out = WarpImage("nearest")(labels, torch.zeros(2, 4, 4))
+    assert out.dtype == dtype
+    assert torch.equal(out, labels)
+
+
+def test_unknown_settings_are_found_when_the_transform_is_made():
+    with pytest.raises(TypeError, match=r"RefineDDF takes the keyword arguments .* got \['scale'\]"):
+        RefineDDF(scale=2)
+
+
+def test_the_refined_field_carries_the_file_name_of_the_fixed_image():
+    fixed, moving, ddf = pair((20, 22))
+    out = RefineDDF(**SETTINGS)(MetaTensor(fixed, meta={"filename_or_obj": "a/b.nii.gz"}), moving, ddf)
+    assert out.meta["filename_or_obj"] == "a/b.nii.gz"

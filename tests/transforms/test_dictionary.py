@@ -186,14 +186,18 @@ def stored_spacing(path) -> list[float]:
     return [float(z) for z in nib.load(path).header.get_zooms()[:3]]
 
 
-def test_files_are_named_after_the_key_or_what_is_asked(tmp_path):
+def test_files_are_named_after_the_pair_or_what_is_asked(tmp_path):
     field = MetaTensor(torch.ones(3, 4, 5, 6))
     image = MetaTensor(torch.ones(1, 4, 5, 6), meta={"filename_or_obj": "/data/sub-01.nii.gz"})
     data = {"ddf": field, "image": image, "name": "patient7"}
     out = SaveDDFd("ddf", tmp_path)(data)
     SaveDDFd("ddf", tmp_path, name_key="name", output_postfix="warp")(data)
     SaveDDFd("ddf", tmp_path, name_key="image")(data)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ddf_ddf.nii.gz", "patient7_warp.nii.gz", "sub-01_ddf.nii.gz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pair_ddf.nii.gz",
+        "patient7_warp.nii.gz",
+        "sub-01_ddf.nii.gz",
+    ]
     assert set(out) == set(data)
     assert all(out[key] is data[key] for key in data)
 
@@ -208,16 +212,16 @@ def test_a_field_without_an_affine_gets_that_of_the_image(tmp_path):
     image = MetaTensor(torch.ones(1, 4, 5, 6), affine=scaling(2, 3, 4))
     for field in (torch.ones(3, 4, 5, 6), np.ones((3, 4, 5, 6), np.float32)):
         SaveDDFd("ddf", tmp_path, affine_key="fixed")({"ddf": field, "fixed": image})
-        assert stored_spacing(tmp_path / "ddf_ddf.nii.gz") == pytest.approx([2, 3, 4])
+        assert stored_spacing(tmp_path / "pair_ddf.nii.gz") == pytest.approx([2, 3, 4])
     SaveDDFd("ddf", tmp_path)({"ddf": torch.ones(3, 4, 5, 6)})
-    assert stored_spacing(tmp_path / "ddf_ddf.nii.gz") == pytest.approx([1, 1, 1])
+    assert stored_spacing(tmp_path / "pair_ddf.nii.gz") == pytest.approx([1, 1, 1])
 
 
 def test_a_field_with_an_affine_of_its_own_keeps_it(tmp_path):
     field = MetaTensor(torch.ones(3, 4, 5, 6), affine=scaling(5, 6, 7))
     image = MetaTensor(torch.ones(1, 4, 5, 6), affine=scaling(2, 3, 4))
     SaveDDFd("ddf", tmp_path, affine_key="fixed")({"ddf": field, "fixed": image})
-    assert stored_spacing(tmp_path / "ddf_ddf.nii.gz") == pytest.approx([5, 6, 7])
+    assert stored_spacing(tmp_path / "pair_ddf.nii.gz") == pytest.approx([5, 6, 7])
     assert torch.equal(field.affine, scaling(5, 6, 7))
     assert torch.equal(image.affine, scaling(2, 3, 4))
 
