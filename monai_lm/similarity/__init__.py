@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from monai_lm.similarity.base import Similarity
+from monai_lm.similarity.combined import Combined
 from monai_lm.similarity.lncc import LNCC
 from monai_lm.similarity.modules import ModuleSimilarity
 from monai_lm.similarity.mse import MSE
 from monai_lm.similarity.ncc import NCC
 
-__all__ = ["LNCC", "MSE", "NCC", "ModuleSimilarity", "Similarity", "get_similarity"]
+__all__ = ["LNCC", "MSE", "NCC", "Combined", "ModuleSimilarity", "Similarity", "get_similarity"]
 
 _BY_NAME: dict[str, type[Similarity]] = {"lncc": LNCC, "mse": MSE, "ncc": NCC}
 

@@ -24,7 +24,7 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit variance first; the measure must not care."""
 
-    def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """Shift and scale both images if the measure allows it, and compute what depends on the fixed image only.
 
         Args:
@@ -43,7 +43,7 @@ class Similarity(ABC):
         return (fixed,)
 
     @abstractmethod
-    def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Value and derivative.
 
         Args:

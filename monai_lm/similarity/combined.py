@@ -1,0 +1,72 @@
+"""A weighted sum of measures, each on channels of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monai_lm.similarity.base import Similarity
+
+__all__ = ["Combined"]
+
+
+class Combined(Similarity):
+    """``Σ w_i · measure_i`` over consecutive groups of channels: intensities by one measure, soft labels by another.
+
+    Args:
+        measures: the measures, in the order of the channels.
+        channels: how many channels each of them gets.
+        weights: weight of each, positive; default ones.
+
+    Raises:
+        ValueError: sequences of unequal length, or a number out of range; when called, images with another number of
+            channels.
+    """
+
+    def __init__(
+        self, measures: Sequence[Similarity], channels: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        weights = [1.0] * len(measures) if weights is None else list(weights)
+        if not len(measures) == len(channels) == len(weights) > 0:
+            raise ValueError(
+                "measures, channels and weights must be of one length, not 0, got "
+                f"{len(measures)}, {len(channels)} and {len(weights)}"
+            )
+        if not all(isinstance(count, int) and count > 0 for count in channels):
+            raise ValueError(f"channels must be whole numbers of at least 1, got {list(channels)}")
+        if not all(weight > 0 for weight in weights):
+            raise ValueError(f"weights must be positive, got {weights}")
+        self.measures = list(measures)
+        self.channels = list(channels)
+        self.weights = weights
+        self.closed_form = all(measure.closed_form for measure in self.measures)
+
+    def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+        """Prepare every group of channels by its measure; the reference is the tuple of their references."""
+        groups = zip(self.measures, self._split(fixed), self._split(moving), strict=True)
+        references, images = zip(*(measure.prepare(f, m) for measure, f, m in groups), strict=True)
+        return references, torch.cat(images, 1)
+
+    def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
+        groups = zip(self.measures, self._split(warped), reference, strict=True)
+        return self._sum([measure.evaluate(w, r) for measure, w, r in groups])
+
+    def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
+        groups = zip(self.measures, self._split(warped), self._split(fixed), strict=True)
+        return self._sum([measure.loss_and_derivative(w, f) for measure, w, f in groups])
+
+    def _split(self, image: Tensor) -> tuple[Tensor, ...]:
+        total = sum(self.channels)
+        if image.shape[1] != total:
+            raise ValueError(f"images must have {total} channels for {self.channels} per measure, got {image.shape[1]}")
+        return image.split(self.channels, 1)
+
+    def _sum(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        losses = [weight * loss for weight, (loss, _) in zip(self.weights, parts, strict=True)]
+        derivatives = [weight * derivative for weight, (_, derivative) in zip(self.weights, parts, strict=True)]
+        return torch.stack(losses).sum(0), torch.cat(derivatives, 1)
