@@ -92,7 +92,7 @@ def _hippocampus_pairs(weights: str, pairs: int) -> list[dict[str, Tensor]]:
     for index in range(pairs):
         pair = {k: v[None] for k, v in dataset[index].items()}
         with torch.no_grad():
-            pair["ddf"] = inferer(torch.cat([pair["moving"], pair["fixed"]], 1), network)
+            pair["ddf"] = inferer.predict(torch.cat([pair["moving"], pair["fixed"]], 1), network)
         out.append(pair)
     return out
 

@@ -16,7 +16,7 @@ from monai_lm.level import Iterate, LevelRun, Settings
 from monai_lm.levenberg import Trust
 from monai_lm.pyramid import make_level
 from monai_lm.result import Record
-from monai_lm.similarity import get_similarity
+from monai_lm.similarity import Similarity, get_similarity
 
 
 class _AdamRun(LevelRun):
@@ -52,11 +52,13 @@ def refine_with_adam(
     step: float,
     compile: bool,  # noqa: A002 (as refine calls it)
     tolerance: float,
+    similarity: str | Similarity,
 ) -> Tensor:
     """Refined field ``(B, n, *S)``; the arguments are those of :func:`monai_lm.refine`."""
     started = time.perf_counter()
-    similarity = get_similarity("lncc")
-    settings = Settings(similarity, step, "simple", "always", 1, 0.5, tolerance, 0, compile, float("inf"))
+    settings = Settings(
+        get_similarity(similarity), step, "simple", "always", 1, 0.5, tolerance, 0, compile, float("inf")
+    )
     record = Record(fixed.shape[0], started)
     with torch.no_grad(), tqdm(disable=True) as bar:
         prediction = None if ddf is None else repair(ddf)

@@ -44,13 +44,15 @@ def hippocampus_data() -> ModuleType:
 
 
 def hippocampus_network(weights: str | Path) -> tuple[nn.Module, RegistrationInferer]:
-    """The bundle's network with these weights, and the inferer that integrates what it predicts."""
+    """A network with these weights and its inferer, as the bundle defines them or a ``.json`` beside the weights."""
+    own = Path(weights).with_suffix(".json")
     config = ConfigParser()
-    config.read_config(BUNDLE / "configs" / "inference.json")
-    network = config.get_parsed_content("network_def")
+    config.read_config(own if own.is_file() else BUNDLE / "configs" / "inference.json")
+    config["device"] = "cpu"
+    network, inferer = config.get_parsed_content("network"), config.get_parsed_content("inferer")
     network.load_state_dict(torch.load(weights, weights_only=True))
     network.eval()
-    return network, RegistrationInferer("velocity", int(config["integration_steps"]))
+    return network, inferer
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:

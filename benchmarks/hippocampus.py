@@ -16,6 +16,7 @@ import monai_lm
 from benchmarks.adam import refine_with_adam
 from benchmarks.data import BUNDLE, data_root, hippocampus_data, hippocampus_network
 from benchmarks.metrics import mean_dice, paired_bootstrap
+from monai_lm import RegistrationInferer
 from monai_lm.fields import fold_count
 from monai_lm.pyramid import automatic_scales
 
@@ -34,24 +35,24 @@ def hippocampus(
     """Dice, similarity and folds of 50 seeded random pairs.
 
     Args:
-        weights: state dictionary of the bundle's network.
+        weights: state dictionary of the bundle's network, or of the one that a ``.json`` beside it defines.
         part: of the split: ``test`` to report, ``validation`` to tune.
         pairs: how many.
         adam_steps: step sizes of Adam; on the test part give the one that won on the validation part.
-        identity: also LM without the network.
+        identity: also LM without the network's field.
         compile: compile the kernels.
         json_file: write one line per pair here, as it goes.
     """
     data = hippocampus_data()
     dataset = data.PairDataset(data.load_subjects(data_root("hippocampus"), part), pairs, seed=0)
-    network, predict = hippocampus_network(weights)
-    methods = _methods(adam_steps, identity, compile)
+    network, inferer = hippocampus_network(weights)
+    methods = _methods(inferer, adam_steps, identity, compile)
     rows: list[dict[str, Any]] = []
     for index in range(pairs):
         pair = {k: v[None] for k, v in dataset[index].items()}
         started = time.perf_counter()
         with torch.no_grad():
-            ddf = predict(torch.cat([pair["moving"], pair["fixed"]], 1), network)
+            ddf = inferer.predict(torch.cat([pair["moving"], pair["fixed"]], 1), network)
         row: dict[str, Any] = {"start": {"dice": mean_dice(pair["fixed_label"], pair["moving_label"])}}
         row["network"] = _measure(pair, ddf, ddf, time.perf_counter() - started)
         for name, method in methods.items():
@@ -66,20 +67,29 @@ def hippocampus(
     _print(rows)
 
 
-def _methods(adam_steps: tuple[float, ...], identity: bool, compile_: bool) -> dict[str, Callable[..., Tensor]]:
+def _methods(
+    inferer: RegistrationInferer, adam_steps: tuple[float, ...], identity: bool, compile_: bool
+) -> dict[str, Callable[..., Tensor]]:
+    """Adam and LM as the inferer refines, and LM on the images alone where the inferer matches features, too."""
+    settings = {**(inferer.refine or {}), "compile": compile_}
+
     def lm(fixed: Tensor, moving: Tensor, ddf: Tensor | None) -> Tensor:
-        return monai_lm.refine(fixed, moving, ddf, compile=compile_).ddf
+        return monai_lm.refine(inferer.channels(fixed), inferer.channels(moving), ddf, **settings).ddf
 
     def adam(step: float) -> Callable[..., Tensor]:
         def run(fixed: Tensor, moving: Tensor, ddf: Tensor) -> Tensor:
             scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
-            counts = [ITERATIONS[s] for s in scales]
-            return refine_with_adam(fixed, moving, ddf, scales, counts, (2, 2, 1.5, 1), step, compile_, 0.005)
+            return refine_with_adam(
+                inferer.channels(fixed), inferer.channels(moving), ddf, scales, [ITERATIONS[s] for s in scales],
+                (2, 2, 1.5, 1), step, compile_, 0.005, settings.get("similarity", "lncc"),
+            )  # fmt: skip
 
         return run
 
     methods: dict[str, Callable[..., Tensor]] = {f"network + Adam {s:g}": adam(s) for s in adam_steps}
     methods["network + LM"] = lm
+    if inferer.features is not None:
+        methods["network + LM, images only"] = lambda f, m, ddf: monai_lm.refine(f, m, ddf, compile=compile_).ddf
     if identity:
         methods["identity + LM"] = lambda fixed, moving, _: lm(fixed, moving, None)
     return methods
@@ -97,7 +107,7 @@ def _measure(pair: dict[str, Tensor], ddf: Tensor, predicted: Tensor, seconds: f
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"{'method':<22}{'Dice':>8}{'loss':>9}{'folds, all pairs':>18}{'mean |du|':>11}{'s':>7}")
+    print(f"{'method':<26}{'Dice':>8}{'loss':>9}{'folds, all pairs':>18}{'mean |du|':>11}{'s':>7}")
     for name in rows[0]:
         averages = {k: float(np.mean([row[name][k] for row in rows])) for k in rows[0][name]}
         folds = sum(row[name].get("folds", 0) for row in rows)
@@ -106,14 +116,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
             if name == "start"
             else f"{averages['loss']:9.4f}{folds:18d}{averages['change']:11.3f}{averages['seconds']:7.2f}"
         )
-        print(f"{name:<22}{averages['dice']:8.4f}{rest}")
+        print(f"{name:<26}{averages['dice']:8.4f}{rest}")
     if "network + LM" not in rows[0]:
         return
     print("difference in Dice, network + LM minus …: mean [95 % bootstrap interval]")
     for name in rows[0]:
         if name != "network + LM":
             mean, low, high = paired_bootstrap([row["network + LM"]["dice"] - row[name]["dice"] for row in rows])
-            print(f"  {name:<22}{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            print(f"  {name:<26}{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
     better = np.mean([row["network + LM"]["loss"] < row["network"]["loss"] for row in rows])
     worse = np.mean([row["network + LM"]["dice"] < row["network"]["dice"] - 0.01 for row in rows])
     print(f"pairs whose similarity improved over the network: {better:.0%}; Dice lower by more than .01: {worse:.0%}")

@@ -12,7 +12,8 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from monai_lm.fields import integrate, resample
-from monai_lm.refinement import refine
+from monai_lm.refinement import check_keywords, refine
+from monai_lm.validation import check_finite
 
 __all__ = ["RegistrationInferer"]
 
@@ -22,14 +23,18 @@ class RegistrationInferer(Inferer):
 
     Args:
         prediction: what the network returns: ``"velocity"`` (stationary, integrated here) or ``"displacement"``, in
-            voxels of the grid it is returned on. A prediction on a coarser grid is resampled, units included.
+            voxels of the grid it is returned on. A velocity is integrated on its own grid; a displacement on a coarser
+            grid than the images is resampled, units included.
         integration_steps: squarings of the integration.
         divisible_pad: the network's input is padded with zeros at its end to multiples of this; ``None`` does not pad.
         refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
+        features: maps an image ``(B, 1, *S)`` to ``(B, C, *S)`` channels that the refinement matches beside the image:
+            the soft labels of a segmenter, for one. ``None`` refines on the images alone.
 
     Raises:
-        ValueError: unknown ``prediction``, ``integration_steps`` or ``divisible_pad`` below 1; when called, inputs or
-            predictions of the wrong shape.
+        TypeError: an argument of the wrong type, or one that :func:`monai_lm.refine` does not know.
+        ValueError: unknown ``prediction``, ``integration_steps`` or ``divisible_pad`` below 1; when called, inputs,
+            predictions or features of the wrong shape, or predictions that are not finite.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class RegistrationInferer(Inferer):
         integration_steps: int = 7,
         divisible_pad: int | None = None,
         refine: Mapping[str, Any] | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if prediction not in ("velocity", "displacement"):
             raise ValueError(f"prediction must be 'velocity' or 'displacement', got {prediction!r}")
@@ -48,10 +54,17 @@ class RegistrationInferer(Inferer):
         self.prediction = prediction
         self.integration_steps = integration_steps
         self.divisible_pad = divisible_pad
+        if refine is not None:
+            if not isinstance(refine, Mapping):
+                raise TypeError(f"refine must be None or keyword arguments of monai_lm.refine, got {refine!r}")
+            check_keywords("refine", refine)
+        if features is not None and not callable(features):
+            raise TypeError(f"features must be None or a function of an image, got {type(features).__name__}")
         self.refine = refine
+        self.features = features
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Field that warps channel 0 of ``inputs`` onto channel 1.
+        """Refined field that warps channel 0 of ``inputs`` onto channel 1.
 
         Args:
             inputs: ``(B, 2, *S)``, channel 0 moving, channel 1 fixed.
@@ -62,11 +75,17 @@ class RegistrationInferer(Inferer):
         Returns:
             ``(B, n, *S)`` displacement in voxels.
         """
-        if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or inputs.shape[1] != 2:
-            got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"inputs must be (B, 2, *S), channel 0 moving and channel 1 fixed, got {got}")
-        if isinstance(inputs, MetaTensor):
-            inputs = inputs.as_tensor()  # its affine is that of the moving image, the field lives on the fixed grid
+        inputs = _images(inputs)
+        ddf = self.predict(inputs, network, *args, **kwargs)
+        if self.refine is None:
+            return ddf
+        check_finite(f"the network's {self.prediction}", ddf)
+        moving, fixed = (self.channels(image) for image in inputs.split(1, dim=1))
+        return refine(fixed, moving, ddf, **self.refine).ddf
+
+    def predict(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The network's own field ``(B, n, *S)`` in voxels, differentiable; the arguments are those of a call."""
+        inputs = _images(inputs)
         size = inputs.shape[2:]
         padded = inputs
         if self.divisible_pad:
@@ -78,10 +97,19 @@ class RegistrationInferer(Inferer):
             )
         for axis, length in enumerate(size):
             ddf = ddf.narrow(2 + axis, 0, length)
-        if self.refine is None:
-            return ddf
-        moving, fixed = inputs.split(1, dim=1)
-        return refine(fixed, moving, ddf, **self.refine).ddf
+        return ddf
+
+    def channels(self, image: Tensor) -> Tensor:
+        """What the refinement matches: an image ``(B, 1, *S)`` and its features, ``(B, 1 + C, *S)``."""
+        if self.features is None:
+            return image
+        with torch.no_grad():
+            features = self.features(image)
+        grid = (image.shape[0], *image.shape[2:])
+        if not isinstance(features, Tensor) or (features.shape[0], *features.shape[2:]) != grid:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must return (B, C, *S) for images {tuple(image.shape)}, got {got}")
+        return torch.cat([image, features.to(image.dtype)], 1)
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
         """Turn a network's prediction ``(B, n, *P)`` into a displacement on a grid of ``size``, differentiably."""
@@ -90,5 +118,15 @@ class RegistrationInferer(Inferer):
             got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
             raise ValueError(f"network must return a {self.prediction} (B, {n}, *P), got {got}")
         with torch.autocast(prediction.device.type, enabled=False):
-            field = resample(prediction.float(), size)
-            return integrate(field, self.integration_steps) if self.prediction == "velocity" else field
+            field = prediction.float()
+            if self.prediction == "velocity":
+                field = integrate(field, self.integration_steps)
+            return resample(field, size)
+
+
+def _images(inputs: Tensor) -> Tensor:
+    """Check the shape and drop the metadata: the affine is that of the moving image, the field's is the fixed one's."""
+    if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or inputs.shape[1] != 2:
+        got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs must be (B, 2, *S), channel 0 moving and channel 1 fixed, got {got}")
+    return inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs

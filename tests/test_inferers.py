@@ -85,11 +85,11 @@ def test_a_coarse_prediction_is_resampled_with_its_units(prediction, n):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_coarse_velocity_is_integrated_on_the_fine_grid(shape):
+def test_a_coarse_velocity_is_integrated_on_its_own_grid(shape):
     coarse = tuple(s // 2 for s in shape)
     velocity = smooth(coarse, 1.0, seed=5)
     ddf = RegistrationInferer("velocity")(torch.zeros(1, 2, *shape), Constant(velocity))
-    assert torch.equal(ddf, integrate(resample(velocity, shape), 7))
+    assert torch.equal(ddf, resample(integrate(velocity, 7), shape))
 
 
 @pytest.mark.parametrize("shape", [(13, 17), (9, 11, 16)])
@@ -169,7 +169,7 @@ def test_refines_the_integrated_velocity_on_the_unpadded_grid():
     inputs, _ = inputs_and_field((13, 17))
     velocity = smooth((8, 12), 0.5, seed=5)
     inferer = RegistrationInferer("velocity", integration_steps=5, divisible_pad=4, refine=SETTINGS)
-    start = integrate(resample(velocity, (16, 20)), 5)[..., :13, :17]
+    start = resample(integrate(velocity, 5), (16, 20))[..., :13, :17]
     expected = refine(inputs[:, 1:], inputs[:, :1], start, **SETTINGS).ddf
     assert torch.equal(inferer(inputs, Constant(velocity)), expected)
 
@@ -253,5 +253,62 @@ def test_networks_that_do_not_fit(prediction, output):
 def test_refinement_settings_are_checked_by_refine():
     with pytest.raises(ValueError, match="similarity must be one of"):
         RegistrationInferer("displacement", refine={"similarity": "ssim"})(noise(1, 2, 8, 8), torch.zeros_like)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'stepp'"):
-        RegistrationInferer("displacement", refine={"stepp": 1.0})(noise(1, 2, 8, 8), torch.zeros_like)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_features_are_matched_beside_the_images(shape):
+    inputs, _ = inputs_and_field(shape)
+    prediction = smooth(shape, 0.5, seed=5)
+    settings = {"iterations": 4, "scales": (1,), "compile": False}
+    inferer = RegistrationInferer("displacement", refine=settings, features=lambda x: torch.cat([x > 0, x**2], 1))
+    moving, fixed = (torch.cat([x, x > 0, x**2], 1) for x in inputs.split(1, 1))
+    expected = refine(fixed, moving, prediction, **settings).ddf
+    assert torch.equal(inferer(inputs, Constant(prediction)), expected)
+    assert not torch.equal(RegistrationInferer("displacement", refine=settings)(inputs, Constant(prediction)), expected)
+
+
+def test_features_alone_can_drive_the_refinement():
+    """Constant images say nothing; the field comes from the features, here a shift by one voxel."""
+    moving = gaussian_smooth(noise(1, 1, 24, 26, seed=1), 1.5)
+    shift = torch.zeros(1, 2, 24, 26)
+    shift[:, 0] = 1.0
+    known = {0.0: moving, 1.0: warp(moving, shift)}
+    inputs = torch.cat([torch.zeros_like(moving), torch.ones_like(moving)], 1)
+    inputs[..., 0, 0] += 0.5  # not constant
+    inferer = RegistrationInferer(
+        "displacement", refine={"scales": (1,), "iterations": 50}, features=lambda x: known[float(x[0, 0, 5, 5])]
+    )
+    out = inferer(inputs, Constant(torch.zeros(1, 2, 24, 26)))
+    error = (out - shift)[..., 4:-4, 4:-4].abs().mean()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("features", "got"),
+    [(lambda x: x[..., 1:], r"\(1, 1, 20, 21\)"), (lambda x: x[0], r"\(1, 20, 22\)"), (lambda _: None, "NoneType")],
+)
+def test_features_on_another_grid(features, got):
+    inputs, _ = inputs_and_field((20, 22))
+    inferer = RegistrationInferer("displacement", refine={}, features=features)
+    with pytest.raises(ValueError, match=rf"features must return \(B, C, \*S\) .*{got}"):
+        inferer(inputs, Constant(smooth((20, 22), 0.5)))
+
+
+def test_bad_settings_are_found_when_the_inferer_is_made():
+    with pytest.raises(TypeError, match=r"refine must be None or keyword arguments of monai_lm\.refine, got 5"):
+        RegistrationInferer(refine=5)
+    with pytest.raises(TypeError, match=r"refine takes the keyword arguments .*'scales'.* got \['scale'\]"):
+        RegistrationInferer(refine={"scale": 1})
+    with pytest.raises(TypeError, match="features must be None or a function of an image, got str"):
+        RegistrationInferer(features="labels")
+
+
+def test_a_prediction_that_is_not_finite():
+    inputs, _ = inputs_and_field((20, 22))
+    prediction = smooth((20, 22), 0.5)
+    prediction[0, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="the network's displacement must be finite, got 1 NaN"):
+        RegistrationInferer("displacement", refine={})(inputs, Constant(prediction))

@@ -53,7 +53,6 @@ class RegistrationModule(pl.LightningModule):
         self.save_hyperparameters(ignore=["network", "similarity"])
         self.labels, self.smoothness, self.dice, self.learning_rate = labels, smoothness, dice, learning_rate
         self.network = network
-        self.network_field = RegistrationInferer(prediction, integration_steps, refine=None)
         self.inferer = RegistrationInferer(prediction, integration_steps, refine=refine)
         self.similarity = get_similarity(similarity)
         self.diffusion = DiffusionLoss()
@@ -68,7 +67,7 @@ class RegistrationModule(pl.LightningModule):
         """Loss of one batch: similarity, smoothness of the prediction, and Dice where labels are used."""
         fixed, moving = batch["fixed"], batch["moving"]
         prediction = self.network(torch.cat([moving, fixed], 1))
-        ddf = self.network_field.displacement(prediction, fixed.shape[2:])
+        ddf = self.inferer.displacement(prediction, fixed.shape[2:])
         image_loss = self.similarity(warp(moving, ddf), fixed).mean() / fixed[0, 0].numel()
         loss = image_loss + self.smoothness * self.diffusion(prediction)
         self.log("train_similarity", image_loss)
@@ -84,7 +83,7 @@ class RegistrationModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the similarity and, where the batch has labels, the Dice of the network's own field."""
         fixed, moving = batch["fixed"], batch["moving"]
-        ddf = self.network_field(torch.cat([moving, fixed], 1), self.network)
+        ddf = self.inferer.predict(torch.cat([moving, fixed], 1), self.network)
         self.log("val_similarity", self.similarity(warp(moving, ddf), fixed).mean() / fixed[0, 0].numel())
         if "fixed_label" in batch:
             labels = max(self.labels, int(batch["fixed_label"].max()) + 1)

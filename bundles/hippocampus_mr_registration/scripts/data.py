@@ -11,6 +11,10 @@ from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     LoadImaged,
+    RandAdjustContrastd,
+    RandAffined,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
     ResizeWithPadOrCropd,
     ScaleIntensityRangePercentilesd,
 )
@@ -72,14 +76,62 @@ def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> 
     return subjects
 
 
+def augmentation() -> Compose:
+    """Random pose, size, blur, contrast and noise of an ``image`` and its ``label``."""
+    return Compose(
+        [
+            RandAffined(
+                ["image", "label"],
+                prob=0.8,
+                rotate_range=(0.3, 0.3, 0.3),
+                shear_range=(0.1,) * 6,
+                translate_range=(3, 3, 3),
+                scale_range=(0.2, 0.2, 0.2),
+                mode=("bilinear", "nearest"),
+                padding_mode="zeros",
+            ),
+            RandGaussianSmoothd("image", prob=0.2, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
+            RandAdjustContrastd("image", prob=0.5, gamma=(0.7, 1.5)),
+            RandGaussianNoised("image", prob=0.3, std=0.05),
+        ]
+    )
+
+
+class SubjectDataset(Dataset):
+    """Images and labels of single subjects.
+
+    Args:
+        subjects: what :func:`load_subjects` returned.
+        augment: mirror left and right, and apply :func:`augmentation`.
+    """
+
+    def __init__(self, subjects: list[dict[str, Any]], augment: bool = False) -> None:
+        self.subjects = subjects
+        self.augmentation = augmentation() if augment else None
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        subject = {key: self.subjects[index][key] for key in ("image", "label")}
+        if self.augmentation is None:
+            return subject
+        return mirrored({key: value.as_tensor() for key, value in self.augmentation(subject).items()})
+
+
+def mirrored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors, or all of them with left and right exchanged, at random."""
+    return {key: value.flip(1) for key, value in tensors.items()} if random.random() < 0.5 else tensors
+
+
 class PairDataset(Dataset):
-    """Seeded random ordered pairs of different subjects; training pairs vary in side and contrast.
+    """Seeded random ordered pairs of different subjects.
 
     Args:
         subjects: what :func:`load_subjects` returned.
         pairs: how many pairs an epoch has.
         seed: of the sequence of pairs; ``None`` draws anew every time.
-        augment: mirror left and right and change the contrast of either image at random.
+        augment: apply :func:`augmentation` to either subject, and mirror both at random.
     """
 
     def __init__(
@@ -87,7 +139,7 @@ class PairDataset(Dataset):
     ) -> None:
         self.subjects = subjects
         self.pairs = pairs
-        self.augment = augment
+        self.augmentation = augmentation() if augment else None
         generator = random.Random(seed)
         self.indices = None if seed is None else [generator.sample(range(len(subjects)), 2) for _ in range(pairs)]
 
@@ -95,17 +147,11 @@ class PairDataset(Dataset):
         return self.pairs
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        f, m = self.indices[index] if self.indices else random.sample(range(len(self.subjects)), 2)
-        fixed, moving = self.subjects[f], self.subjects[m]
-        pair = {
-            "fixed": fixed["image"],
-            "moving": moving["image"],
-            "fixed_label": fixed["label"],
-            "moving_label": moving["label"],
-        }
-        if self.augment:
-            for key in ("fixed", "moving"):
-                pair[key] = pair[key] ** float(2 ** random.uniform(-0.5, 0.5))
-            if random.random() < 0.5:
-                pair = {key: value.flip(1) for key, value in pair.items()}
-        return pair
+        chosen = self.indices[index] if self.indices else random.sample(range(len(self.subjects)), 2)
+        pair = {}
+        for role, number in zip(("fixed", "moving"), chosen, strict=True):
+            subject = {key: self.subjects[number][key] for key in ("image", "label")}
+            if self.augmentation is not None:
+                subject = {key: value.as_tensor() for key, value in self.augmentation(subject).items()}
+            pair |= {role: subject["image"], f"{role}_label": subject["label"]}
+        return pair if self.augmentation is None else mirrored(pair)

@@ -1,0 +1,47 @@
+"""A registration network that knows what it looks at: MONAI networks, put together."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.utils import pixelshuffle, pixelunshuffle
+from torch import Tensor, nn
+
+__all__ = ["SemanticRegistrationNet"]
+
+
+class SemanticRegistrationNet(nn.Module):
+    """Segment both images, then predict a field from the images and their soft labels.
+
+    Both networks work on a grid coarser by ``factor``: a block of voxels becomes channels and no detail is lost, but a
+    convolution costs ``factor ** n`` times less. The soft labels also serve the refinement, as ``features`` of
+    :class:`monai_lm.RegistrationInferer`: a field trained on labels is then not pulled off by intensities alone.
+
+    Args:
+        segmenter: maps ``(B, factor ** n, *S / factor)`` to ``(B, labels · factor ** n, *S / factor)``.
+        registration: maps ``(B, 2 · labels · factor ** n, *S / factor)`` to a velocity or a displacement
+            ``(B, n, *S / factor)`` in voxels of its own grid. ``labels`` includes the background, whose place the
+            image takes.
+        factor: 1 or more; the grid must be divisible by it, and by what the two networks need on theirs.
+    """
+
+    def __init__(self, segmenter: nn.Module, registration: nn.Module, factor: int = 2) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.registration = registration
+        self.factor = factor
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits ``(B, labels, *S)`` of an image ``(B, 1, *S)``."""
+        n = image.dim() - 2
+        return pixelshuffle(self.segmenter(pixelunshuffle(image, n, self.factor)), n, self.factor)
+
+    def features(self, image: Tensor) -> Tensor:
+        """Probability of every label but the background, ``(B, labels - 1, *S)``, of an image ``(B, 1, *S)``."""
+        return self.logits(image).float().softmax(1)[:, 1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Prediction ``(B, n, *S / factor)`` for images ``(B, 2, *S)``, channel 0 moving and channel 1 fixed."""
+        moving, fixed = images.split(1, dim=1)
+        labels = self.features(torch.cat([moving, fixed]))
+        channels = torch.cat([moving, fixed, *labels.chunk(2)], 1)
+        return self.registration(pixelunshuffle(channels, images.dim() - 2, self.factor))
