@@ -21,6 +21,9 @@ from monai_lm.fields.smoothing import box_sum, gaussian_smooth, inverse_window_c
 
 __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair"]
 
+_SLAB = 2**18
+"""Cells whose determinants are computed at a time: what they need stays in a processor's cache."""
+
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
 
@@ -52,10 +55,9 @@ def _determinant(columns: list[list[Tensor]]) -> Tensor:
     return a0 * (b1 * c2 - b2 * c1) + a1 * (b2 * c0 - b0 * c2) + a2 * (b0 * c1 - b1 * c0)
 
 
-def _cell_determinants(ddf: Tensor) -> Iterator[Tensor]:
-    """Yield the determinants ``(B, *(S + 1))`` of every cell of the grid and of the ring around it, 1 for identity."""
-    n = ddf.shape[1]
-    padded = F.pad(ddf, [1, 1] * n, mode="replicate")
+def _cell_determinants(padded: Tensor) -> Iterator[Tensor]:
+    """Yield the determinants ``(B, *(P - 1))`` of every cell of a field ``(B, n, *P)``, 1 for the identity."""
+    n = padded.shape[1]
     cells = [s - 1 for s in padded.shape[2:]]
 
     def at(component: Tensor, corner: tuple[int, ...]) -> Tensor:
@@ -101,8 +103,16 @@ def folded_cells(ddf: Tensor, margin: float = 0.0) -> Tensor:
         ddf: ``(B, n, *S)`` in voxels.
         margin: smallest determinant that still counts as folded; 0 is the definition.
     """
+    padded = F.pad(ddf, [1, 1] * ddf.shape[1], mode="replicate")
+    thickness = max(1, _SLAB // padded[:, 0, 0].numel())
+    slabs = [padded[:, :, i : i + thickness + 1] for i in range(0, padded.shape[2] - 1, thickness)]
+    return torch.cat([_folded(slab, margin) for slab in slabs], 1)
+
+
+def _folded(padded: Tensor, margin: float) -> Tensor:
+    """Folded cells ``(B, *(P - 1))`` of a field ``(B, n, *P)``."""
     folded: Tensor | None = None
-    for determinant in _cell_determinants(ddf):
+    for determinant in _cell_determinants(padded):
         bad = ~(determinant > margin)  # NaN counts as folded
         folded = bad if folded is None else folded | bad
     assert folded is not None  # for mypy

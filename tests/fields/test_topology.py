@@ -177,7 +177,8 @@ def test_negative_parts_sum_to_the_non_diffeomorphic_volume(size, random_tensor)
     field = torch.zeros(1, len(size), *size, dtype=torch.float64)
     inside = (..., *[slice(3, -3)] * len(size))
     field[inside] = random_tensor(field[inside].shape, 5)
-    negative = [-d.clamp(max=0).sum().item() for d in _cell_determinants(field)]
+    padded = torch.nn.functional.pad(field, [1, 1] * len(size))  # zero at the edges
+    negative = [-d.clamp(max=0).sum().item() for d in _cell_determinants(padded)]
     expected = sum(negative) / 4 if len(size) == 2 else sum(negative[:8]) / 12 + sum(negative[8:]) / 6
     assert expected > 1
     assert non_diffeomorphic_volume(field) == pytest.approx(expected, rel=1e-5)
@@ -322,3 +323,13 @@ def test_repair_is_equivariant_to_flips_and_transposition(size, random_tensor, f
     repaired = repair(field)
     torch.testing.assert_close(repair(flip_field(field, 1)), flip_field(repaired, 1), rtol=0, atol=1e-9)
     torch.testing.assert_close(repair(transpose_field(field)), transpose_field(repaired), rtol=0, atol=1e-9)
+
+
+@NOISY
+@pytest.mark.parametrize("slab", [1, 150, 400])
+def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatch):
+    field = random_tensor((2, len(size), *size), 7, dtype=torch.float32)
+    whole = folded_cells(field)
+    assert 0 < int(whole.sum()) < whole.numel()
+    monkeypatch.setattr("monai_lm.fields.topology._SLAB", slab)
+    assert torch.equal(folded_cells(field), whole)
