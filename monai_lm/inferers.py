@@ -26,7 +26,7 @@ class RegistrationInferer(Inferer):
             voxels of the grid it is returned on. A velocity is integrated on its own grid; a displacement on a coarser
             grid than the images is resampled, units included.
         integration_steps: squarings of the integration.
-        divisible_pad: the network's input is padded with zeros at its end to multiples of this; ``None`` does not pad.
+        divisible_pad: what the network and ``features`` see is padded with zeros at its end to multiples of this; ``None`` does not pad.
         refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
         features: maps an image ``(B, 1, *S)`` to ``(B, C, *S)`` channels that the refinement matches beside the image:
             the soft labels of a segmenter, for one. ``None`` refines on the images alone.
@@ -87,29 +87,33 @@ class RegistrationInferer(Inferer):
         """The network's own field ``(B, n, *S)`` in voxels, differentiable; the arguments are those of a call."""
         inputs = _images(inputs)
         size = inputs.shape[2:]
-        padded = inputs
-        if self.divisible_pad:
-            padded = F.pad(inputs, [p for s in reversed(size) for p in (0, -s % self.divisible_pad)])
+        padded = self._padded(inputs)
         ddf = self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
         if ddf.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"network must return a {self.prediction} for each of {inputs.shape[0]} pairs, got {ddf.shape[0]}"
             )
-        for axis, length in enumerate(size):
-            ddf = ddf.narrow(2 + axis, 0, length)
-        return ddf
+        return _cropped(ddf, size)
 
     def channels(self, image: Tensor) -> Tensor:
         """What the refinement matches: an image ``(B, 1, *S)`` and its features, ``(B, 1 + C, *S)``."""
         if self.features is None:
             return image
+        padded = self._padded(image.clone())  # a function that writes in place must not reach the caller's image
         with torch.no_grad():
-            features = self.features(image)
-        grid = (image.shape[0], *image.shape[2:])
-        if not isinstance(features, Tensor) or (features.shape[0], *features.shape[2:]) != grid:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"features must return (B, C, *S) for images {tuple(image.shape)}, got {got}")
-        return torch.cat([image, features.to(image.dtype)], 1)
+            features = self.features(padded)
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if not isinstance(features, Tensor) or shape[:1] + shape[2:] != (padded.shape[0], *padded.shape[2:]):
+            got = shape if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must return (B, C, *S) for images {tuple(padded.shape)}, got {got}")
+        check_finite("features", features)
+        return torch.cat([image, _cropped(features, image.shape[2:])], 1)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """Images with zeros at their end, to what the network can divide."""
+        if not self.divisible_pad:
+            return images
+        return F.pad(images, [p for s in reversed(images.shape[2:]) for p in (0, -s % self.divisible_pad)])
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
         """Turn a network's prediction ``(B, n, *P)`` into a displacement on a grid of ``size``, differentiably."""
@@ -122,6 +126,12 @@ class RegistrationInferer(Inferer):
             if self.prediction == "velocity":
                 field = integrate(field, self.integration_steps)
             return resample(field, size)
+
+
+def _cropped(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    for axis, length in enumerate(size):
+        tensor = tensor.narrow(2 + axis, 0, length)
+    return tensor
 
 
 def _images(inputs: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class SemanticRegistrationNet(nn.Module):
 
     def __init__(self, segmenter: nn.Module, registration: nn.Module, factor: int = 2) -> None:
         super().__init__()
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor must be a whole number of at least 1, got {factor!r}")
         self.segmenter = segmenter
         self.registration = registration
         self.factor = factor
@@ -33,6 +35,8 @@ class SemanticRegistrationNet(nn.Module):
     def logits(self, image: Tensor) -> Tensor:
         """Logits ``(B, labels, *S)`` of an image ``(B, 1, *S)``."""
         n = image.dim() - 2
+        if any(s % self.factor for s in image.shape[2:]):
+            raise ValueError(f"image must have a grid divisible by {self.factor}, got shape {tuple(image.shape)}")
         return pixelshuffle(self.segmenter(pixelunshuffle(image, n, self.factor)), n, self.factor)
 
     def features(self, image: Tensor) -> Tensor:
@@ -41,6 +45,10 @@ class SemanticRegistrationNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prediction ``(B, n, *S / factor)`` for images ``(B, 2, *S)``, channel 0 moving and channel 1 fixed."""
+        if images.dim() not in (4, 5) or images.shape[1] != 2:
+            raise ValueError(
+                f"images must be (B, 2, *S), channel 0 moving and 1 fixed, got shape {tuple(images.shape)}"
+            )
         moving, fixed = images.split(1, dim=1)
         labels = self.features(torch.cat([moving, fixed]))
         channels = torch.cat([moving, fixed, *labels.chunk(2)], 1)

@@ -169,7 +169,7 @@ class FactoredLM(Optimizer):
         moved = levenberg.advance(field, v, trust, level.in_voxels(group["smooth_residual"]), min(1, group["lr"]))
         state = self.state[field]
         state["step"] += 1
-        if group["repair_every"] and state["step"] % group["repair_every"] == 0:
+        if group["lr"] and group["repair_every"] and state["step"] % group["repair_every"] == 0:
             moved = repair(moved)
         expected = levenberg.expected_decrease(gradient, v)
         trust = replace(trust, expected=expected.sum(0, keepdim=True) if loss.numel() == 1 else expected)

@@ -109,10 +109,19 @@ def registered(tmp_path_factory) -> Path:
     return output
 
 
+def padded_affine(name: str) -> np.ndarray:
+    """Affine of a subject's image, padded about its centre to 64 voxels."""
+    image = nib.load(DATA / "images" / f"{name}.nii.gz")
+    affine = image.affine.copy()
+    affine[:, 3] = image.affine @ [*(-((64 - size) // 2) for size in image.shape), 1]
+    return affine
+
+
 def voxel_field(path: Path) -> torch.Tensor:
-    """Field file in LPS millimetres as ``(1, 3, *S)`` in voxels."""
+    """Field file in LPS millimetres, between two places in space, as ``(1, 3, *S)`` in voxels."""
     image = nib.load(path)
-    ras = np.asarray(image.dataobj, dtype=np.float64)[:, :, :, 0] * [-1, -1, 1]
+    fixed, moving = (padded_affine(name) for name in path.name.removesuffix("_ddf.nii.gz").split("__"))
+    ras = np.asarray(image.dataobj, dtype=np.float64)[:, :, :, 0] * [-1, -1, 1] - (moving - fixed)[:3, 3]
     return torch.from_numpy(np.einsum("ij,xyzj->ixyz", np.linalg.inv(image.affine[:3, :3]), ras))[None].float()
 
 
@@ -264,6 +273,19 @@ def test_written_field_warps_the_moving_image_to_the_written_one(registered):
         for file in (written, label, nib.load(registered / f"{name}_ddf.nii.gz")):
             np.testing.assert_allclose(file.affine[:3, :3], original.affine[:3, :3], atol=1e-6)
             np.testing.assert_allclose(file.affine[:, 3], expected, atol=1e-6)
+
+
+def test_simpleitk_warps_the_original_label_to_the_written_one(registered):
+    """The whole way through space: the file of the field, the moving label as it was distributed, another reader."""
+    sitk = pytest.importorskip("SimpleITK")
+    for name in names(registered):
+        written = sitk.ReadImage(str(registered / f"{name}_warped_label.nii.gz"))
+        field = sitk.ReadImage(str(registered / f"{name}_ddf.nii.gz"), sitk.sitkVectorFloat64)
+        moving = sitk.ReadImage(str(DATA / "labels" / f"{name.split('__')[1]}.nii.gz"))
+        warp_by_itk = sitk.DisplacementFieldTransform(field)
+        warped = sitk.Resample(moving, written, warp_by_itk, sitk.sitkNearestNeighbor)
+        a, b = (sitk.GetArrayFromImage(image) > 0 for image in (warped, written))
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.995
 
 
 def read_csv(path: Path) -> dict[str, list[float]]:

@@ -312,3 +312,22 @@ def test_a_prediction_that_is_not_finite():
     prediction[0, 0, 3, 3] = float("nan")
     with pytest.raises(ValueError, match="the network's displacement must be finite, got 1 NaN"):
         RegistrationInferer("displacement", refine={})(inputs, Constant(prediction))
+
+
+def test_features_are_padded_like_the_networks_input_and_keep_their_values():
+    seen = []
+
+    def features(image):
+        seen.append(image.shape)
+        return image.mul_(0).float() + 0.25  # in place, and no integer
+
+    images = (255 * torch.rand(1, 2, 13, 17)).to(torch.uint8)
+    before = images.clone()
+    channels = RegistrationInferer("displacement", divisible_pad=4, refine={}, features=features).channels(
+        images[:, :1]
+    )
+    assert seen == [(1, 1, 16, 20)]
+    assert channels.shape == (1, 2, 13, 17)
+    assert torch.equal(channels[:, :1], images[:, :1].float())
+    assert bool((channels[:, 1] == 0.25).all())
+    assert torch.equal(images, before)

@@ -54,3 +54,13 @@ def test_registration_sees_images_and_labels_of_both(shape):
     last = channels[(..., *[slice(1, None, 2)] * n)]
     torch.testing.assert_close(seen[:, :, 0], first)
     torch.testing.assert_close(seen[:, :, -1], last)
+
+
+def test_grids_channels_and_factors_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"image must have a grid divisible by 2, got shape \(1, 1, 7, 8\)"):
+        network(2).logits(torch.zeros(1, 1, 7, 8))
+    with pytest.raises(ValueError, match=r"images must be \(B, 2, \*S\), .* got shape \(1, 3, 8, 8\)"):
+        network(2)(torch.zeros(1, 3, 8, 8))
+    for factor in (0, 1.5, True):
+        with pytest.raises(ValueError, match="factor must be a whole number of at least 1, got"):
+            network(2, factor)

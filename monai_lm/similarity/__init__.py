@@ -1,38 +1,11 @@
 """Similarity measures: each gives the value per pair and the derivative with respect to the warped image."""
 
-from __future__ import annotations
-
-from torch import nn
-
 from monai_lm.similarity.base import Similarity
 from monai_lm.similarity.combined import Combined
 from monai_lm.similarity.lncc import LNCC
+from monai_lm.similarity.lookup import get_similarity
 from monai_lm.similarity.modules import ModuleSimilarity
 from monai_lm.similarity.mse import MSE
 from monai_lm.similarity.ncc import NCC
 
 __all__ = ["LNCC", "MSE", "NCC", "Combined", "ModuleSimilarity", "Similarity", "get_similarity"]
-
-_BY_NAME: dict[str, type[Similarity]] = {"lncc": LNCC, "mse": MSE, "ncc": NCC}
-
-
-def get_similarity(similarity: str | Similarity | nn.Module) -> Similarity:
-    """Turn a name, a loss module or a measure into a measure.
-
-    Args:
-        similarity: ``"lncc"``, ``"mse"`` or ``"ncc"``; a :class:`Similarity`; or any module called as
-            ``module(warped, fixed)`` that returns a loss (MONAI's losses, for example).
-
-    Raises:
-        ValueError: unknown name.
-        TypeError: anything else.
-    """
-    if isinstance(similarity, Similarity):
-        return similarity
-    if isinstance(similarity, nn.Module):
-        return ModuleSimilarity(similarity)
-    if isinstance(similarity, str):
-        if similarity not in _BY_NAME:
-            raise ValueError(f"similarity must be one of {sorted(_BY_NAME)} or a loss module, got {similarity!r}")
-        return _BY_NAME[similarity]()
-    raise TypeError(f"similarity must be a name, a Similarity or a torch.nn.Module, got {type(similarity).__name__}")

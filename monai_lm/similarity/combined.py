@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monai_lm.similarity.base import Similarity
+from monai_lm.similarity.lookup import get_similarity
+from monai_lm.validation import check_number
 
 __all__ = ["Combined"]
 
@@ -17,31 +19,40 @@ class Combined(Similarity):
     """``Σ w_i · measure_i`` over consecutive groups of channels: intensities by one measure, soft labels by another.
 
     Args:
-        measures: the measures, in the order of the channels.
+        measures: names, measures or loss modules, as ``similarity`` of :func:`monai_lm.refine`, in the order of the
+            channels.
         channels: how many channels each of them gets.
         weights: weight of each, positive; default ones.
 
     Raises:
-        ValueError: sequences of unequal length, or a number out of range; when called, images with another number of
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown name, sequences of unequal length, or a number out of range; when called, images with another number of
             channels.
     """
 
     def __init__(
-        self, measures: Sequence[Similarity], channels: Sequence[int], weights: Sequence[float] | None = None
+        self,
+        measures: Sequence[str | Similarity | nn.Module],
+        channels: Sequence[int],
+        weights: Sequence[float] | None = None,
     ) -> None:
+        for name, value in (("measures", measures), ("channels", channels), ("weights", weights or ())):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"{name} must be a list, got {value!r}")
         weights = [1.0] * len(measures) if weights is None else list(weights)
         if not len(measures) == len(channels) == len(weights) > 0:
             raise ValueError(
                 "measures, channels and weights must be of one length, not 0, got "
                 f"{len(measures)}, {len(channels)} and {len(weights)}"
             )
-        if not all(isinstance(count, int) and count > 0 for count in channels):
-            raise ValueError(f"channels must be whole numbers of at least 1, got {list(channels)}")
-        if not all(weight > 0 for weight in weights):
-            raise ValueError(f"weights must be positive, got {weights}")
-        self.measures = list(measures)
+        for count in channels:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"channels must be whole numbers of at least 1, got {list(channels)}")
+        for weight in weights:
+            check_number("weights", weight, 0, exclusive=True)
+        self.measures = [get_similarity(measure) for measure in measures]
         self.channels = list(channels)
-        self.weights = weights
+        self.weights = [float(weight) for weight in weights]
         self.closed_form = all(measure.closed_form for measure in self.measures)
 
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:

@@ -71,6 +71,8 @@ class RefineDDF(Transform):
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
             out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]
+        if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor):
+            out.meta["moving_affine"] = moving.affine.clone()
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
             "final_loss": float(result.final_loss[0]),
@@ -116,14 +118,20 @@ class WarpImage(Transform):
         _check_same_axes("ddf", ddf, "img", img)
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
+        dtype = image.dtype if self.mode == "nearest" else torch.float32
         if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
             raise ValueError(
                 f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
             )
         check_finite("ddf", field)
-        if self.mode == "bilinear":
-            image = image.float()
-        out = warp(image[None], field[None].float(), self.mode, self.padding_mode)[0]
+        if dtype in (
+            torch.float32,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+        ):  # torch gathers no wide unsigned integers
+            image = image.to(torch.float32 if dtype == torch.float32 else torch.int64)
+        out = warp(image[None], field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
@@ -163,8 +171,15 @@ class SaveDDF(Transform):
         self.output_postfix = output_postfix
 
     def __call__(self, ddf: NdarrayOrTensor, name: str = "pair") -> NdarrayOrTensor:
-        """Write ``ddf`` ``(n, *S)`` in voxels, with its affine (identity if it has none); returns it unchanged."""
-        affine = ddf.affine.cpu().numpy() if isinstance(ddf, MetaTensor) else np.eye(4)
+        """Write ``ddf`` ``(n, *S)`` in voxels, with its affine (identity if it has none); returns it unchanged.
+
+        ``meta["moving_affine"]``, which :class:`RefineDDF` sets, is the affine of the moving image if that is another.
+        """
+        affine, moving_affine = np.eye(4), None
+        if isinstance(ddf, MetaTensor):
+            affine = ddf.affine.cpu().numpy()
+            if (moving := ddf.meta.get("moving_affine")) is not None:
+                moving_affine = torch.as_tensor(moving).cpu().numpy()
         array = convert_to_tensor(ddf, track_meta=False).detach().cpu().numpy()
-        write_itk_ddf(self.output_dir / f"{name}_{self.output_postfix}.nii.gz", array, affine)
+        write_itk_ddf(self.output_dir / f"{name}_{self.output_postfix}.nii.gz", array, affine, moving_affine)
         return ddf

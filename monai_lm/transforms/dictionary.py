@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,18 +143,29 @@ class SaveDDFd(MapTransform):
         d = dict(data)
         for key, save in self.key_iterator(d, self.saves):
             ddf = d[key]
-            if self.affine_key is not None and not isinstance(ddf, MetaTensor):
-                ddf = MetaTensor(ddf, affine=d[self.affine_key].affine)
+            if self.affine_key is not None and not (isinstance(ddf, MetaTensor) and _known(ddf.affine)):
+                image = d[self.affine_key]
+                if not isinstance(image, MetaTensor):
+                    raise TypeError(
+                        f"{self.affine_key} must be a MetaTensor with an affine, got {type(image).__name__}"
+                    )
+                ddf = MetaTensor(ddf, affine=image.affine, meta=ddf.meta if isinstance(ddf, MetaTensor) else None)
             save(ddf, self._name(d, key))
         return d
 
     def _name(self, data: Mapping[Hashable, Any], key: Hashable) -> str:
         value = data[key if self.name_key is None else self.name_key]
         if isinstance(value, MetaTensor):
-            value = Path(str(value.meta.get("filename_or_obj", self.name_key or "pair"))).name.split(".")[0]
+            value = Path(str(value.meta.get("filename_or_obj", self.name_key or "pair"))).name
+            value = re.sub(r"(\.(nii|mha|nrrd|npy|npz))?(\.gz)?$", "", value)
         elif self.name_key is None:
             return "pair"
         return str(value)
+
+
+def _known(affine: torch.Tensor) -> bool:
+    """Whether an affine is not the identity that MONAI gives to tensors without one."""
+    return not torch.equal(affine, torch.eye(len(affine), dtype=affine.dtype, device=affine.device))
 
 
 RefineDDFD = RefineDDFDict = RefineDDFd

@@ -217,3 +217,16 @@ def test_a_failure_while_writing_leaves_no_half_file(tmp_path, monkeypatch):
         write_itk_ddf(path, GOOD, np.eye(4))
     assert path.read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["ddf.nii.gz"]
+
+
+def test_a_moving_image_elsewhere_in_space(tmp_path):
+    """A field of zeros maps voxel onto voxel: in space that is the step between the two images."""
+    fixed, moving = np.diag([2.0, 1.0, 1.0, 1.0]), np.diag([2.0, 1.0, 1.5, 1.0])
+    moving[:3, 3] = (5.0, -3.0, 1.0)
+    write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 4, 5, 6)), fixed, moving)
+    written = np.asarray(nib.load(tmp_path / "ddf.nii.gz").dataobj)[:, :, :, 0]
+    assert np.allclose(written[..., 0], -5)
+    assert np.allclose(written[..., 1], 3)
+    assert np.allclose(written[..., 2], 1 + 0.5 * np.arange(6))
+    with pytest.raises(ValueError, match=r"moving_affine must be a finite \(4, 4\) matrix, got shape \(3, 3\)"):
+        write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 4, 5, 6)), fixed, np.eye(3))

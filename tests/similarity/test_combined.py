@@ -63,8 +63,11 @@ def test_refinement_follows_the_channel_with_the_weight(fuse):
         (([], []), "one length, not 0, got 0, 0 and 0"),
         (([MSE()], [1, 1]), "one length, not 0, got 1, 2 and 1"),
         (([MSE()], [0]), r"channels must be whole numbers of at least 1, got \[0\]"),
-        (([MSE()], [1], [0.0]), r"weights must be positive, got \[0.0\]"),
-        (([MSE()], [1], [float("nan")]), r"weights must be positive, got \[nan\]"),
+        (([MSE()], [True]), r"channels must be whole numbers of at least 1, got \[True\]"),
+        (([MSE()], [1], [0.0]), "weights must be greater than 0, got 0.0"),
+        (([MSE()], [1], [float("nan")]), "weights must be greater than 0, got nan"),
+        (([MSE()], [1], [float("inf")]), "weights must be finite and greater than 0, got inf"),
+        ((["ssim"], [1]), "similarity must be one of"),
     ],
 )
 def test_parts_that_do_not_fit(arguments, message):
@@ -76,3 +79,29 @@ def test_images_with_other_channels():
     measure = Combined([LNCC(), MSE()], [1, 2])
     with pytest.raises(ValueError, match=r"images must have 3 channels for \[1, 2\] per measure, got 2"):
         measure(images(2), images(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lncc", [1]), "measures must be a list, got 'lncc'"),
+        (([MSE()], 1), "channels must be a list, got 1"),
+        (([MSE], [1]), "similarity must be a name, a Similarity or a torch.nn.Module, got ABCMeta"),
+        (([MSE()], [1], ["1"]), "weights must be a number, got str"),
+    ],
+)
+def test_parts_of_the_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Combined(*arguments)
+
+
+def test_names_and_modules_are_measures():
+    warped, fixed = images(2, seed=1), images(2, seed=2)
+    by_name = Combined(["mse", torch.nn.MSELoss()], [1, 1])
+    expected = Combined([MSE(), MSE()], [1, 1])
+    assert not by_name.closed_form
+    reference, moving = by_name.prepare(fixed, warped)
+    loss, derivative = by_name.evaluate(moving, reference)
+    torch.testing.assert_close(loss[0], (MSE().loss_and_derivative(moving[:, :1], reference[0][0])[0]
+        + MSE().loss_and_derivative(warped[:, 1:], fixed[:, 1:])[0])[0])  # fmt: skip
+    assert derivative.shape == expected.evaluate(moving, expected.prepare(fixed, warped)[0])[1].shape

@@ -308,7 +308,7 @@ def test_a_field_that_is_not_finite_does_not_warp():
         WarpImage()(moving, ddf)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
 def test_nearest_keeps_the_dtype_and_large_label_values(dtype):
     top = min(torch.iinfo(dtype).max, 2**31 - 1)
     labels = (top - torch.arange(16, dtype=torch.int64)).to(dtype).reshape(1, 4, 4)

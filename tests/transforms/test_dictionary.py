@@ -231,3 +231,14 @@ def test_missing_fields_raise_unless_allowed(tmp_path):
         SaveDDFd("ddf", tmp_path)({})
     assert SaveDDFd("ddf", tmp_path, allow_missing_keys=True)({"a": 1}) == {"a": 1}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_keep_their_dots_and_an_unknown_affine_is_replaced(tmp_path):
+    field = MetaTensor(torch.ones(3, 4, 5, 6), meta={"filename_or_obj": "/x/sub.01.nii.gz"})
+    fixed = MetaTensor(torch.ones(1, 4, 5, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    SaveDDFd("ddf", tmp_path, affine_key="fixed")({"ddf": field, "fixed": fixed})
+    written = nib.load(tmp_path / "sub.01_ddf.nii.gz")
+    np.testing.assert_allclose(written.affine, fixed.affine)
+    np.testing.assert_allclose(np.asarray(written.dataobj)[..., 2], 2.0)
+    with pytest.raises(TypeError, match="fixed must be a MetaTensor with an affine, got Tensor"):
+        SaveDDFd("ddf", tmp_path, affine_key="fixed")({"ddf": torch.ones(3, 4, 5, 6), "fixed": torch.ones(1, 4, 5, 6)})
