@@ -26,7 +26,8 @@ class RegistrationInferer(Inferer):
             voxels of the grid it is returned on. A velocity is integrated on its own grid; a displacement on a coarser
             grid than the images is resampled, units included.
         integration_steps: squarings of the integration.
-        divisible_pad: what the network and ``features`` see is padded with zeros at its end to multiples of this; ``None`` does not pad.
+        divisible_pad: what the network and ``features`` see is padded with zeros at its end to multiples of this;
+            ``None`` does not pad.
         refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
         features: maps an image ``(B, 1, *S)`` to ``(B, C, *S)`` channels that the refinement matches beside the image:
             the soft labels of a segmenter, for one. ``None`` refines on the images alone.

@@ -26,8 +26,8 @@ class Combined(Similarity):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an unknown name, sequences of unequal length, or a number out of range; when called, images with another number of
-            channels.
+        ValueError: an unknown name, sequences of unequal length, or a number out of range; when called, images with
+            another number of channels.
     """
 
     def __init__(
