@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def refine(
     dampings = per_level("damping", damping, len(levels), 0, exclusive=True)
     sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
     _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)

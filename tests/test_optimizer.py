@@ -439,6 +439,15 @@ def test_without_a_learning_rate_nothing_moves_not_even_by_smoothing():
     assert torch.equal(field.detach(), before)
 
 
+def test_without_a_learning_rate_folds_stay_too():
+    folded = (6 * noise(1, 2, 12, 12)).requires_grad_()
+    before = folded.detach().clone()
+    assert int(fold_count(before)) > 0
+    optimizer = FactoredLM([folded], smooth_residual=0.0, lr=0.0)
+    optimizer.step(lambda: folded.square().sum())
+    assert torch.equal(folded.detach(), before)
+
+
 def test_a_start_that_is_not_zero_warns_of_erosion():
     field = torch.ones(1, 2, 8, 8, requires_grad=True)
     optimizer = FactoredLM([field])

@@ -850,9 +850,17 @@ def test_settings_out_of_range(settings, error_type, message):
 
 
 def test_numpys_numbers_are_numbers():
-    settings = {"scales": (2, 1), "iterations": (3, 2), "step": 0.25, "damping": (0.5, 1.0), "spacing": (1, 2)}
+    settings = {
+        "scales": (2, 1),
+        "iterations": (3, 2),
+        "step": 0.25,
+        "damping": (0.5, 1.0),
+        "spacing": (1, 2),
+        "seed": 3,
+    }
+    settings["acceptance"] = "metropolis"
     arrays = {"scales": np.array([2, 1]), "iterations": np.array([3, 2]), "step": np.float64(0.25)}
-    arrays |= {"damping": tuple(np.array([0.5, 1.0])), "spacing": np.array([1, 2])}
+    arrays |= {"damping": tuple(np.array([0.5, 1.0])), "spacing": np.array([1, 2]), "seed": np.int64(3)}
     fixed, moving, _ = pair(FLAT)
     expected = run(fixed, moving, **settings).ddf
     for name, value in arrays.items():

@@ -71,7 +71,7 @@ class RefineDDF(Transform):
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
             out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]
-        if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor):
+        if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor) and _same_axes(fixed, moving):
             out.meta["moving_affine"] = moving.affine.clone()
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
@@ -119,40 +119,39 @@ class WarpImage(Transform):
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         dtype = image.dtype if self.mode == "nearest" else torch.float32
+        gathered = torch.int64 if dtype in (torch.uint16, torch.uint32, torch.uint64) else dtype  # torch lacks these
         if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
             raise ValueError(
                 f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
             )
         check_finite("ddf", field)
-        if dtype in (
-            torch.float32,
-            torch.uint16,
-            torch.uint32,
-            torch.uint64,
-        ):  # torch gathers no wide unsigned integers
-            image = image.to(torch.float32 if dtype == torch.float32 else torch.int64)
-        out = warp(image[None], field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
+        out = warp(image[None].to(gathered), field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
         return out
 
 
-def _check_same_axes(name: str, reference: Any, other_name: str, other: Any) -> None:
-    """Two images with affines, if they are, whose voxel axes have one direction and spacing; their origins may differ.
+def has_affine(image: Any) -> bool:
+    """Whether an image says where it is; MONAI gives an identity affine to tensors that do not."""
+    return isinstance(image, MetaTensor) and not torch.equal(
+        image.affine, torch.eye(len(image.affine)).to(image.affine)
+    )
 
-    A displacement in voxels means the same in both only then. An identity affine is what MONAI gives to tensors without
-    one; it says nothing.
-    """
-    if not (isinstance(reference, MetaTensor) and isinstance(other, MetaTensor)):
-        return
-    n = min(reference.dim(), other.dim()) - 1
-    a, b = (x.affine[:n, :n].double().cpu() for x in (reference, other))
-    known = not any(torch.equal(x, torch.eye(n, dtype=x.dtype)) for x in (a, b))
-    if known and not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max())):
+
+def _same_axes(image: MetaTensor, other: MetaTensor) -> bool:
+    """Whether the voxel axes have one direction and spacing; origins may differ."""
+    n = min(image.dim(), other.dim()) - 1
+    a, b = (x.affine[:n, :n].double().cpu() for x in (image, other))
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+
+
+def _check_same_axes(name: str, image: Any, other_name: str, other: Any) -> None:
+    """ValueError unless the voxel axes, where known, agree: a displacement in voxels is another length otherwise."""
+    if has_affine(image) and has_affine(other) and not _same_axes(image, other):
         raise ValueError(
             f"{name} and {other_name} must have voxel axes of the same direction and spacing, got affines\n"
-            f"{reference.affine.tolist()}\nand\n{other.affine.tolist()}\nresample one onto the other first"
+            f"{image.affine.tolist()}\nand\n{other.affine.tolist()}\nresample one onto the other first"
         )
 
 

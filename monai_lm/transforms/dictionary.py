@@ -12,7 +12,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from monai_lm.transforms.array import RefineDDF, SaveDDF, WarpImage
+from monai_lm.transforms.array import RefineDDF, SaveDDF, WarpImage, has_affine
 
 __all__ = [
     "RefineDDFD",
@@ -143,13 +143,14 @@ class SaveDDFd(MapTransform):
         d = dict(data)
         for key, save in self.key_iterator(d, self.saves):
             ddf = d[key]
-            if self.affine_key is not None and not (isinstance(ddf, MetaTensor) and _known(ddf.affine)):
+            if self.affine_key is not None and not has_affine(ddf):
                 image = d[self.affine_key]
                 if not isinstance(image, MetaTensor):
                     raise TypeError(
                         f"{self.affine_key} must be a MetaTensor with an affine, got {type(image).__name__}"
                     )
-                ddf = MetaTensor(ddf, affine=image.affine, meta=ddf.meta if isinstance(ddf, MetaTensor) else None)
+                meta = {k: v for k, v in ddf.meta.items() if k != "affine"} if isinstance(ddf, MetaTensor) else None
+                ddf = MetaTensor(ddf, affine=image.affine, meta=meta)
             save(ddf, self._name(d, key))
         return d
 
@@ -161,11 +162,6 @@ class SaveDDFd(MapTransform):
         elif self.name_key is None:
             return "pair"
         return str(value)
-
-
-def _known(affine: torch.Tensor) -> bool:
-    """Whether an affine is not the identity that MONAI gives to tensors without one."""
-    return not torch.equal(affine, torch.eye(len(affine), dtype=affine.dtype, device=affine.device))
 
 
 RefineDDFD = RefineDDFDict = RefineDDFd

@@ -97,11 +97,10 @@ def test_parts_of_the_wrong_type(arguments, message):
 
 def test_names_and_modules_are_measures():
     warped, fixed = images(2, seed=1), images(2, seed=2)
-    by_name = Combined(["mse", torch.nn.MSELoss()], [1, 1])
-    expected = Combined([MSE(), MSE()], [1, 1])
-    assert not by_name.closed_form
-    reference, moving = by_name.prepare(fixed, warped)
-    loss, derivative = by_name.evaluate(moving, reference)
-    torch.testing.assert_close(loss[0], (MSE().loss_and_derivative(moving[:, :1], reference[0][0])[0]
-        + MSE().loss_and_derivative(warped[:, 1:], fixed[:, 1:])[0])[0])  # fmt: skip
-    assert derivative.shape == expected.evaluate(moving, expected.prepare(fixed, warped)[0])[1].shape
+    combined = Combined(["mse", torch.nn.MSELoss()], [1, 1])
+    assert not combined.closed_form
+    reference, moving = combined.prepare(fixed, warped)
+    loss, derivative = combined.evaluate(moving, reference)
+    parts = [MSE().loss_and_derivative(moving[:, i : i + 1], reference[i][0]) for i in (0, 1)]
+    torch.testing.assert_close(loss, parts[0][0] + parts[1][0])
+    torch.testing.assert_close(derivative, torch.cat([parts[0][1], parts[1][1]], 1))

@@ -295,6 +295,10 @@ def test_axes_of_another_spacing_or_direction_are_refused_and_other_origins_are_
     out = refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=shifted), ddf)
     assert torch.equal(out.affine, there)
     assert torch.equal(out.meta["moving_affine"], shifted)
+    unknown = refine_ddf(
+        MetaTensor(fixed, affine=there), MetaTensor(moving), ddf
+    )  # MONAI's identity, no place in space
+    assert "moving_affine" not in unknown.meta
     for wrong in (turned, scaling(1.0, 1.0, 2.0)):
         with pytest.raises(ValueError, match="fixed and moving must have voxel axes of the same direction and spacing"):
             refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=wrong), ddf)
