@@ -13,17 +13,18 @@ from monai_lm.fields.sampling import warp
 __all__ = ["compose", "integrate", "invert", "resample"]
 
 
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
+def compose(outer: Tensor, inner: Tensor, first_row: Tensor | None = None) -> Tensor:
     """Compose two fields: the displacement of ``(id + outer) ∘ (id + inner)``, i.e. ``inner(x) + outer(x + inner(x))``.
 
     Args:
         outer: ``(B, n, *M)`` in voxels; extended by its border value.
         inner: ``(B, n, *S)`` in voxels of the grid of ``outer``.
+        first_row: index of the first row of ``inner`` where it holds some rows only; see :func:`warp`.
 
     Returns:
         ``(B, n, *S)`` displacement in voxels.
     """
-    return inner + warp(outer, inner)
+    return inner + warp(outer, inner, first_row=first_row)
 
 
 def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
@@ -76,7 +77,7 @@ def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
     mode = "bilinear" if ddf.shape[1] == 2 else "trilinear"
     out = F.interpolate(ddf, size=tuple(size), mode=mode, align_corners=True)
     factor = [(new - 1) / (previous - 1) for new, previous in zip(size, old, strict=True)]
-    return out * out.new_tensor(factor).view(1, -1, *[1] * len(old))
+    return out.mul_(out.new_tensor(factor).view(1, -1, *[1] * len(old)))  # in place: a field is large
 
 
 def invert(ddf: Tensor, size: Sequence[int] | None = None, iterations: int = 100) -> tuple[Tensor, Tensor]:

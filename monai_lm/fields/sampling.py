@@ -19,7 +19,13 @@ def _along(values: Tensor, axis: int, n: int) -> Tensor:
     return values.view([1] + [-1 if a == axis else 1 for a in range(n)])
 
 
-def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+def warp(
+    image: Tensor,
+    ddf: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "border",
+    first_row: Tensor | None = None,
+) -> Tensor:
     """Sample an image at displaced positions, ``warped(x) = image(x + ddf(x))``.
 
     The image may live on another grid than the field, as long as both count voxels from the same corner.
@@ -29,6 +35,8 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
         ddf: ``(B, n, *S)`` displacement in voxels of ``image``, ``n = len(M) = len(S)``.
         mode: ``"bilinear"`` (trilinear in 3D) or ``"nearest"`` (for label maps).
         padding_mode: what lies outside the image: ``"border"`` extends the edge voxels, ``"zeros"`` is zero.
+        first_row: where ``ddf`` holds only some rows (indices along the first axis) of its grid, the index of its first
+            row, a tensor of one number in the dtype of ``ddf``; ``None`` is 0.
 
     Returns:
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
@@ -47,9 +55,10 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
             "image must be (B, C, *M) with at least 2 voxels along every axis and ddf (B, n, *S) with n = len(M) = "
             f"len(S), got shapes {tuple(image.shape)} and {tuple(ddf.shape)}"
         )
-    position = [
-        ddf[:, a] + _along(torch.arange(ddf.shape[2 + a], device=ddf.device, dtype=ddf.dtype), a, n) for a in range(n)
-    ]
+    voxels = [torch.arange(length, device=ddf.device, dtype=ddf.dtype) for length in ddf.shape[2:]]
+    if first_row is not None:
+        voxels[0] = voxels[0] + first_row
+    position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
     flat = image.reshape(image.shape[0], image.shape[1], -1)
     if mode == "nearest":
         return _nearest(flat, position, sizes, padding_mode)

@@ -94,19 +94,30 @@ _CENTRAL = (
 )
 
 
-def folded_cells(ddf: Tensor, margin: float = 0.0) -> Tensor:
+def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) -> Tensor:
     """Cells with a determinant ``<= margin``, as a mask ``(B, *(S + 1))`` over the grid's cells and the ring around it.
 
-    Cell ``i`` along an axis lies between voxels ``i - 1`` and ``i``.
+    Cell ``i`` along an axis lies between voxels ``i - 1`` and ``i``. Works slab by slab: beside the mask, it needs no
+    memory to speak of.
 
     Args:
         ddf: ``(B, n, *S)`` in voxels.
         margin: smallest determinant that still counts as folded; 0 is the definition.
+        outer: ``(B, n, *M)`` field that is applied after ``ddf``: the cells of the composed map are looked at.
     """
-    padded = F.pad(ddf, [1, 1] * ddf.shape[1], mode="replicate")
-    thickness = max(1, _SLAB // padded[:, 0, 0].numel())
-    slabs = [padded[:, :, i : i + thickness + 1] for i in range(0, padded.shape[2] - 1, thickness)]
-    return torch.cat([_folded(slab, margin) for slab in slabs], 1)
+    rows = ddf.shape[2]
+    ring = torch.Size(s + 1 for s in ddf.shape[2:])
+    thickness = max(1, _SLAB // (ddf.shape[0] * ring[1:].numel()))
+    folded = torch.empty(ddf.shape[0], *ring, dtype=torch.bool, device=ddf.device)
+    for first in range(0, rows + 1, thickness):
+        last = min(first + thickness, rows + 1)  # cells [first, last) have the voxels [first - 1, last)
+        start, stop = max(first - 1, 0), min(last, rows)
+        slab = ddf[:, :, start:stop].to(torch.promote_types(ddf.dtype, torch.float32))
+        if outer is not None:
+            slab = compose(outer, slab, slab.new_tensor(start))
+        pads = [1, 1] * (ddf.dim() - 3) + [start - first + 1, last - stop]
+        folded[:, first:last] = _folded(F.pad(slab, pads, mode="replicate"), margin)
+    return folded
 
 
 def _folded(padded: Tensor, margin: float) -> Tensor:
@@ -128,7 +139,7 @@ def fold_count(ddf: Tensor) -> Tensor:
     Returns:
         ``(B,)`` int64. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
     """
-    return folded_cells(ddf if ddf.dtype == torch.float64 else ddf.float()).flatten(1).sum(1)
+    return folded_cells(ddf).flatten(1).sum(1)
 
 
 def _near(cells: Tensor, reach: int) -> Tensor:
@@ -156,7 +167,7 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
     """
-    folded = folded_cells(_composed(outer, ddf), margin)
+    folded = folded_cells(ddf, margin, outer)
     folding = folded.flatten(1).any(1).nonzero().flatten().tolist()
     if not folding:
         return ddf
@@ -179,14 +190,11 @@ def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, ro
         fewest = count if fewest is None else min(fewest, count)
         weight = _near(folded, max(1, round(sigma)))
         out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
-        folded = folded_cells(_composed(outer, out), margin)
+        folded = folded_cells(out, margin, outer)
     mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
     for _ in range(50):
-        if not bool(folded_cells(_composed(outer, out), margin).any()):
+        if not bool(folded_cells(out, margin, outer).any()):
             return out
         out = mean + 0.9 * (out - mean)
     return torch.zeros_like(out)
 
-
-def _composed(outer: Tensor | None, field: Tensor) -> Tensor:
-    return field if outer is None else compose(outer, field)
