@@ -13,7 +13,7 @@ Source: Jena, Chaudhari, Gee, "Factored Levenberg-Marquardt for Diffeomorphic Im
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -32,9 +32,11 @@ __all__ = [
     "eulerian_gradient",
     "expected_decrease",
     "initial_trust",
+    "initial_trust_of",
     "judge",
     "per_voxel",
     "pull_back",
+    "relaxed",
     "spatial_gradient",
     "step_length",
 ]
@@ -119,12 +121,25 @@ def initial_trust(gradient: Tensor, loss: Tensor, damping: float) -> Trust:
         loss: ``(B,)``.
         damping: δ, without units.
     """
-    largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
-    squared = (gradient / per_voxel(largest, gradient)).square().sum(1).flatten(1)  # in the range of float32
-    active = squared > _NOTHING
-    mean = (squared * active).sum(1) / active.sum(1).clamp(min=1)
-    bound = torch.finfo(gradient.dtype).max / _DAMPING_RANGE
-    reference = (damping * mean * largest * largest).clamp(max=bound)
+    return initial_trust_of(lambda: iter((gradient,)), loss, damping)
+
+
+def initial_trust_of(gradients: Callable[[], Iterable[Tensor]], loss: Tensor, damping: float) -> Trust:
+    """:func:`initial_trust` of a gradient that comes in parts.
+
+    Args:
+        gradients: called twice; returns tensors ``(B, n, …)`` that make up the gradient.
+        loss: ``(B,)``.
+        damping: δ, without units.
+    """
+    info = torch.finfo(loss.dtype)
+    largest = torch.stack([part.flatten(1).abs().amax(1) for part in gradients()]).amax(0).clamp(min=info.tiny)
+    total = count = torch.zeros_like(loss)
+    for part in gradients():
+        squared = (part / per_voxel(largest, part)).square().sum(1).flatten(1)  # in the range of float32
+        active = squared > _NOTHING
+        total, count = total + (squared * active).sum(1), count + active.sum(1)
+    reference = (damping * total / count.clamp(min=1) * largest * largest).clamp(max=info.max / _DAMPING_RANGE)
     unknown = torch.full_like(loss, float("nan"))
     return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
 
@@ -197,25 +212,35 @@ def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
 
 
 def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float], rate: float = 1) -> Tensor:
-    """Compose the step into the residual map and smooth it.
-
-    ``r ← r' + α (G r' - r')`` with ``id + r' = (id + r) ∘ (id + v)`` and ``G`` a Gaussian.
-
-    The elastic smoothing is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the
-    map, not only the step, goes to zero when steps are rejected.
+    """Compose the step into the residual map, ``id + r' = (id + r) ∘ (id + v)``, and smooth it by :func:`relaxed`.
 
     Args:
         residual: ``(B, n, *S)`` in voxels.
         v: ``(B, n, *S)`` step in voxels.
         trust: state of the damping; pairs without damping stay as they are.
         smooth_residual: standard deviation of the Gaussian per axis, in voxels.
+        rate: at most 1, multiplies the weight of the smoothing.
+    """
+    return relaxed(compose(residual, v), residual, trust, smooth_residual, rate)
+
+
+def relaxed(moved: Tensor, before: Tensor, trust: Trust, smooth_residual: Sequence[float], rate: float = 1) -> Tensor:
+    """Elastic smoothing of a residual that has moved, ``r' + α (G r' - r')`` with ``G`` a Gaussian.
+
+    It is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the map, not only the
+    step, goes to zero when steps are rejected.
+
+    Args:
+        moved: ``(B, n, *S)`` residual after the step, in voxels.
+        before: ``(B, n, *S)`` residual before it; pairs without damping return to it.
+        trust: state of the damping.
+        smooth_residual: standard deviation of the Gaussian per axis, in voxels.
         rate: at most 1, multiplies α.
     """
-    moved = compose(residual, v)
     if any(s > 0 for s in smooth_residual):
         smooth = gaussian_smooth(moved, smooth_residual)
         moved = moved + per_voxel(rate * step_length(trust), moved) * (smooth - moved)
-    return torch.where(per_voxel(trust.damping, moved) > 0, moved, residual)
+    return torch.where(per_voxel(trust.damping, moved) > 0, moved, before)
 
 
 def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: float) -> tuple[Tensor, Tensor, Trust]:

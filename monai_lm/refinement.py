@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from operator import index
 from typing import SupportsIndex
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from monai_lm.fields import fold_count, repair
-from monai_lm.level import LevelRun, Settings, pick
+from monai_lm.level import LevelRun, Settings
+from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
@@ -47,6 +49,7 @@ def refine(
     tolerance: float = 0.005,
     seed: int = 0,
     compile: str | bool = "auto",  # noqa: A002 (the name torch users expect)
+    memory: str = "auto",
     progress: bool = False,
 ) -> RefinementResult:
     """Optimise a field until the warped moving image matches the fixed one, without ever folding space.
@@ -79,6 +82,11 @@ def refine(
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
         seed: of the ``"metropolis"`` acceptance.
         compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays.
+        memory: ``"full"`` keeps what saves time; ``"low"`` keeps two fields beside the images and streams the rest, at
+            about twice the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
+            precision images, or copies are made). The last two are for measures that look at a neighbourhood, LNCC and
+            MSE. ``"auto"`` is the first of the three that fits on a GPU, ``"full"`` elsewhere; when a GPU runs out of
+            memory, the next leaner one is tried, once, with a warning.
         progress: show a progress bar.
 
     Returns:
@@ -90,9 +98,12 @@ def refine(
 
     Warns:
         UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
+            A GPU that ran out of memory, before the leaner try.
     """
     started = time.perf_counter()
-    fixed, moving = plain("fixed", fixed), plain("moving", moving)
+    if memory not in ("auto", *MODES):
+        raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
+    fixed, moving = (plain(name, image, memory == "half") for name, image in (("fixed", fixed), ("moving", moving)))
     check_images(fixed, moving)
     size, n = fixed.shape[2:], fixed.dim() - 2
     if ddf is not None:
@@ -108,17 +119,28 @@ def refine(
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
+    if memory == "auto":
+        memory = automatic_mode(fixed, measure)
     settings = Settings(
-        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, compile, deadline
+        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, compile, memory, deadline
     )  # fmt: skip
     stages = list(zip(levels, counts, dampings, sigmas, strict=True))
+    finest = make_level(size, edges, 1)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        return _coarse_to_fine(fixed, moving, ddf, stages, make_level(size, edges, 1), settings, bar, started)
+        try:
+            return _coarse_to_fine(fixed, moving, ddf, stages, finest, settings, bar, started)
+        except torch.OutOfMemoryError as error:
+            leaner = MODES[MODES.index(memory) + 1 :]
+            if not leaner or measure.halo is None:
+                raise
+            warnings.warn(f"memory={memory!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=2)
+        bar.reset()
+        return _coarse_to_fine(fixed, moving, ddf, stages, finest, replace(settings, memory=leaner[0]), bar, started)
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -137,30 +159,30 @@ def _coarse_to_fine(
     settings: Settings,
     bar: tqdm,
     started: float,
+    level_run: type[LevelRun] = LevelRun,
 ) -> RefinementResult:
     """Run the stages (level, iterations, damping, smoothing of the gradient) and end on the grid of the images."""
     fixed, moving = _normal(fixed), _normal(moving)
+    constant = _constant(fixed, moving)
+    if settings.memory == "half":
+        fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
     repaired = None if ddf is None else repair(ddf)
     record = Record(fixed.shape[0], started)
-    residual = _identity(fixed)
+    residual = None
     for level, count, delta, sigma in stages:
-        run = LevelRun(level, fixed, moving, repaired, settings, sigma, count)
-        residual, loss = run.iterate(run.start(residual), delta, count, record, bar)
+        run = level_run(level, fixed, moving, repaired, residual, settings, sigma, count)
+        loss = run.iterate(delta, count, record, bar)
+        residual = run.engine.residual
     if level.size != finest.size:
-        run = LevelRun(finest, fixed, moving, repaired, settings, sigma, 1)
-        residual = run.start(residual)
-        loss = run.loss(residual)
-    return _finish(run, residual, loss, ddf, _constant(fixed, moving), record, started)
+        run = level_run(finest, fixed, moving, repaired, residual, settings, sigma, 1)
+        loss = run.engine.loss(run.engine.residual)
+    return _finish(run, loss, ddf, constant, record, started)
 
 
 def _normal(tensor: Tensor) -> Tensor:
     """Copy of an inference tensor that may take part in autograd; any other tensor itself."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _identity(fixed: Tensor) -> Tensor:
-    return fixed.new_zeros(fixed.shape[0], fixed.dim() - 2, *fixed.shape[2:])
 
 
 def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
@@ -176,33 +198,28 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
 
 
 def _finish(
-    run: LevelRun,
-    residual: Tensor,
-    loss: Tensor,
-    predicted: Tensor | None,
-    constant: Tensor,
-    record: Record,
-    started: float,
+    run: LevelRun, loss: Tensor, predicted: Tensor | None, constant: Tensor, record: Record, started: float
 ) -> RefinementResult:
     """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction."""
-    voxels = run.moving[0, 0].numel()
-    start = torch.zeros_like(residual) if run.prediction is None else run.prediction
-    initial = run.loss(torch.zeros_like(residual))
+    engine = run.engine
+    initial = engine.loss(None)
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
         warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=4)
     better = (loss <= initial) & ~constant
-    ddf = pick(better, run.displacement(residual), start)
-    if predicted is None:
-        folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
-    else:
+    ddf = engine.displacement(better)
+    if engine.residual.dtype != ddf.dtype:  # what was rounded may fold
+        ddf = repair(ddf)
+    folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
+    if predicted is not None:
         folds = fold_count(predicted)
-        shift = torch.linalg.vector_norm(start - predicted, dim=1).flatten(1).mean(1)
+        if engine.prediction is not predicted and engine.prediction is not None:
+            shift = torch.linalg.vector_norm(engine.prediction - predicted, dim=1).flatten(1).mean(1)
     return RefinementResult(
         ddf=ddf,
         history=record.history(),
-        initial_loss=initial / voxels,
-        final_loss=torch.where(better, loss, initial) / voxels,
+        initial_loss=initial / engine.voxels,
+        final_loss=torch.where(better, loss, initial) / engine.voxels,
         predicted_folds=folds,
         repair_shift=shift,
         seconds=time.perf_counter() - started,

@@ -26,15 +26,16 @@ __all__ = [
 ]
 
 
-def plain(name: str, value: Any) -> Tensor:
-    """Detached float32 tensor without metadata; TypeError for anything that is no real tensor."""
+def plain(name: str, value: Any, half: bool = False) -> Tensor:
+    """Detached float32 (or, where allowed, half precision) tensor without metadata; TypeError for no real tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex():
         raise TypeError(f"{name} must be real, got dtype {value.dtype}")
     if isinstance(value, MetaTensor):
         value = value.as_tensor()
-    return value.detach().to(torch.float32)
+    keep = half and value.dtype in (torch.float16, torch.bfloat16)
+    return value.detach() if keep else value.detach().to(torch.float32)
 
 
 def check_images(fixed: Tensor, moving: Tensor) -> None:

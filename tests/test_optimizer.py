@@ -15,6 +15,7 @@ from monai_lm import FactoredLM, refine
 from monai_lm.fields import compose, fold_count, gaussian_smooth, warp
 from monai_lm.levenberg import ACCEPTANCES, CONTROLS, eulerian_gradient
 from monai_lm.similarity import LNCC
+from monai_lm.similarity.base import normalized
 
 SHAPES = [(24, 22), (14, 13, 12)]
 
@@ -66,10 +67,10 @@ def test_equals_refine_bit_for_bit(shape, control, acceptance, window):
         tolerance=0, compile=False, **settings,
     )  # fmt: skip
     measure, field = LNCC(), zeros(shape, batch=2)
-    reference, prepared = measure.prepare(fixed, moving)
+    reference, (_, moving_range) = measure.prepare(fixed, moving)[0], measure.ranges(fixed, moving)
 
     def closure() -> Tensor:
-        warped = warp(prepared, field.detach())
+        warped = normalized(warp(moving, field.detach()), moving_range)
         loss, derivative = measure.evaluate(warped, reference)
         field.grad = eulerian_gradient(derivative, warped)
         return loss

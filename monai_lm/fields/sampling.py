@@ -59,45 +59,50 @@ def warp(
     if first_row is not None:
         voxels[0] = voxels[0] + first_row
     position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
-    flat = image.reshape(image.shape[0], image.shape[1], -1)
+    # channel by channel: a compiler then computes indices and weights once for all, in one loop
+    channels = [channel.reshape(image.shape[0], -1) for channel in image.unbind(1)]
     if mode == "nearest":
-        return _nearest(flat, position, sizes, padding_mode)
-    if padding_mode == "zeros":
-        return _zero_padded(flat, position, sizes)
+        return torch.stack(_nearest(channels, position, sizes, padding_mode), 1)
+    sample = _zero_padded if padding_mode == "zeros" else _border
+    return torch.stack(sample(channels, position, sizes), 1)
+
+
+def _border(channels: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
+    """Linear interpolation of the image continued by its edge voxels."""
     clamped = [p.clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
     lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
     weight = [p - low for p, low in zip(clamped, lower, strict=True)]
     base, strides = _flat_index(lower, sizes)
-    out: Tensor | None = None
-    for corner in product((0, 1), repeat=n):
-        offset = sum(c * s for c, s in zip(corner, strides, strict=True))
+    out: list[Tensor] = []
+    for corner in product((0, 1), repeat=len(sizes)):
+        index = base + sum(c * s for c, s in zip(corner, strides, strict=True))
         w = _product([wa if c else 1 - wa for c, wa in zip(corner, weight, strict=True)])
-        term = _take(flat, base + offset) * w.unsqueeze(1)
-        out = term if out is None else out + term
-    assert out is not None  # n >= 1, for mypy
+        terms = [_take(channel, index) * w for channel in channels]
+        out = [o + t for o, t in zip(out, terms, strict=True)] if out else terms
     return out
 
 
-def _zero_padded(flat: Tensor, position: list[Tensor], sizes: torch.Size) -> Tensor:
+def _zero_padded(channels: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
     """Linear interpolation of the image continued by zeros: corners outside the grid contribute nothing."""
     lower = [p.detach().floor() for p in position]
-    out = flat.new_zeros(())
+    out: list[Tensor] = []
     for corner in product((0, 1), repeat=len(sizes)):
         at = [low + c for low, c in zip(lower, corner, strict=True)]
-        inside = _product([((a >= 0) & (a <= s - 1)).to(flat.dtype) for a, s in zip(at, sizes, strict=True)])
+        inside = _product([((a >= 0) & (a <= s - 1)).to(position[0].dtype) for a, s in zip(at, sizes, strict=True)])
         w = _product([1 - (p - a).abs() for p, a in zip(position, at, strict=True)])
         index, _ = _flat_index([a.clamp(0, s - 1) for a, s in zip(at, sizes, strict=True)], sizes)
-        out = out + _take(flat, index) * (w * inside).unsqueeze(1)
+        terms = [_take(channel, index) * (w * inside) for channel in channels]
+        out = [o + t for o, t in zip(out, terms, strict=True)] if out else terms
     return out
 
 
-def _nearest(flat: Tensor, position: list[Tensor], sizes: torch.Size, padding_mode: str) -> Tensor:
+def _nearest(channels: list[Tensor], position: list[Tensor], sizes: torch.Size, padding_mode: str) -> list[Tensor]:
     nearest = [(p + 0.5).floor() for p in position]
     index, _ = _flat_index([p.clamp(0, s - 1) for p, s in zip(nearest, sizes, strict=True)], sizes)
-    out = _take(flat, index)
+    out = [_take(channel, index) for channel in channels]
     if padding_mode == "zeros":
         inside = _product([(p >= 0) & (p <= s - 1) for p, s in zip(nearest, sizes, strict=True)])
-        out = out * inside.unsqueeze(1).to(out.dtype)
+        out = [o * inside.to(o.dtype) for o in out]
     return out
 
 
@@ -119,9 +124,7 @@ def _flat_index(lower: list[Tensor], sizes: torch.Size) -> tuple[Tensor, list[in
     return index, strides
 
 
-def _take(flat: Tensor, index: Tensor) -> Tensor:
-    """Gather ``flat`` ``(B, C, N)`` at ``index`` ``(B, *S)`` (or a batch-broadcast of it) for every channel."""
-    batch, channels = flat.shape[:2]
-    index = index.expand(batch, *index.shape[1:])
-    picked = flat.gather(2, index.reshape(batch, 1, -1).expand(batch, channels, -1))
-    return picked.reshape(batch, channels, *index.shape[1:])
+def _take(channel: Tensor, index: Tensor) -> Tensor:
+    """Gather a flat channel ``(B, N)`` at ``index`` ``(B, *S)`` (or a batch-broadcast of it)."""
+    index = index.expand(channel.shape[0], *index.shape[1:])
+    return channel.gather(1, index.flatten(1)).reshape(index.shape)

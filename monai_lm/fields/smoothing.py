@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["box_sum", "gaussian_smooth", "gaussian_taps", "inverse_window_counts"]
@@ -47,21 +46,36 @@ def gaussian_smooth(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
     for axis, s in enumerate(sigmas):
         taps = gaussian_taps(s)
         if len(taps) > 1:
-            x = _filter_axis(x, taps, axis + 2)
+            x = _filter_axis(x, taps, axis + 2, extend=True)
     return x
 
 
-def _filter_axis(x: Tensor, taps: list[float], dim: int) -> Tensor:
-    """Symmetric filter along one dimension, edge values repeated: shifted slices of one padded tensor are summed."""
+def _filter_axis(x: Tensor, taps: list[float], dim: int, extend: bool) -> Tensor:
+    """Symmetric filter along one dimension; outside, edge values are repeated (``extend``) or zero.
+
+    Shifted slices are summed. Rows near the ends are computed one by one: a padded copy would cost more than the rest.
+    """
     radius, size = len(taps) - 1, x.shape[dim]
-    first, last = x.narrow(dim, 0, 1), x.narrow(dim, size - 1, 1)
-    reps = [1] * x.dim()
-    reps[dim] = radius
-    padded = torch.cat([first.repeat(reps), x, last.repeat(reps)], dim)
-    out = x * taps[0]
-    for k, tap in enumerate(taps[1:], start=1):
-        out = out + tap * (padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size))
-    return out
+
+    def rows(first: int, count: int) -> Tensor:
+        out = x.narrow(dim, first, count) * taps[0] if taps[0] != 1 else x.narrow(dim, first, count)
+        for k, tap in enumerate(taps[1:], start=1):
+            for at in (first - k, first + k):
+                if extend:
+                    at = min(max(at, 0), size - 1) if count == 1 else at
+                elif not 0 <= at < size:
+                    continue
+                term = x.narrow(dim, at, count)
+                out = out + (term if tap == 1 else tap * term)
+        return out
+
+    inner = max(size - 2 * radius, 0)
+    near = min(radius, size)  # a short axis has rows near an end only
+    parts = [rows(i, 1) for i in range(near)]
+    if inner:
+        parts.append(rows(radius, inner))
+    parts += [rows(i, 1) for i in range(max(size - radius, near), size)]
+    return torch.cat(parts, dim)
 
 
 def box_sum(x: Tensor, radius: int) -> Tensor:
@@ -71,15 +85,8 @@ def box_sum(x: Tensor, radius: int) -> Tensor:
         x: ``(B, C, *S)``.
         radius: half width in voxels.
     """
-    n = x.dim() - 2
-    for axis in range(n):
-        dim, size = axis + 2, x.shape[axis + 2]
-        pads = [0, 0] * (n - 1 - axis) + [radius, radius]
-        padded = F.pad(x, pads)
-        out = padded.narrow(dim, 0, size)
-        for k in range(1, 2 * radius + 1):
-            out = out + padded.narrow(dim, k, size)
-        x = out
+    for dim in range(2, x.dim()):
+        x = _filter_axis(x, [1.0] * (radius + 1), dim, extend=False)
     return x
 
 

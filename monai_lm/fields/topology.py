@@ -171,10 +171,11 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     folding = folded.flatten(1).any(1).nonzero().flatten().tolist()
     if not folding:
         return ddf
-    pairs = list(ddf.split(1))
+    pairs, wide = list(ddf.split(1)), torch.promote_types(ddf.dtype, torch.float32)
     for index in folding:  # one by one: a pair must not depend on its batch
         pair = slice(index, index + 1)
-        pairs[index] = _unfold(pairs[index], folded[pair], None if outer is None else outer[pair], margin, rounds)
+        around = None if outer is None else outer[pair]
+        pairs[index] = _unfold(pairs[index].to(wide), folded[pair], around, margin, rounds).to(ddf.dtype)
     return torch.cat(pairs)
 
 
@@ -197,4 +198,3 @@ def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, ro
             return out
         out = mean + 0.9 * (out - mean)
     return torch.zeros_like(out)
-

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Similarity", "standardize"]
+__all__ = ["LocalSimilarity", "Range", "Similarity", "normalized", "row_sums", "standard_range", "standardize"]
+
+_SLAB = 2**20
+"""Voxels of an image that are looked at together."""
+
+Range = tuple[Tensor, Tensor] | None
+"""What is subtracted from an image and what the difference is multiplied by, ``(B, C, 1, …)`` each; or nothing."""
 
 
 class Similarity(ABC):
@@ -24,6 +31,9 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit variance first; the measure must not care."""
 
+    halo: int | None = None
+    """How far away from a voxel its loss and derivative look, in voxels; ``None``: at the whole image."""
+
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """Shift and scale both images if the measure allows it, and compute what depends on the fixed image only.
 
@@ -34,9 +44,15 @@ class Similarity(ABC):
         Returns:
             The tensors that ``evaluate`` takes as ``reference``, and the moving image to warp.
         """
-        if self.standardized:
-            fixed, moving = standardize(fixed)[0], standardize(moving)[0]
-        return self.reference(fixed), moving
+        fixed_range, moving_range = self.ranges(fixed, moving)
+        return self.reference(normalized(fixed, fixed_range)), normalized(moving, moving_range)
+
+    def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """How to shift and scale the fixed ``(B, C, *S)`` and the moving image ``(B, C, *M)`` before they are compared.
+
+        A warped image may be shifted and scaled instead of the moving one: the two commute.
+        """
+        return (standard_range(fixed), standard_range(moving)) if self.standardized else (None, None)
 
     def reference(self, fixed: Tensor) -> tuple[Tensor, ...]:
         """Tensors derived from the (shifted and scaled) fixed image that every evaluation needs."""
@@ -54,6 +70,13 @@ class Similarity(ABC):
             The loss ``(B,)``, summed over voxels, and its derivative with respect to ``warped``, ``(B, C, *S)``.
         """
 
+    def evaluate_rows(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """As :meth:`evaluate`, with the loss summed over each row (index of the first axis) only: ``(B, rows)``.
+
+        Measures with a ``halo`` have it; the engine calls it on windows of rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} looks at the whole image at once")
+
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
         if not self.standardized:
@@ -69,6 +92,50 @@ class Similarity(ABC):
         return _ClosedForm.apply(warped, fixed, self)
 
 
+class LocalSimilarity(Similarity):
+    """A measure whose loss and derivative at a voxel depend on nothing farther away than ``halo`` voxels.
+
+    The engine evaluates it window by window along the first axis, which is faster and needs less memory.
+    """
+
+    def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
+        rows, derivative = self.evaluate_rows(warped, reference)
+        return rows.sum(1), derivative
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Sum ``(B, C, rows, …)`` over everything but pairs and rows, ``(B, rows)``."""
+    return values.sum((1, *range(3, values.dim())))
+
+
+def normalized(image: Tensor, range_: Range) -> Tensor:
+    """Shift and scale an image ``(B, C, *S)``."""
+    return image if range_ is None else (image - range_[0]) * range_[1]
+
+
+def standard_range(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and factor that give every image and channel zero mean and unit variance; a constant channel becomes zero.
+
+    Args:
+        image: ``(B, C, *S)``; half precision is looked at in float32. Slab by slab, without a copy of the image.
+    """
+    axes, wide = tuple(range(2, image.dim())), torch.promote_types(image.dtype, torch.float32)
+    low, high = image.amin(axes, keepdim=True).to(wide), image.amax(axes, keepdim=True).to(wide)
+    largest = torch.maximum(low.abs(), high.abs()).clamp(min=torch.finfo(wide).tiny)  # squares stay in range
+    voxels, slabs = image[0, 0].numel(), image.split(max(1, _SLAB // image[:, :, 0].numel()), 2)
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = [function(slab / largest).sum(axes, keepdim=True) for slab in slabs]
+        return torch.stack(sums).sum(0) / voxels
+
+    mean = mean_of(lambda values: values)
+    for _ in range(2):  # the first mean of a large offset is rounded
+        mean = mean + mean_of((-mean).add)
+    deviation = mean_of(lambda values: (values - mean).square()).sqrt()
+    return mean * largest, torch.where(deviation > 1e-6, 1 / (deviation * largest), torch.zeros_like(deviation))
+
+
 def standardize(image: Tensor) -> tuple[Tensor, Tensor]:
     """Zero mean and unit variance for every image and channel; a constant channel becomes zero.
 
@@ -78,15 +145,10 @@ def standardize(image: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The standardised image and the divisor ``(B, C, 1, …)``.
     """
-    axes = tuple(range(2, image.dim()))
-    largest = image.abs().amax(axes, keepdim=True).clamp(min=torch.finfo(image.dtype).tiny)
-    image = image / largest  # squares of very large or small intensities would leave the range of float32
-    centred = image - image.mean(axes, keepdim=True)
-    centred = centred - centred.mean(axes, keepdim=True)  # once more: the first mean of a large offset is rounded
-    scale = centred.square().mean(axes, keepdim=True).sqrt()
-    constant = scale <= 1e-6
-    scale = torch.where(constant, torch.ones_like(scale), scale)
-    return torch.where(constant, torch.zeros_like(centred), centred / scale), scale * largest
+    shift, factor = standard_range(image)
+    centred = image - shift
+    centred = centred - centred.mean(tuple(range(2, image.dim())), keepdim=True)  # a large shift is rounded
+    return centred * factor, torch.where(factor > 0, 1 / factor, torch.ones_like(factor))
 
 
 class _ClosedForm(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_lm.similarity.base import Similarity
+from monai_lm.similarity.base import Range, Similarity
 from monai_lm.similarity.lookup import get_similarity
 from monai_lm.validation import check_number
 
@@ -54,17 +54,32 @@ class Combined(Similarity):
         self.channels = list(channels)
         self.weights = [float(weight) for weight in weights]
         self.closed_form = all(measure.closed_form for measure in self.measures)
+        halos = [measure.halo for measure in self.measures]
+        self.halo = None if None in halos else max(h for h in halos if h is not None)
 
-    def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
-        """Prepare every group of channels by its measure; the reference is the tuple of their references."""
+    def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """How to shift and scale every group of channels, by its measure."""
         groups = zip(self.measures, self._split(fixed), self._split(moving), strict=True)
-        references, images = zip(*(measure.prepare(f, m) for measure, f, m in groups), strict=True)
-        return references, torch.cat(images, 1)
+        per_group = [(measure.ranges(f, m), f) for measure, f, m in groups]
+        joined = []
+        for which in (0, 1):
+            parts = [ranges[which] or _neutral(images) for ranges, images in per_group]
+            joined.append((torch.cat([shift for shift, _ in parts], 1), torch.cat([factor for _, factor in parts], 1)))
+        return joined[0], joined[1]
+
+    def reference(self, fixed: Tensor) -> tuple[Any, ...]:
+        """The tuple of the measures' references."""
+        return tuple(measure.reference(f) for measure, f in zip(self.measures, self._split(fixed), strict=True))
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
         groups = zip(self.measures, self._split(warped), reference, strict=True)
         return self._sum([measure.evaluate(w, r) for measure, w, r in groups])
+
+    def evaluate_rows(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``, where all measures are local."""
+        groups = zip(self.measures, self._split(warped), reference, strict=True)
+        return self._sum([measure.evaluate_rows(w, r) for measure, w, r in groups])
 
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
@@ -81,3 +96,10 @@ class Combined(Similarity):
         losses = [weight * loss for weight, (loss, _) in zip(self.weights, parts, strict=True)]
         derivatives = [weight * derivative for weight, (_, derivative) in zip(self.weights, parts, strict=True)]
         return torch.stack(losses).sum(0), torch.cat(derivatives, 1)
+
+
+def _neutral(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and factor that leave an image ``(B, C, *S)`` as it is."""
+    like = image.flatten(2)[:, :, :1].view(*image.shape[:2], *[1] * (image.dim() - 2))
+    like = like.to(torch.promote_types(image.dtype, torch.float32))
+    return torch.zeros_like(like), torch.ones_like(like)

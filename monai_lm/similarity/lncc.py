@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from monai_lm.fields.smoothing import box_sum, inverse_window_counts
-from monai_lm.similarity.base import Similarity
+from monai_lm.similarity.base import LocalSimilarity, row_sums
 
 __all__ = ["LNCC"]
 
 
-class LNCC(Similarity):
+class LNCC(LocalSimilarity):
     """``1 - A² / (B C)`` per voxel, with ``A``, ``B``, ``C`` the covariance and variances in a cubic window.
 
     Invariant to ``a I + b`` of either image. Windows that reach over the edge use the voxels inside the image only.
@@ -34,29 +35,32 @@ class LNCC(Similarity):
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}")
         self.radius = int(radius)
+        self.halo = 2 * self.radius
         self.epsilon = float(epsilon)
 
     def reference(self, fixed: Tensor) -> tuple[Tensor, ...]:
         """The fixed image, its window means and its window variances."""
         weight = inverse_window_counts(fixed, self.radius)
-        mean = self._sum(fixed) * weight
-        variance = (self._sum(fixed * fixed) * weight - mean * mean).clamp(min=0) + self.epsilon
+        mean, square = (m * weight for m in self._sums(fixed, fixed * fixed))
+        variance = (square - mean * mean).clamp(min=0) + self.epsilon
         return fixed, mean, variance
 
-    def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
+    def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
         fixed, fixed_mean, fixed_variance = reference
         weight = inverse_window_counts(warped, self.radius)
-        mean = self._sum(warped) * weight
-        variance = (self._sum(warped * warped) * weight - mean * mean).clamp(min=0) + self.epsilon
-        covariance = self._sum(warped * fixed) * weight - mean * fixed_mean
+        means = [m * weight for m in self._sums(warped, warped * warped, warped * fixed)]
+        mean = means[0]
+        variance = (means[1] - mean * mean).clamp(min=0) + self.epsilon
+        covariance = means[2] - mean * fixed_mean
         ratio = covariance / (variance * fixed_variance)
         channels = warped.shape[1]
-        loss = (1 - covariance * ratio).flatten(1).sum(1) / channels
+        loss = row_sums(1 - covariance * ratio) / channels
         a = 2 * ratio * weight
         b = a * covariance / variance
-        derivative = warped * self._sum(b) - fixed * self._sum(a) + self._sum(a * fixed_mean - b * mean)
-        return loss, derivative / channels
+        of_a, of_b, of_both = self._sums(a, b, a * fixed_mean - b * mean)
+        return loss, (warped * of_b - fixed * of_a + of_both) / channels
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return box_sum(x, self.radius)
+    def _sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Box sums of several images at once: a third of the kernels to compile and launch."""
+        return box_sum(torch.cat(parts, 1), self.radius).chunk(len(parts), 1)

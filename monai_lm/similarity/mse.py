@@ -5,26 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monai_lm.similarity.base import Similarity
+from monai_lm.similarity.base import LocalSimilarity, Range, row_sums
 
 __all__ = ["MSE"]
 
 
-class MSE(Similarity):
+class MSE(LocalSimilarity):
     """``(I - J)²`` per voxel, for images of the same modality and intensity scale.
 
-    ``prepare`` divides both images of a pair by their largest absolute intensity.
+    Both images of a pair are divided by the largest absolute intensity of the two.
     """
 
-    def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Bring the intensities of a pair into [-1, 1], both by the same factor."""
-        axes = tuple(range(1, fixed.dim()))
-        largest = torch.maximum(fixed.abs().amax(axes, keepdim=True), moving.abs().amax(axes, keepdim=True))
-        largest = largest.clamp(min=torch.finfo(fixed.dtype).tiny)
-        return (fixed / largest,), moving / largest
+    halo = 0
 
-    def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
+    def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """Bring the intensities of a pair into [-1, 1], both by the same factor."""
+        axes, wide = tuple(range(1, fixed.dim())), torch.promote_types(fixed.dtype, torch.float32)
+        extremes = [
+            f(image, axes, keepdim=True).to(wide).abs() for f in (torch.amin, torch.amax) for image in (fixed, moving)
+        ]
+        largest = torch.stack(extremes).amax(0).clamp(min=torch.finfo(wide).tiny)
+        channels = fixed.shape[1]
+        factor = (1 / largest).expand(-1, channels, *[-1] * (fixed.dim() - 2))
+        return (torch.zeros_like(factor), factor), (torch.zeros_like(factor), factor)
+
+    def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
         (fixed,) = reference
         difference = (warped - fixed) / warped.shape[1]
-        return (difference * (warped - fixed)).flatten(1).sum(1), 2 * difference
+        return row_sums(difference * (warped - fixed)), 2 * difference

@@ -1,0 +1,318 @@
+"""What one level keeps in memory, and the passes over it: loss, gradient, step.
+
+All passes go window by window (:mod:`monai_lm.streaming`) over the level's volumes, and every kernel is a pure function
+that is the same compiled and not. In V, the size of one image in float32, :class:`Engine` keeps, beside the two images
+and a prediction, which are the caller's: the residual 3, the best residual 3, the smoothed gradient 3, the warped image
+and the derivative 2, and for LNCC the fixed image with its local means and variances 3. :class:`LeanEngine` keeps the
+residual 3 and the best one in half precision 1.5, and computes the rest anew in every window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monai_lm import levenberg
+from monai_lm.compilation import compiled
+from monai_lm.fields import compose, gaussian_smooth, repair, warp
+from monai_lm.fields.smoothing import gaussian_taps
+from monai_lm.levenberg import Trust, per_voxel
+from monai_lm.pyramid import Level
+from monai_lm.similarity import Similarity
+from monai_lm.similarity.base import Range, normalized
+from monai_lm.streaming import Window, narrowed, overwrite, windows
+
+__all__ = ["Engine", "LeanEngine"]
+
+
+class Engine:
+    """One level at work: images, prediction, residual, and the passes over them.
+
+    Args:
+        level: its grid and units.
+        fixed: ``(B, C, *S)`` on the level's grid.
+        moving: ``(B, C, *S)``.
+        prediction: ``(B, n, *S)`` or ``None``; read, never written.
+        residual: ``(B, n, *S)`` to start from; it is overwritten.
+        similarity: what to minimise.
+        smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the finest axis.
+        smooth_residual: the same of the elastic smoothing.
+        step: largest displacement per iteration, in voxels of the finest axis.
+        window: width of the window of the Hessian.
+        keep_gradient: compute the expected decrease of every step.
+        fuse: compile the kernels.
+    """
+
+    best_type: torch.dtype | None = None  # as the residual
+
+    def __init__(
+        self,
+        level: Level,
+        fixed: Tensor,
+        moving: Tensor,
+        prediction: Tensor | None,
+        residual: Tensor,
+        similarity: Similarity,
+        smooth_gradient: float,
+        smooth_residual: float,
+        step: float,
+        window: int,
+        keep_gradient: bool,
+        fuse: bool,
+    ) -> None:
+        self.prediction, self.residual, self.similarity = prediction, residual, similarity
+        self.fixed, self.moving = fixed.contiguous(), moving.contiguous()
+        self.fixed_range, self.moving_range = similarity.ranges(fixed, moving)
+        self.sigma = level.in_voxels(smooth_gradient)
+        self.elastic = level.in_voxels(smooth_residual)
+        self.unit = residual.new_tensor(level.unit, dtype=torch.promote_types(residual.dtype, torch.float32))
+        self.unit = self.unit.view(1, -1, *[1] * len(level.size))
+        self.step, self.window, self.keep_gradient, self.fuse = step, window, keep_gradient, fuse
+        self.slope_halo = 1 + len(gaussian_taps(self.sigma[0])) - 1
+        self.step_halo = len(gaussian_taps(self.elastic[0])) - 1 + window // 2 + max(1, math.ceil(step))
+        self.best: Tensor | None = None
+        self.kept: Tensor | None = None
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Buffers beside the residual, and what depends on the fixed image only."""
+        self.reference = self.similarity.reference(normalized(self.fixed, self.fixed_range))
+        wide = torch.promote_types(self.moving.dtype, torch.float32)
+        self.warped = torch.empty_like(self.moving, dtype=wide)
+        self.derivative = torch.empty_like(self.warped)
+        self.smooth = torch.empty_like(self.residual)
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of the level."""
+        return self.moving[0, 0].numel()
+
+    def evaluate(self) -> Tensor:
+        """Loss ``(B,)`` at the residual; from now on :meth:`gradients` and :meth:`advance` are those of this point."""
+        loss = self.loss(self.residual)
+        for window in windows(self.residual, self.residual.shape[1], self.slope_halo):
+            smooth, _ = self._run(_slope, window.of(self.derivative), window.of(self.warped), self.sigma)
+            window.right(self.smooth).copy_(window.cut(smooth))
+        return loss
+
+    def loss(self, residual: Tensor | None) -> Tensor:
+        """Loss ``(B,)`` at a residual, ``None`` for zero; call :meth:`evaluate` before the next step."""
+        for window in windows(self.residual, self.residual.shape[1], 0):
+            window.right(self.warped).copy_(window.cut(self._warp(window, residual)))
+        if self.similarity.halo is None:
+            measure = self._run if self.similarity.closed_form else _eagerly
+            loss, derivative = measure(_measure, self.warped, self.reference, self.similarity)
+            self.derivative.copy_(derivative)
+            return loss
+        total = self.warped.new_zeros(self.warped.shape[0])
+        for window in windows(self.warped, self.warped.shape[1], self.similarity.halo):
+            reference = narrowed(self.reference, window)
+            rows, derivative = self._run(_measure_rows, window.of(self.warped), reference, self.similarity)
+            window.right(self.derivative).copy_(window.cut(derivative))
+            total = total + window.cut(rows, 1).sum(1)
+        return total
+
+    def _run(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """A kernel, compiled if this level's are."""
+        return (compiled(kernel) if self.fuse else kernel)(*args)
+
+    def _warp(self, window: Window, residual: Tensor | None) -> Tensor:
+        """Window of the moving image warped by the prediction after a residual, shifted and scaled."""
+        inner = window.of(self.residual)
+        inner = torch.zeros_like(inner) if residual is None else window.of(residual)
+        first_row = window.first_row(self.unit)
+        return self._run(_warped, self.moving, self.moving_range, self.prediction, inner, first_row)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The smoothed gradient in the metric of the step, ``(B, n, rows, …)`` after ``(B, n, rows, …)``."""
+        for window in windows(self.residual, self.residual.shape[1], 0):
+            yield window.cut(window.of(self.smooth) * self.unit)
+
+    def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
+        """Take a step; before it, note the residual of pairs that are ``better`` ``(B,)`` as their best.
+
+        Args:
+            trust: state of the damping.
+            better: pairs whose residual is their best so far; ``None``: note nothing.
+            keep: keep the residual so that :meth:`retract` can return to it.
+
+        Returns:
+            The first-order decrease that the step promises, ``(B,)``, NaN if not asked for.
+        """
+        expected = self.unit.new_zeros(self.residual.shape[0])
+
+        def kernel(window: Window) -> Tensor:
+            nonlocal expected
+            self._note(window, better, keep)
+            smooth, gradient = self._look(window)
+            v, rows = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
+            expected = expected + window.cut(rows, 1).sum(1)
+            moved = self._run(compose, self.residual, v, window.first_row(self.unit))
+            return self._run(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
+
+        overwrite(self.residual, self._step_windows(), kernel)
+        return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
+
+    def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
+        """Window of the smoothed gradient and, if needed, of the gradient."""
+        if not self.keep_gradient:
+            return window.of(self.smooth), None
+        gradient = self._run(levenberg.eulerian_gradient, window.of(self.derivative), window.of(self.warped))
+        return window.of(self.smooth), gradient
+
+    def _step_windows(self) -> list[Window]:
+        return windows(self.residual, self.residual.shape[1], self.step_halo)
+
+    def _note(self, window: Window, better: Tensor | None, keep: bool) -> None:
+        """Copy the window's rows to the best residual, where better, and to the kept one."""
+        rows = window.right(self.residual)
+        if better is not None:
+            if self.best is None:
+                self.best = torch.zeros_like(self.residual, dtype=self.best_type)
+            best = window.right(self.best)
+            best.copy_(torch.where(per_voxel(better, best), rows, best))
+        if keep:
+            if self.kept is None:
+                self.kept = torch.empty_like(self.residual)
+            window.right(self.kept).copy_(rows)
+
+    def retract(self, accepted: Tensor) -> None:
+        """Return the pairs that are not ``accepted`` ``(B,)`` to the residual that :meth:`advance` kept."""
+        if self.kept is not None and not bool(accepted.all()):
+            self._choose(accepted, self.kept)
+            self.evaluate()
+
+    def settle(self, better: Tensor) -> Tensor:
+        """The residual for pairs where it is ``better`` ``(B,)``, the best one noted for the others."""
+        if self.best is not None:
+            self._choose(better, self.best)
+        return self.residual
+
+    def _choose(self, chosen: Tensor, other: Tensor) -> None:
+        """Set the residual of pairs that are not ``chosen`` to ``other``."""
+        for window in windows(self.residual, self.residual.shape[1], 0):
+            rows = window.right(self.residual)
+            rows.copy_(torch.where(per_voxel(chosen, rows), rows, window.right(other)))
+
+    def mend(self) -> bool:
+        """Repair folds; whether there were any."""
+        mended = repair(self.residual, self.prediction)
+        if mended is self.residual:
+            return False
+        self.residual.copy_(mended)
+        return True
+
+    def displacement(self, better: Tensor) -> Tensor:
+        """Field of ``(id + u0) ∘ (id + r)``, for pairs that are not ``better`` ``(B,)`` that of ``r = 0``; float32.
+
+        The residual is given up for it: where it is float32, the field takes its place.
+        """
+        wide = torch.promote_types(self.residual.dtype, torch.float32)
+        out = self.residual if self.residual.dtype == wide else torch.empty_like(self.residual, dtype=wide)
+        for window in windows(self.residual, self.residual.shape[1], 0):
+            rows = window.right(self.residual).to(wide)
+            rows = torch.where(per_voxel(better, rows), rows, torch.zeros_like(rows))
+            if self.prediction is not None:
+                rows = compose(self.prediction, rows, torch.tensor(float(window.first), device=rows.device))
+            window.right(out).copy_(rows)
+        return out
+
+
+class LeanEngine(Engine):
+    """The same passes with next to nothing stored: slower, and for measures that look at a neighbourhood only."""
+
+    best_type = torch.float16
+
+    def _allocate(self) -> None:
+        if self.similarity.halo is None:
+            raise ValueError(
+                "memory must be 'full' for a similarity that looks at the whole image at once, got 'low' or 'half' for "
+                f"{type(self.similarity).__name__}"
+            )
+        self.look_halo = self.similarity.halo
+        self.lean_bytes = 4 * self.residual.numel() * _LEAN_SHARE
+
+    def evaluate(self) -> Tensor:
+        """Loss ``(B,)`` at the residual."""
+        return self.loss(self.residual)
+
+    def loss(self, residual: Tensor | None) -> Tensor:
+        """Loss ``(B,)`` at a residual, ``None`` for zero."""
+        total = self.unit.new_zeros(self.residual.shape[0])
+        for window in windows(self.residual, self.residual.shape[1], self.look_halo, self.lean_bytes):
+            rows, _ = self._measure(window, self._warp(window, residual))
+            total = total + window.cut(rows, 1).sum(1)
+        return total
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The smoothed gradient in the metric of the step, ``(B, n, rows, …)`` after ``(B, n, rows, …)``."""
+        for window in self._step_windows():
+            yield window.cut(self._look(window)[0] * self.unit)
+
+    def _measure(self, window: Window, warped: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss per row and derivative."""
+        fixed = window.of(self.fixed)
+        return self._run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
+
+    def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
+        warped = self._warp(window, self.residual)
+        smooth, gradient = self._run(_slope, self._measure(window, warped)[1], warped, self.sigma)
+        return smooth, gradient if self.keep_gradient else None
+
+    def _step_windows(self) -> list[Window]:
+        halo = self.look_halo + self.slope_halo + self.step_halo
+        return windows(self.residual, self.residual.shape[1], halo, self.lean_bytes, least=4)
+
+
+_LEAN_SHARE = 0.2
+"""Part of a level's rows that a window of the lean engine holds at most, unless its halo asks for more."""
+
+
+# --- kernels: pure functions, compiled one by one: fused into one, they would compute some things several times
+
+
+def _eagerly(kernel: Callable[..., Any], *args: Any) -> Any:
+    return kernel(*args)
+
+
+def _warped(
+    moving: Tensor, moving_range: Range, prediction: Tensor | None, residual: Tensor, first_row: Tensor
+) -> Tensor:
+    """Window of the moving image, warped by the prediction after a window of the residual, shifted and scaled."""
+    ddf = residual.to(first_row.dtype)
+    if prediction is not None:
+        ddf = compose(prediction, ddf, first_row)
+    return normalized(warp(moving, ddf, first_row=first_row), moving_range)
+
+
+def _measure(warped: Tensor, reference: tuple[Any, ...], similarity: Similarity) -> tuple[Tensor, Tensor]:
+    return similarity.evaluate(warped, reference)
+
+
+def _measure_rows(warped: Tensor, reference: tuple[Any, ...], similarity: Similarity) -> tuple[Tensor, Tensor]:
+    return similarity.evaluate_rows(warped, reference)
+
+
+def _measure_anew(warped: Tensor, fixed: Tensor, fixed_range: Range, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    reference = similarity.reference(normalized(fixed.to(warped.dtype), fixed_range))
+    return similarity.evaluate_rows(warped, reference)
+
+
+def _slope(derivative: Tensor, warped: Tensor, sigma: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The gradient, smoothed and as it is."""
+    gradient = levenberg.eulerian_gradient(derivative, warped)
+    return gaussian_smooth(gradient, sigma), gradient
+
+
+def _direction(
+    smooth: Tensor, gradient: Tensor | None, trust: Trust, unit: Tensor, step: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """The step ``(B, n, rows, …)`` in voxels, and the decrease that each row of it promises ``(B, rows)``."""
+    v = levenberg.direction(smooth * unit, trust, step, window) * unit
+    if gradient is None:
+        return v, v.new_zeros(v.shape[0], v.shape[2])
+    return v, -(gradient * v).sum(1).flatten(2).sum(2)

@@ -1,0 +1,104 @@
+"""Windows along the first axis of a volume: what a kernel gets to see, and which of its rows are right.
+
+A kernel that looks ``halo`` rows around itself is right everywhere in a window but near the window's ends, unless they
+are the volume's: there it treats the end as it would in the whole volume. So kernels need not know about windows.
+All windows of a volume have one shape, for compilers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Window", "narrowed", "overwrite", "windows"]
+
+_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""Size of a kernel's largest intermediate result. On a CPU it shall stay in the cache; also, glibc hands memory blocks
+above 32 MiB back to the system each time, and getting them anew took half of the time of an iteration."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows ``start … start + rows`` of a volume, of which ``first … last`` come out right."""
+
+    start: int
+    rows: int
+    first: int
+    last: int
+
+    def of(self, volume: Tensor) -> Tensor:
+        """View of the window's rows of a volume ``(B, C, *S)``."""
+        return volume.narrow(2, self.start, self.rows)
+
+    def right(self, volume: Tensor) -> Tensor:
+        """View of the rows of a volume ``(B, C, *S)`` that come out right."""
+        return volume.narrow(2, self.first, self.last - self.first)
+
+    def cut(self, out: Tensor, dim: int = 2) -> Tensor:
+        """View of the right rows of what a kernel returned for the window."""
+        return out.narrow(dim, self.first - self.start, self.last - self.first)
+
+    def first_row(self, like: Tensor) -> Tensor:
+        """The window's first row as a tensor, so that compiled kernels serve every window."""
+        return torch.tensor(float(self.start), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def windows(
+    volume: Tensor, channels: int, halo: int, bytes_at_a_time: float | None = None, least: int = 6
+) -> list[Window]:
+    """Cut the rows of a volume into windows for a kernel.
+
+    Args:
+        volume: ``(B, C, *S)``; its shape and device matter.
+        channels: of the kernel's largest intermediate result.
+        halo: how many rows a kernel looks around itself.
+        bytes_at_a_time: size of that intermediate result, in float32; by default what suits the device.
+        least: a window is no shorter than this many halos, at least 3: the halo's rows are computed for nothing.
+
+    Returns:
+        Windows of equal length whose right rows tile the volume from the first row to the last.
+    """
+    size, plane = volume.shape[2], volume[0, 0, 0].numel() * volume.shape[0]
+    limit = _BYTES.get(volume.device.type, _BYTES["cuda"]) if bytes_at_a_time is None else bytes_at_a_time
+    rows = max(int(limit / (4 * channels * plane)), least * halo, 4)
+    if rows >= size:
+        return [Window(0, size, 0, size)]
+    cut, first = [], 0
+    while first < size:
+        start = min(max(first - halo, 0), size - rows)
+        last = size if start + rows == size else start + rows - halo
+        cut.append(Window(start, rows, first, last))
+        first = last
+    return cut
+
+
+def narrowed(tensors: Any, window: Window) -> Any:
+    """A window of every volume in nested tuples."""
+    if isinstance(tensors, tuple):
+        return tuple(narrowed(t, window) for t in tensors)
+    return window.of(tensors)
+
+
+def overwrite(volume: Tensor, cut: list[Window], kernel: Callable[[Window], Tensor]) -> None:
+    """Replace a volume by what a kernel makes of it, window by window.
+
+    A window's rows are written when the kernel is through with the next window, so that it still finds the old rows
+    within its halo.
+
+    Args:
+        volume: ``(B, C, *S)``, written in place.
+        cut: windows at least twice as long as the halo is wide.
+        kernel: returns ``(B, C, rows, …)`` for a window.
+    """
+    pending: Iterator[tuple[Window, Tensor]] = iter(())
+    for window in cut:
+        out = kernel(window)
+        for written, rows in pending:
+            written.right(volume).copy_(rows)
+        pending = iter([(window, window.cut(out))])
+    for written, rows in pending:
+        written.right(volume).copy_(rows)
