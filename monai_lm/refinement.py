@@ -22,6 +22,7 @@ from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.streaming import keep_freed_memory
 from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
 
 __all__ = ["check_keywords", "refine"]
@@ -119,6 +120,7 @@ def refine(
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
+    keep_freed_memory(fixed.device)
     if memory == "auto":
         memory = automatic_mode(fixed, measure)
     settings = Settings(

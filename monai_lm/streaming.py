@@ -14,11 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Window", "narrowed", "overwrite", "windows"]
+__all__ = ["Window", "keep_freed_memory", "narrowed", "overwrite", "windows"]
 
 _BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-"""Size of a kernel's largest intermediate result. On a CPU it shall stay in the cache; also, glibc hands memory blocks
-above 32 MiB back to the system each time, and getting them anew took half of the time of an iteration."""
+"""Size of a kernel's largest intermediate result: on a CPU it shall stay in the cache. Whole volumes, too large for glibc
+to keep when they are freed, took half of an iteration's time for getting memory from the system."""
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have glibc keep freed blocks of up to 31 MiB for the next allocation instead of giving them back to the system.
+
+    It starts out giving back every block above 128 KiB and raises that limit to the size of the largest block that was
+    freed. So one block is allocated, not touched, and freed; the process may hold on to twice its size.
+    """
+    if device.type == "cpu":
+        torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,16 @@ def warp(
     if first_row is not None:
         voxels[0] = voxels[0] + first_row
     position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
-    # channel by channel: a compiler then computes indices and weights once for all, in one loop
-    channels = [channel.reshape(image.shape[0], -1) for channel in image.unbind(1)]
+    flat = image.reshape(image.shape[0], image.shape[1], -1)
+    # channel by channel, a compiler computes indices and weights once for all, in one loop
+    blocks = list(flat.split(1, 1)) if torch.compiler.is_compiling() else [flat]
     if mode == "nearest":
-        return torch.stack(_nearest(channels, position, sizes, padding_mode), 1)
+        return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
     sample = _zero_padded if padding_mode == "zeros" else _border
-    return torch.stack(sample(channels, position, sizes), 1)
+    return torch.cat(sample(blocks, position, sizes), 1)
 
 
-def _border(channels: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
+def _border(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
     """Linear interpolation of the image continued by its edge voxels."""
     clamped = [p.clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
     lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
@@ -77,12 +78,12 @@ def _border(channels: list[Tensor], position: list[Tensor], sizes: torch.Size) -
     for corner in product((0, 1), repeat=len(sizes)):
         index = base + sum(c * s for c, s in zip(corner, strides, strict=True))
         w = _product([wa if c else 1 - wa for c, wa in zip(corner, weight, strict=True)])
-        terms = [_take(channel, index) * w for channel in channels]
+        terms = [_take(block, index) * w.unsqueeze(1) for block in blocks]
         out = [o + t for o, t in zip(out, terms, strict=True)] if out else terms
     return out
 
 
-def _zero_padded(channels: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
+def _zero_padded(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:
     """Linear interpolation of the image continued by zeros: corners outside the grid contribute nothing."""
     lower = [p.detach().floor() for p in position]
     out: list[Tensor] = []
@@ -91,18 +92,18 @@ def _zero_padded(channels: list[Tensor], position: list[Tensor], sizes: torch.Si
         inside = _product([((a >= 0) & (a <= s - 1)).to(position[0].dtype) for a, s in zip(at, sizes, strict=True)])
         w = _product([1 - (p - a).abs() for p, a in zip(position, at, strict=True)])
         index, _ = _flat_index([a.clamp(0, s - 1) for a, s in zip(at, sizes, strict=True)], sizes)
-        terms = [_take(channel, index) * (w * inside) for channel in channels]
+        terms = [_take(block, index) * (w * inside).unsqueeze(1) for block in blocks]
         out = [o + t for o, t in zip(out, terms, strict=True)] if out else terms
     return out
 
 
-def _nearest(channels: list[Tensor], position: list[Tensor], sizes: torch.Size, padding_mode: str) -> list[Tensor]:
+def _nearest(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size, padding_mode: str) -> list[Tensor]:
     nearest = [(p + 0.5).floor() for p in position]
     index, _ = _flat_index([p.clamp(0, s - 1) for p, s in zip(nearest, sizes, strict=True)], sizes)
-    out = [_take(channel, index) for channel in channels]
+    out = [_take(block, index) for block in blocks]
     if padding_mode == "zeros":
         inside = _product([(p >= 0) & (p <= s - 1) for p, s in zip(nearest, sizes, strict=True)])
-        out = [o * inside.to(o.dtype) for o in out]
+        out = [o * inside.unsqueeze(1).to(o.dtype) for o in out]
     return out
 
 
@@ -124,7 +125,9 @@ def _flat_index(lower: list[Tensor], sizes: torch.Size) -> tuple[Tensor, list[in
     return index, strides
 
 
-def _take(channel: Tensor, index: Tensor) -> Tensor:
-    """Gather a flat channel ``(B, N)`` at ``index`` ``(B, *S)`` (or a batch-broadcast of it)."""
-    index = index.expand(channel.shape[0], *index.shape[1:])
-    return channel.gather(1, index.flatten(1)).reshape(index.shape)
+def _take(flat: Tensor, index: Tensor) -> Tensor:
+    """Gather ``flat`` ``(B, C, N)`` at ``index`` ``(B, *S)`` (or a batch-broadcast of it) for every channel."""
+    batch, channels = flat.shape[:2]
+    index = index.expand(batch, *index.shape[1:])
+    picked = flat.gather(2, index.reshape(batch, 1, -1).expand(batch, channels, -1))
+    return picked.reshape(batch, channels, *index.shape[1:])

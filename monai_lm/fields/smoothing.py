@@ -51,31 +51,44 @@ def gaussian_smooth(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
 
 def _filter_axis(x: Tensor, taps: list[float], dim: int, extend: bool) -> Tensor:
-    """Symmetric filter along one dimension; outside, edge values are repeated (``extend``) or zero.
-
-    Shifted slices are summed. Rows near the ends are computed one by one: a padded copy would cost more than the rest.
-    """
+    """Symmetric filter along one dimension; outside, edge values are repeated (``extend``) or zero."""
     radius, size = len(taps) - 1, x.shape[dim]
-
-    def rows(first: int, count: int) -> Tensor:
-        out = x.narrow(dim, first, count) * taps[0] if taps[0] != 1 else x.narrow(dim, first, count)
-        for k, tap in enumerate(taps[1:], start=1):
-            for at in (first - k, first + k):
-                if extend:
-                    at = min(max(at, 0), size - 1) if count == 1 else at
-                elif not 0 <= at < size:
-                    continue
-                term = x.narrow(dim, at, count)
-                out = out + (term if tap == 1 else tap * term)
-        return out
-
-    inner = max(size - 2 * radius, 0)
-    near = min(radius, size)  # a short axis has rows near an end only
-    parts = [rows(i, 1) for i in range(near)]
-    if inner:
-        parts.append(rows(radius, inner))
-    parts += [rows(i, 1) for i in range(max(size - radius, near), size)]
+    if not torch.compiler.is_compiling():
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, size - 1, 1)
+        if not extend:
+            first, last = torch.zeros_like(first), torch.zeros_like(last)
+        reps = [1] * x.dim()
+        reps[dim] = radius
+        return _shifted_sum(torch.cat([first.repeat(reps), x, last.repeat(reps)], dim), taps, dim, radius, size)
+    # compiled: a loop over the inner rows and one for every row near an end, instead of a loop that pads
+    near = min(radius, size)
+    parts = [_end_row(x, taps, dim, i, extend) for i in range(near)]
+    if size > 2 * radius:
+        parts.append(_shifted_sum(x, taps, dim, radius, size - 2 * radius))
+    parts += [_end_row(x, taps, dim, i, extend) for i in range(max(size - radius, near), size)]
     return torch.cat(parts, dim)
+
+
+def _shifted_sum(x: Tensor, taps: list[float], dim: int, first: int, count: int) -> Tensor:
+    """Filtered rows ``first … first + count``, which have neighbours enough."""
+    out = _times(x.narrow(dim, first, count), taps[0])
+    for k, tap in enumerate(taps[1:], start=1):
+        out = out + _times(x.narrow(dim, first - k, count) + x.narrow(dim, first + k, count), tap)
+    return out
+
+
+def _end_row(x: Tensor, taps: list[float], dim: int, row: int, extend: bool) -> Tensor:
+    """One filtered row near an end."""
+    out, size = _times(x.narrow(dim, row, 1), taps[0]), x.shape[dim]
+    for k, tap in enumerate(taps[1:], start=1):
+        for at in (row - k, row + k):
+            if extend or 0 <= at < size:
+                out = out + _times(x.narrow(dim, min(max(at, 0), size - 1), 1), tap)
+    return out
+
+
+def _times(x: Tensor, tap: float) -> Tensor:
+    return x if tap == 1 else x * tap
 
 
 def box_sum(x: Tensor, radius: int) -> Tensor:
