@@ -9,7 +9,8 @@ from jsonargparse import auto_cli
 from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
+from benchmarks.performance import accuracy, memory, scaling, speed
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
-    auto_cli([hippocampus, brain, ablation], as_positional=False)
+    auto_cli([hippocampus, brain, ablation, speed, memory, scaling, accuracy], as_positional=False)

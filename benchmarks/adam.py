@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_lm import levenberg, refinement
-from monai_lm.compilation import compiled
 from monai_lm.engine import Engine
 from monai_lm.fields import compose
 from monai_lm.level import LevelRun, Settings
@@ -39,33 +38,20 @@ class _AdamEngine(Engine):
         still = replace(trust, damping=torch.ones_like(trust.damping), reference=torch.ones_like(trust.damping))
         corrections = [self.unit.new_tensor(1 - beta**self.count) for beta in (0.9, 0.999)]
         floor = 1e-8 * levenberg.per_voxel(largest.sqrt(), self.smooth)
-        move = compiled(_adam_step) if self.fuse else _adam_step
 
-        def kernel(window: Window) -> Tensor:
+        def step(window: Window) -> Tensor:
             self._note(window, better, keep)
-            return move(
-                self.residual, window.of(self.residual), window.of(self.first), window.of(self.second), corrections,
-                floor, window.first_row(self.unit), still, self.step, self.elastic,
-            )  # fmt: skip
+            v = self._run(_adam_step, window.of(self.first), window.of(self.second), corrections, floor, self.step)
+            return self._run(compose, self.residual, v, window.first_row(self.unit))
 
-        overwrite(self.residual, windows(self.residual, 3, self.step_halo), kernel)
+        overwrite(self.smooth, windows(self.residual, 3, 0), step)
+        for window in windows(self.residual, 3, self.elastic_halo):
+            window.right(self.residual).copy_(window.cut(self._relaxed(window, window.of(self.smooth), still)))
         return torch.full_like(largest, float("nan"))
 
 
-def _adam_step(
-    whole: Tensor,
-    residual: Tensor,
-    first: Tensor,
-    second: Tensor,
-    corrections: list[Tensor],
-    floor: Tensor,
-    first_row: Tensor,
-    still: Trust,
-    step: float,
-    elastic: Sequence[float],
-) -> Tensor:
-    v = -step * (first / corrections[0]) / ((second / corrections[1]).sqrt() + floor)
-    return levenberg.relaxed(compose(whole, v, first_row), residual, still, elastic)
+def _adam_step(first: Tensor, second: Tensor, corrections: list[Tensor], floor: Tensor, step: float) -> Tensor:
+    return -step * (first / corrections[0]) / ((second / corrections[1]).sqrt() + floor)
 
 
 class _AdamRun(LevelRun):

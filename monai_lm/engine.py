@@ -73,7 +73,7 @@ class Engine:
         self.unit = self.unit.view(1, -1, *[1] * len(level.size))
         self.step, self.window, self.keep_gradient, self.fuse = step, window, keep_gradient, fuse
         self.slope_halo = 1 + len(gaussian_taps(self.sigma[0])) - 1
-        self.step_halo = len(gaussian_taps(self.elastic[0])) - 1 + window // 2 + max(1, math.ceil(step))
+        self.elastic_halo = len(gaussian_taps(self.elastic[0])) - 1
         self.best: Tensor | None = None
         self.kept: Tensor | None = None
         self._allocate()
@@ -109,7 +109,7 @@ class Engine:
             self.derivative.copy_(derivative)
             return loss
         total = self.warped.new_zeros(self.warped.shape[0])
-        for window in windows(self.warped, self.warped.shape[1], self.similarity.halo):
+        for window in windows(self.warped, 2 * self.warped.shape[1], self.similarity.halo):
             reference = narrowed(self.reference, window)
             rows, derivative = self._run(_measure_rows, window.of(self.warped), reference, self.similarity)
             window.right(self.derivative).copy_(window.cut(derivative))
@@ -145,17 +145,29 @@ class Engine:
         """
         expected = self.unit.new_zeros(self.residual.shape[0])
 
-        def kernel(window: Window) -> Tensor:
+        def step(window: Window) -> Tensor:
             nonlocal expected
             self._note(window, better, keep)
-            smooth, gradient = self._look(window)
-            v, rows = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
+            moved, rows = self._moved(window, trust)
             expected = expected + window.cut(rows, 1).sum(1)
-            moved = self._run(compose, self.residual, v, window.first_row(self.unit))
-            return self._run(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
+            return moved
 
-        overwrite(self.residual, self._step_windows(), kernel)
+        # the moved residual takes the place of the gradient, which has served
+        halo = max(self.window // 2, int(self.keep_gradient))
+        overwrite(self.smooth, windows(self.residual, self.residual.shape[1], halo), step)
+        for window in windows(self.residual, self.residual.shape[1], self.elastic_halo):
+            rows = self._relaxed(window, window.of(self.smooth), trust)
+            window.right(self.residual).copy_(window.cut(rows))
         return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
+
+    def _moved(self, window: Window, trust: Trust) -> tuple[Tensor, Tensor]:
+        """Window of the residual after the step, not smoothed, and the decrease that each row of it promises."""
+        smooth, gradient = self._look(window)
+        v, rows = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
+        return self._run(compose, self.residual, v, window.first_row(self.unit)), rows
+
+    def _relaxed(self, window: Window, moved: Tensor, trust: Trust) -> Tensor:
+        return self._run(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         """Window of the smoothed gradient and, if needed, of the gradient."""
@@ -163,9 +175,6 @@ class Engine:
             return window.of(self.smooth), None
         gradient = self._run(levenberg.eulerian_gradient, window.of(self.derivative), window.of(self.warped))
         return window.of(self.smooth), gradient
-
-    def _step_windows(self) -> list[Window]:
-        return windows(self.residual, self.residual.shape[1], self.step_halo)
 
     def _note(self, window: Window, better: Tensor | None, keep: bool) -> None:
         """Copy the window's rows to the best residual, where better, and to the kept one."""
@@ -258,13 +267,28 @@ class LeanEngine(Engine):
         fixed = window.of(self.fixed)
         return self._run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
 
+    def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
+        """Take a step; see :meth:`Engine.advance`."""
+        expected = self.unit.new_zeros(self.residual.shape[0])
+
+        def step(window: Window) -> Tensor:
+            nonlocal expected
+            self._note(window, better, keep)
+            moved, rows = self._moved(window, trust)
+            expected = expected + window.cut(rows, 1).sum(1)
+            return self._relaxed(window, moved, trust)
+
+        overwrite(self.residual, self._step_windows(), step)
+        return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
+
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         warped = self._warp(window, self.residual)
         smooth, gradient = self._run(_slope, self._measure(window, warped)[1], warped, self.sigma)
         return smooth, gradient if self.keep_gradient else None
 
     def _step_windows(self) -> list[Window]:
-        halo = self.look_halo + self.slope_halo + self.step_halo
+        reach = self.window // 2 + max(1, math.ceil(self.step))  # of the Hessian's window, and of composing the step
+        halo = self.look_halo + self.slope_halo + self.elastic_halo + reach
         return windows(self.residual, self.residual.shape[1], halo, self.lean_bytes, least=4)
 
 

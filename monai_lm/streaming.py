@@ -16,9 +16,9 @@ from torch import Tensor
 
 __all__ = ["Window", "keep_freed_memory", "narrowed", "overwrite", "windows"]
 
-_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-"""Size of a kernel's largest intermediate result: on a CPU it shall stay in the cache. Whole volumes, too large for glibc
-to keep when they are freed, took half of an iteration's time for getting memory from the system."""
+_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+"""Size of a kernel's largest intermediate result: on a CPU it shall stay in the cache. Whole volumes, too large for
+glibc to keep when they are freed, took half of an iteration for getting memory from the system."""
 
 
 def keep_freed_memory(device: torch.device) -> None:

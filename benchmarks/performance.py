@@ -1,0 +1,182 @@
+"""Speed, memory and scaling, against peers in the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
+from benchmarks.metrics import mean_dice
+from benchmarks.peers import Outcome, machine, work
+
+FULL = {"scales": (4, 2, 1), "iterations": (100, 50, 25)}
+
+
+def speed(
+    peers: tuple[str, ...] = ("greedy", "fireants", "adam"),
+    repeats: int = 3,
+    threads: int = 2,
+    json_file: str | None = None,
+) -> None:
+    """Seconds per full-resolution iteration of a 1 mm brain (1000 ← 1001), each method in its own process.
+
+    The difference of a long and a short run over the difference of their iterations: start-up, files and compiling
+    cancel. Methods take turns; medians and ratios are printed.
+
+    Args:
+        peers: any of greedy, fireants, fireants-lm, ants, adam.
+        repeats: runs of each method.
+        threads: for every method.
+        json_file: write one line per run here, as it goes.
+    """
+    pair = _brain_pair("1000", "1001")
+    counts = {"fireants": (1, 3), "fireants-lm": (1, 3), "ants": (1, 3)}
+    print(f"speed: {machine(threads)}; 176x224x176, seconds per iteration", flush=True)
+    measured: dict[str, list[float]] = {method: [] for method in ("lm", *peers)}
+    for _ in range(repeats):
+        for method, values in measured.items():
+            few, many = counts.get(method, (5, 25))
+            runs = [work(method, **pair, scales=[1], iterations=[n], threads=threads, warm=True) for n in (few, many)]
+            values.append((runs[1].seconds - runs[0].seconds) / (many - few))
+            _row(json_file, {"method": method, "seconds": values[-1], "settings": runs[1].settings})
+            print(f"  {method:<12}{values[-1]:8.3f}", flush=True)
+    medians = {method: statistics.median(values) for method, values in measured.items()}
+    for method, value in medians.items():
+        print(f"{method:<14}median {value:7.3f} s   {value / medians['lm']:6.1f} x LM", flush=True)
+
+
+def memory(
+    peers: tuple[str, ...] = ("adam", "greedy"),
+    size: int = 256,
+    iterations: int = 12,
+    threads: int = 2,
+    json_file: str | None = None,
+) -> None:
+    """Peak resident memory above that after the imports, in V (one float32 image), two images included.
+
+    Ours refine a predicted field, which the caller owns: its 3 V are taken off. Images are synthetic.
+
+    Args:
+        peers: any of greedy, fireants, fireants-lm, ants, adam.
+        size: edge of the cube.
+        iterations: at full resolution.
+        threads: for every method.
+        json_file: write one line per run here, as it goes.
+    """
+    volume = 4 * size**3
+    modes: dict[str, dict[str, Any]] = {f"lm, {m}": {"options": {"memory": m}} for m in ("full", "low", "half")}
+    print(f"memory: {machine(threads)}; {size}^3, peak above the imports in V = {volume / 2**20:.0f} MiB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pair = _synthetic_pair(Path(folder), (size,) * 3)
+        for method in (*modes, *peers):
+            ours = method in modes or method == "adam"
+            name = "lm" if method in modes else method
+            count = 2 if name.startswith("fireants") else iterations
+            task = {**pair, "scales": [1], "iterations": [count], "threads": threads, "prediction": ours}
+            task |= modes.get(method, {})
+            if ours:
+                work(name, **task)  # so that the kernels lie in the cache on disk
+            out = work(name, **task)
+            peak = out.peak / volume - (3 if ours else 0)
+            _row(json_file, {"method": method, "size": size, "volumes": peak, "settings": out.settings})
+            print(f"{method:<14}{peak:7.1f} V   {out.seconds:7.1f} s", flush=True)
+
+
+def scaling(
+    sizes: tuple[int, ...] = (128, 160, 192, 224, 256, 320),
+    mode: str = "full",
+    threads: int = 2,
+    json_file: str | None = None,
+) -> None:
+    """Seconds per iteration and peak memory of ours over the image size, and the exponents in the number of voxels.
+
+    Args:
+        sizes: edges of the cubes.
+        mode: ``full``, ``low`` or ``half``.
+        threads: to use.
+        json_file: write one line per size here, as it goes.
+    """
+    print(f"scaling, memory={mode!r}: {machine(threads)}", flush=True)
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            pair = _synthetic_pair(Path(folder), (size,) * 3)
+            task = {**pair, "scales": [1], "threads": threads, "options": {"memory": mode}, "prediction": True}
+            work("lm", **task, iterations=[1])  # so that the kernels lie in the cache on disk
+            runs = [work("lm", **task, iterations=[n], warm=True) for n in (3, 13)]
+        seconds = (runs[1].seconds - runs[0].seconds) / 10
+        rows.append((size**3, seconds, runs[1].peak - 12 * size**3))
+        _row(json_file, {"size": size, "mode": mode, "seconds": seconds, "volumes": rows[-1][2] / (4 * size**3)})
+        print(f"{size:4d}^3 {seconds:8.3f} s/iteration {1e9 * seconds / size**3:7.1f} ns/voxel", end=" ")
+        print(f"{rows[-1][2] / (4 * size**3):6.1f} V", flush=True)
+    for name, column in (("time", 1), ("memory", 2)):
+        logs = np.log([[row[0], row[column]] for row in rows])
+        print(f"exponent of {name}: {np.polyfit(logs[:, 0], logs[:, 1], 1)[0]:.3f}", flush=True)
+
+
+def accuracy(
+    methods: tuple[str, ...] = ("lm", "greedy", "fireants", "fireants-lm", "ants"),
+    part: str = "test",
+    pairs: int = 3,
+    threads: int = 2,
+    json_file: str | None = None,
+) -> None:
+    """Dice and seconds of whole registrations of 1 mm brains, scales 4-2-1, iterations 100-50-25.
+
+    Args:
+        methods: to compare; ``lm`` runs with the defaults, in a new process: kernels come from the cache on disk.
+        part: of the split by fixed subject: ``test`` to report, ``validation`` to tune.
+        pairs: how many, each fixed subject with the next one of the part as moving.
+        threads: for every method.
+        json_file: write one line per run here, as it goes.
+    """
+    print(f"accuracy, {part}: {machine(threads)}", flush=True)
+    subjects = BRAIN_SPLIT[part]
+    scores: dict[str, list[float]] = {method: [] for method in methods}
+    for fixed, moving in list(zip(subjects, (*subjects[1:], subjects[0]), strict=True))[:pairs]:
+        truth = brain_image(fixed, "seg")
+        for method in methods:
+            with tempfile.TemporaryDirectory() as folder:
+                label, output = data_root("brain") / f"{moving}_seg.nii.gz", Path(folder) / "label.nii.gz"
+                out: Outcome = work(
+                    method, **_brain_pair(fixed, moving), **FULL, threads=threads, label=str(label),
+                    output=str(output), options={"tolerance": 0.005, "compile": "auto"},
+                )  # fmt: skip
+                warped = torch.from_numpy(read_image(output)[0])[None, None]
+            dice = mean_dice(truth, warped)
+            scores[method].append(dice)
+            row = {"fixed": fixed, "moving": moving, "method": method, "dice": dice, "seconds": out.seconds}
+            _row(json_file, {**row, "settings": out.settings})
+            print(f"{fixed} <- {moving}  {method:<13}{dice:7.4f}{out.seconds:9.1f} s", flush=True)
+    for method, values in scores.items():
+        print(f"{method:<13}mean Dice {statistics.mean(values):.4f}", flush=True)
+
+
+def _brain_pair(fixed: str, moving: str) -> dict[str, str]:
+    root = data_root("brain")
+    return {"fixed": str(root / f"{fixed}_t1.nii.gz"), "moving": str(root / f"{moving}_t1.nii.gz")}
+
+
+def _synthetic_pair(folder: Path, size: tuple[int, ...]) -> dict[str, str]:
+    """Two images of low-frequency waves, a few voxels apart, without compression."""
+    axes = np.meshgrid(*(np.arange(s, dtype=np.float32) for s in size), indexing="ij", sparse=True)
+    pair = {}
+    for name, shift in (("fixed", 0.0), ("moving", 2.5)):
+        image = sum(np.sin(2 * math.pi * (a + shift) / p) for a in axes for p in (17.0, 29.0, 53.0))
+        pair[name] = str(folder / f"{name}.nii")
+        nib.save(nib.Nifti1Image(np.asarray(image, np.float32), np.eye(4)), pair[name])
+    return pair
+
+
+def _row(json_file: str | None, values: dict[str, Any]) -> None:
+    if json_file:
+        with Path(json_file).open("a") as file:
+            file.write(json.dumps(values) + "\n")
