@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from monai_lm import levenberg
-from monai_lm.compilation import pays
+from monai_lm.compilation import Ledger
 from monai_lm.engine import Engine, LeanEngine
 from monai_lm.fields import repair, resample
 from monai_lm.levenberg import Trust
@@ -71,6 +71,10 @@ class LevelRun:
     ) -> None:
         self.level, self.settings = level, settings
         voxels = fixed.shape[0] * fixed.shape[1] * torch.Size(level.size).numel()
+        self.ledger = Ledger(
+            fixed.device, level, tuple(fixed.shape[:2]), type(settings.similarity).__name__, prediction is None,
+            smooth_gradient, settings.smooth_residual, settings.window, settings.memory,
+        )  # fmt: skip
         lean = settings.memory != "full" and voxels > _LEAN_FROM * fixed.numel()
         if prediction is not None and prediction.shape[2:] != level.size:
             prediction = repair(resample(prediction, level.size))
@@ -92,7 +96,7 @@ class LevelRun:
             step=settings.step,
             window=settings.window,
             keep_gradient=settings.control == "trust_region",
-            fuse=settings.compile is True or (settings.compile == "auto" and pays(fixed.device, voxels, iterations)),
+            fuse=settings.compile is True or (settings.compile == "auto" and self.ledger.pays(voxels * iterations)),
         )
 
     def iterate(self, delta: float, count: int, record: Record, bar: tqdm) -> Tensor:
@@ -102,6 +106,7 @@ class LevelRun:
         trust = levenberg.initial_trust_of(engine.gradients, loss, delta)
         first = looked_at = best_loss = loss
         active = trust.damping > 0
+        done = 0
         better = torch.ones_like(active)  # whether the residual at hand is the best one so far
         self._record(record, loss, delta, trust, trust.expected, better, active)
         for k in range(1, count + 1):
@@ -116,6 +121,7 @@ class LevelRun:
             engine.retract(accepted)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
+            done = k
             bar.update()
             if k % _LOOK == 0:
                 bar.set_postfix(scale=self.level.scale, loss=f"{float(best_loss.mean()) / engine.voxels:.4f}")
@@ -125,6 +131,7 @@ class LevelRun:
                 if not bool(active.any()):
                     bar.update(count - k)
                     break
+        self.ledger.note(engine.moving.numel() * done, engine.fuse)
         if settings.acceptance != "descent":
             engine.settle(better)
         return engine.loss(engine.residual) if engine.mend() else best_loss

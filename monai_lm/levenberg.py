@@ -141,7 +141,8 @@ def initial_trust_of(gradients: Callable[[], Iterable[Tensor]], loss: Tensor, da
         total, count = total + (squared * active).sum(1), count + active.sum(1)
     reference = (damping * total / count.clamp(min=1) * largest * largest).clamp(max=info.max / _DAMPING_RANGE)
     unknown = torch.full_like(loss, float("nan"))
-    return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
+    # a copy: a compiler would take damping that is the reference for another case than damping that is not
+    return Trust(reference.clone(), reference, loss, unknown, torch.zeros_like(loss))
 
 
 def step_length(trust: Trust) -> Tensor:

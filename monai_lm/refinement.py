@@ -82,7 +82,8 @@ def refine(
             and making sure that the result has no folds, come on top.
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
         seed: of the ``"metropolis"`` acceptance.
-        compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays.
+        compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays: for
+            much work, for kernels that lie in the compiler's cache on disk, and for shapes that keep coming back.
         memory: ``"full"`` keeps what saves time; ``"low"`` keeps two fields beside the images and streams the rest, at
             about twice the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
             precision images, or copies are made). The last two are for measures that look at a neighbourhood, LNCC and

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from monai_lm import compilation
-from monai_lm.compilation import compiled, pays
+from monai_lm.compilation import Ledger, compiled
 
 CPU = torch.device("cpu")
 
@@ -22,24 +22,66 @@ def which(monkeypatch):
     compilation._compiler_found.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A cache on disk of the test's own."""
+    monkeypatch.setattr(compilation, "cache_dir", lambda: str(tmp_path))
+    return tmp_path
+
+
 def test_little_work_does_not_pay(which):
     which.add("g++")
-    assert not pays(CPU, 32**3, 100)
-    assert not pays(CPU, 10**9, 0)
-    assert not pays(torch.device("cuda"), 1000, 10)
+    assert not Ledger(CPU, "a").pays(32**3 * 100)
+    assert not Ledger(torch.device("cuda"), "a").pays(10_000)
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "c++"])
 def test_much_work_pays_where_a_compiler_is(which, compiler):
     which.add(compiler)
-    assert pays(CPU, 128**3, 100)
+    assert Ledger(CPU, "a").pays(128**3 * 100)
 
 
 def test_nothing_pays_without_a_compiler(which):
     assert not which
-    assert not pays(CPU, 128**3, 100)
-    assert pays(torch.device("cuda"), 128**3, 100)
-    assert not pays(torch.device("mps"), 128**3, 100)
+    assert not Ledger(CPU, "a").pays(128**3 * 100)
+    assert Ledger(torch.device("cuda"), "a").pays(128**3 * 100)
+    assert not Ledger(torch.device("mps"), "a").pays(128**3 * 100)
+
+
+def test_work_that_comes_back_pays_once_it_has_added_up(which):
+    which.add("g++")
+    work = 0.4 * compilation._WORTH
+    decisions = []
+    for _ in range(3):
+        decisions.append(Ledger(CPU, "a").pays(work))
+        Ledger(CPU, "a").note(work, fused=False)
+    assert decisions == [False, False, True]
+    assert not Ledger(CPU, "b").pays(work)
+
+
+def test_kernels_on_disk_pay_for_less_work(which):
+    which.add("g++")
+    work = 2 * compilation._WORTH_LOADING
+    assert not Ledger(CPU, "a").pays(work)
+    Ledger(CPU, "a").note(work, fused=True)
+    assert Ledger(CPU, "a").pays(work)
+    assert not Ledger(CPU, "a").pays(0.4 * work)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"work": 1}', "{"])
+def test_a_broken_ledger_is_an_empty_one(which, own_cache, content):
+    which.add("g++")
+    Ledger(CPU, "a").note(1e12, fused=True)
+    (file,) = (own_cache / "monai_lm").iterdir()
+    file.write_text(content)
+    assert not Ledger(CPU, "a").pays(0.5 * compilation._WORTH)
+
+
+def test_a_ledger_that_cannot_be_written_is_no_error(own_cache, which):
+    which.add("g++")
+    (own_cache / "monai_lm").write_text("a file where the folder should be")
+    Ledger(CPU, "a").note(1e12, fused=True)
+    assert not Ledger(CPU, "a").pays(0.5 * compilation._WORTH)
 
 
 def unsupported(x: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_lm.fields.algebra import compose
-from monai_lm.fields.smoothing import box_sum, gaussian_smooth, inverse_window_counts
+from monai_lm.fields.smoothing import box_sum, gaussian_smooth, gaussian_taps, inverse_window_counts
 
 __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair"]
 
 _SLAB = 2**18
 """Cells whose determinants are computed at a time: what they need stays in a processor's cache."""
+
+_TILE = 24
+"""Edge in voxels of the tiles that are repaired one by one."""
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
@@ -179,6 +182,40 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     return torch.cat(pairs)
 
 
+def _smoothed_near(field: Tensor, folded: Tensor, sigma: float) -> Tensor:
+    """Field ``(1, n, *S)`` smoothed in and around its folded cells; tile by tile, because those are few.
+
+    A tile is computed with so much around it that the result is that of the whole field at once.
+    """
+    reach = max(1, round(sigma))
+    margin = max(2 * reach + 1, len(gaussian_taps(sigma)) - 1)
+    out = field.clone()
+    for tile in _tiles_near(folded, 2 * reach):
+        core, box = [], []
+        for number, size in zip(tile, field.shape[2:], strict=True):
+            core.append((number * _TILE, min((number + 1) * _TILE, size)))
+            box.append((max(core[-1][0] - margin, 0), min(core[-1][1] + margin, size)))
+        around = (slice(None), slice(None), *(slice(first, last) for first, last in box))
+        cells = (slice(None), *(slice(first, last + 1) for first, last in box))
+        inner = (slice(None), slice(None), *(slice(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)))
+        values, weight = field[around], _near(folded[cells], reach)
+        smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
+        out[(slice(None), slice(None), *(slice(first, last) for first, last in core))] = smooth[inner]
+    return out
+
+
+def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
+    """Tiles, by their number along every axis, that have a voxel within ``reach`` of one of a folded cell's."""
+    at = folded[0].nonzero()
+    last = at.new_tensor([size - 2 for size in folded.shape[1:]])  # the last voxel
+    low = (at - 1 - reach).clamp(min=0).div(_TILE, rounding_mode="floor")
+    high = torch.minimum(at + reach, last).div(_TILE, rounding_mode="floor")
+    spread = range(int((high - low).max()) + 1)
+    offsets = at.new_tensor(list(product(spread, repeat=at.shape[1])))
+    tiles = torch.minimum(low[:, None] + offsets, high[:, None]).flatten(0, 1).unique(dim=0)
+    return [tuple(tile) for tile in tiles.tolist()]
+
+
 def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Tensor:
     """Repair one pair ``(1, n, *S)`` whose folded cells are given."""
     sigma, fewest = 1.0, None
@@ -189,8 +226,7 @@ def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, ro
         if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
-        weight = _near(folded, max(1, round(sigma)))
-        out = torch.where(weight == 0, out, out + weight * (gaussian_smooth(out, sigma) - out))
+        out = _smoothed_near(out, folded, sigma)
         folded = folded_cells(out, margin, outer)
     mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
     for _ in range(50):

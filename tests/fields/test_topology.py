@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.fields import compose, fold_count, jacobian_determinant, repair
+from monai_lm.fields import compose, fold_count, gaussian_smooth, jacobian_determinant, repair, topology
 from monai_lm.fields.topology import MARGIN, _cell_determinants, folded_cells
 
 WIDE = pytest.mark.parametrize("size", [(24, 22), (18, 17, 18)], ids=["2D", "3D"])
@@ -333,3 +333,21 @@ def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatc
     assert 0 < int(whole.sum()) < whole.numel()
     monkeypatch.setattr("monai_lm.fields.topology._SLAB", slab)
     assert torch.equal(folded_cells(field), whole)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.4, 6.0])
+@pytest.mark.parametrize("size", [(70, 66), (50, 41, 46)], ids=["2D", "3D"])
+def test_repair_by_tiles_is_repair_of_the_whole(sigma, size, random_tensor, monkeypatch):
+    field = gaussian_smooth(random_tensor((1, len(size), *size)), 2.0)
+    folded = torch.zeros(1, *(s + 1 for s in size), dtype=torch.bool)
+    for fraction in (0.0, 0.45, 1.0):  # a corner, the middle, the opposite corner
+        folded[(0, *(int(fraction * s) for s in size))] = True
+    tiled = topology._smoothed_near(field, folded, sigma)
+    assert len(topology._tiles_near(folded, 2)) < len(topology._tiles_near(folded, 20))
+    monkeypatch.setattr(topology, "_TILE", 1000)
+    assert topology._tiles_near(folded, 20) == [(0,) * len(size)]
+    weight = topology._near(folded, max(1, round(sigma)))
+    expected = torch.where(weight == 0, field, field + weight * (gaussian_smooth(field, sigma) - field))
+    assert (expected - field).abs().max() > 1e-3
+    for out in (tiled, topology._smoothed_near(field, folded, sigma)):
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)  # the weights are float32
