@@ -200,7 +200,8 @@ def _smoothed_near(field: Tensor, folded: Tensor, sigma: float) -> Tensor:
         inner = (slice(None), slice(None), *(slice(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)))
         values, weight = field[around], _near(folded[cells], reach)
         smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
-        out[(slice(None), slice(None), *(slice(first, last) for first, last in core))] = smooth[inner]
+        target = (slice(None), slice(None), *(slice(first, last) for first, last in core))
+        out[target] = smooth[inner]
     return out
 
 
