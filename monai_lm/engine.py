@@ -24,7 +24,7 @@ from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.base import Range, normalized
-from monai_lm.streaming import Window, narrowed, overwrite, windows
+from monai_lm.streaming import Window, give_back_freed_memory, narrowed, overwrite, windows
 
 __all__ = ["Engine", "LeanEngine"]
 
@@ -255,6 +255,7 @@ class LeanEngine(Engine):
         for window in windows(self.residual, self.residual.shape[1], self.look_halo, self.lean_bytes):
             rows, _ = self._measure(window, self._warp(window, residual))
             total = total + window.cut(rows, 1).sum(1)
+        give_back_freed_memory(self.residual.device)
         return total
 
     def gradients(self) -> Iterator[Tensor]:
@@ -279,6 +280,7 @@ class LeanEngine(Engine):
             return self._relaxed(window, moved, trust)
 
         overwrite(self.residual, self._step_windows(), step)
+        give_back_freed_memory(self.residual.device)
         return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
@@ -289,10 +291,10 @@ class LeanEngine(Engine):
     def _step_windows(self) -> list[Window]:
         reach = self.window // 2 + max(1, math.ceil(self.step))  # of the Hessian's window, and of composing the step
         halo = self.look_halo + self.slope_halo + self.elastic_halo + reach
-        return windows(self.residual, self.residual.shape[1], halo, self.lean_bytes, least=4)
+        return windows(self.residual, self.residual.shape[1], halo, self.lean_bytes, least=3)
 
 
-_LEAN_SHARE = 0.2
+_LEAN_SHARE = 0.12
 """Part of a level's rows that a window of the lean engine holds at most, unless its halo asks for more."""
 
 

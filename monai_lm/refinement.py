@@ -121,9 +121,10 @@ def refine(
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
-    keep_freed_memory(fixed.device)
     if memory == "auto":
         memory = automatic_mode(fixed, measure)
+    if memory == "full":
+        keep_freed_memory(fixed.device)
     settings = Settings(
         measure, step, control, acceptance, window, smooth_residual, tolerance, seed, compile, memory, deadline
     )  # fmt: skip

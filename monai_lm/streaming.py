@@ -7,14 +7,17 @@ All windows of a volume have one shape, for compilers.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Window", "keep_freed_memory", "narrowed", "overwrite", "windows"]
+__all__ = ["Window", "give_back_freed_memory", "keep_freed_memory", "narrowed", "overwrite", "windows"]
 
 _BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Size of a kernel's largest intermediate result: on a CPU it shall stay in the cache. Whole volumes, too large for
@@ -29,6 +32,19 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     if device.type == "cpu":
         torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+def give_back_freed_memory(device: torch.device) -> None:
+    """Have glibc give back to the system what is freed; other allocators do without being told, or cannot be."""
+    if device.type == "cpu" and (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@lru_cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @dataclass(frozen=True)

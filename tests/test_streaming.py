@@ -1,10 +1,13 @@
 """Windows tile a volume, and kernels with a halo cannot tell them from the whole."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from monai_lm.fields import compose, gaussian_smooth
-from monai_lm.streaming import Window, narrowed, overwrite, windows
+from monai_lm.streaming import Window, give_back_freed_memory, narrowed, overwrite, windows
 
 
 @pytest.mark.parametrize("rows", [1, 5, 24, 25, 40, 97])
@@ -52,3 +55,20 @@ def test_nested_tuples_are_narrowed_throughout():
     assert a.flatten().tolist() == b.flatten().tolist() == [2, 3, 4, 5]
     assert window.right(volume).flatten().tolist() == [3, 4]
     assert window.cut(a).flatten().tolist() == [3, 4]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [torch.ones(2**18) for _ in range(200)]  # 200 MiB in blocks that are kept when they are freed
+    last = torch.ones(2**8)  # above them, so that they are not at the end of the heap
+    del blocks
+    give_back_freed_memory(last.device)
+    before = resident()
+    again = [torch.ones(2**18) for _ in range(200)]
+    assert resident() - before > 150 * 2**20
+    del again
+    give_back_freed_memory(last.device)
+    assert resident() - before < 50 * 2**20
