@@ -24,7 +24,7 @@ from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.base import Range, normalized
-from monai_lm.streaming import Window, give_back_freed_memory, narrowed, overwrite, windows
+from monai_lm.streaming import Window, assembled, give_back_freed_memory, narrowed, overwrite, windows
 
 __all__ = ["Engine", "LeanEngine"]
 
@@ -80,11 +80,22 @@ class Engine:
 
     def _allocate(self) -> None:
         """Buffers beside the residual, and what depends on the fixed image only."""
-        self.reference = self.similarity.reference(normalized(self.fixed, self.fixed_range))
+        self.reference = self._reference()
         wide = torch.promote_types(self.moving.dtype, torch.float32)
         self.warped = torch.empty_like(self.moving, dtype=wide)
         self.derivative = torch.empty_like(self.warped)
         self.smooth = torch.empty_like(self.residual)
+
+    def _reference(self) -> tuple[Any, ...]:
+        """What the similarity derives from the fixed image."""
+        halo = self.similarity.halo
+        if halo is None:
+            return self.similarity.reference(normalized(self.fixed, self.fixed_range))
+        cut = windows(self.fixed, 2 * self.fixed.shape[1], halo)
+        range_ = self.fixed_range
+        return assembled(
+            self.fixed.shape[2], cut, lambda w: self.similarity.reference(normalized(w.of(self.fixed), range_))
+        )
 
     @property
     def voxels(self) -> int:

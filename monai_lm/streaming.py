@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Window", "give_back_freed_memory", "keep_freed_memory", "narrowed", "overwrite", "windows"]
+__all__ = ["Window", "assembled", "give_back_freed_memory", "keep_freed_memory", "narrowed", "overwrite", "windows"]
 
 _BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Size of a kernel's largest intermediate result: on a CPU it shall stay in the cache. Whole volumes, too large for
@@ -107,6 +107,30 @@ def narrowed(tensors: Any, window: Window) -> Any:
     if isinstance(tensors, tuple):
         return tuple(narrowed(t, window) for t in tensors)
     return window.of(tensors)
+
+
+def assembled(rows: int, cut: list[Window], kernel: Callable[[Window], Any]) -> Any:
+    """Whole volumes, in nested tuples, of what a kernel returns for each window: ``(B, C, rows, …)`` in such tuples."""
+    whole: Any = None
+    for window in cut:
+        part = kernel(window)
+        whole = _enlarged(part, rows) if whole is None else whole
+        _fill(whole, part, window)
+    return whole
+
+
+def _enlarged(part: Any, rows: int) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_enlarged(p, rows) for p in part)
+    return part.new_empty(*part.shape[:2], rows, *part.shape[3:])
+
+
+def _fill(whole: Any, part: Any, window: Window) -> None:
+    if isinstance(part, tuple):
+        for w, p in zip(whole, part, strict=True):
+            _fill(w, p, window)
+    else:
+        window.right(whole).copy_(window.cut(part))
 
 
 def overwrite(volume: Tensor, cut: list[Window], kernel: Callable[[Window], Tensor]) -> None:

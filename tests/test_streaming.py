@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from monai_lm.fields import compose, gaussian_smooth
-from monai_lm.streaming import Window, give_back_freed_memory, narrowed, overwrite, windows
+from monai_lm.streaming import Window, assembled, give_back_freed_memory, narrowed, overwrite, windows
 
 
 @pytest.mark.parametrize("rows", [1, 5, 24, 25, 40, 97])
@@ -46,6 +46,19 @@ def test_overwriting_shows_the_kernel_the_old_rows_only(random_tensor):
     assert len(cut) > 3
     overwrite(volume, cut, lambda w: gaussian_smooth(compose(volume, w.of(step), w.first_row(step)), 1.0))
     torch.testing.assert_close(volume, expected)
+
+
+def test_volumes_are_assembled_from_what_a_kernel_returns_for_windows(random_tensor):
+    volume = random_tensor((2, 1, 100, 5)).float()
+
+    def kernel(x):
+        return x, (gaussian_smooth(x, 1.0), torch.cat([x, -x], 1))
+
+    cut = windows(volume, 1, 4, bytes_at_a_time=1)
+    x, (smooth, both) = assembled(100, cut, lambda w: kernel(w.of(volume)))
+    assert len(cut) > 3
+    for got, expected in zip((x, smooth, both), (volume, *kernel(volume)[1]), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_nested_tuples_are_narrowed_throughout():
