@@ -14,6 +14,7 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor, nn
 
 from monai_lm import refine
+from monai_lm.engine import Engine, LeanEngine
 from monai_lm.fields import fold_count, gaussian_smooth, repair, warp
 from monai_lm.levenberg import ACCEPTANCES, CONTROLS
 from monai_lm.pyramid import automatic_scales, make_level
@@ -874,3 +875,53 @@ def test_a_loss_that_ignores_the_warped_image():
 
     with pytest.raises(ValueError, match="similarity must be differentiable: the loss that Blind returned"):
         run(image(), image(), similarity=Blind())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "tolerance"), [("low", 1e-4), ("half", 0.03)])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_lean_modes_end_where_the_full_one_does(memory, tolerance, predicted):
+    fixed, moving, truth = pair(FLAT, batch=2)
+    start = 0.5 * truth if predicted else None
+    full, lean = (run(fixed, moving, start, iterations=10, scales=(1,), memory=m) for m in ("full", memory))
+    assert error(lean.ddf, full.ddf) < tolerance < error(full.ddf, 0.0)
+    assert lean.ddf.dtype == torch.float32
+    assert int(fold_count(lean.ddf).sum()) == 0
+    torch.testing.assert_close(lean.final_loss, full.final_loss, rtol=0.02, atol=1e-4)
+
+
+def test_half_mode_takes_half_precision_images():
+    fixed, moving, _ = pair(FLAT)
+    result = run(fixed.half(), moving.half(), iterations=5, scales=(1,), memory="half")
+    assert result.final_loss < result.initial_loss
+
+
+@pytest.mark.parametrize("memory", ["lots", 3, None])
+def test_unknown_memory_is_refused(memory):
+    fixed, moving, _ = pair(FLAT)
+    with pytest.raises(ValueError, match=r"memory must be 'auto' or one of \('full', 'low', 'half'\), got"):
+        refine(fixed, moving, memory=memory)
+
+
+def test_lean_memory_refuses_measures_of_the_whole_image():
+    fixed, moving, _ = pair(FLAT)
+    with pytest.raises(ValueError, match="memory must be 'full' for a similarity that looks at the whole image"):
+        refine(fixed, moving, similarity="ncc", scales=(1,), memory="low")
+
+
+def test_out_of_memory_is_tried_once_more_in_the_leaner_mode(monkeypatch):
+    fixed, moving, _ = pair(FLAT)
+    expected = run(fixed, moving, iterations=5, scales=(1,), memory="low")
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "evaluate", full)
+    with pytest.warns(UserWarning, match=r"memory='full' ran out of memory, trying 'low'"):
+        result = run(fixed, moving, iterations=5, scales=(1,))
+    assert torch.equal(result.ddf, expected.ddf)
+    monkeypatch.setattr(LeanEngine, "evaluate", full)
+    with pytest.warns(UserWarning, match="trying 'low'"), pytest.raises(torch.OutOfMemoryError):
+        run(fixed, moving, iterations=5, scales=(1,))
