@@ -72,7 +72,7 @@ class Engine:
         self.unit = residual.new_tensor(level.unit, dtype=torch.promote_types(residual.dtype, torch.float32))
         self.unit = self.unit.view(1, -1, *[1] * len(level.size))
         self.step, self.window, self.keep_gradient, self.fuse = step, window, keep_gradient, fuse
-        self.slope_halo = 1 + len(gaussian_taps(self.sigma[0])) - 1
+        self.slope_halo = len(gaussian_taps(self.sigma[0]))  # the Gaussian's radius, and 1 of the differences
         self.elastic_halo = len(gaussian_taps(self.elastic[0])) - 1
         self.best: Tensor | None = None
         self.kept: Tensor | None = None
@@ -154,21 +154,29 @@ class Engine:
         Returns:
             The first-order decrease that the step promises, ``(B,)``, NaN if not asked for.
         """
+        # the moved residual takes the place of the gradient, which has served
+        halo = max(self.window // 2, int(self.keep_gradient))
+        cut = windows(self.residual, self.residual.shape[1], halo)
+        expected = self._step_into(self.smooth, cut, trust, better, keep)
+        for window in windows(self.residual, self.residual.shape[1], self.elastic_halo):
+            rows = self._relaxed(window, window.of(self.smooth), trust)
+            window.right(self.residual).copy_(window.cut(rows))
+        return expected
+
+    def _step_into(
+        self, volume: Tensor, cut: list[Window], trust: Trust, better: Tensor | None, keep: bool, relax: bool = False
+    ) -> Tensor:
+        """Write the moved residual into a volume, smoothed if it shall ``relax``; returns what :meth:`advance` does."""
         expected = self.unit.new_zeros(self.residual.shape[0])
 
-        def step(window: Window) -> Tensor:
+        def kernel(window: Window) -> Tensor:
             nonlocal expected
             self._note(window, better, keep)
             moved, rows = self._moved(window, trust)
             expected = expected + window.cut(rows, 1).sum(1)
-            return moved
+            return self._relaxed(window, moved, trust) if relax else moved
 
-        # the moved residual takes the place of the gradient, which has served
-        halo = max(self.window // 2, int(self.keep_gradient))
-        overwrite(self.smooth, windows(self.residual, self.residual.shape[1], halo), step)
-        for window in windows(self.residual, self.residual.shape[1], self.elastic_halo):
-            rows = self._relaxed(window, window.of(self.smooth), trust)
-            window.right(self.residual).copy_(window.cut(rows))
+        overwrite(volume, cut, kernel)
         return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
 
     def _moved(self, window: Window, trust: Trust) -> tuple[Tensor, Tensor]:
@@ -206,11 +214,10 @@ class Engine:
             self._choose(accepted, self.kept)
             self.evaluate()
 
-    def settle(self, better: Tensor) -> Tensor:
-        """The residual for pairs where it is ``better`` ``(B,)``, the best one noted for the others."""
+    def settle(self, better: Tensor) -> None:
+        """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted."""
         if self.best is not None:
             self._choose(better, self.best)
-        return self.residual
 
     def _choose(self, chosen: Tensor, other: Tensor) -> None:
         """Set the residual of pairs that are not ``chosen`` to ``other``."""
@@ -281,18 +288,9 @@ class LeanEngine(Engine):
 
     def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
         """Take a step; see :meth:`Engine.advance`."""
-        expected = self.unit.new_zeros(self.residual.shape[0])
-
-        def step(window: Window) -> Tensor:
-            nonlocal expected
-            self._note(window, better, keep)
-            moved, rows = self._moved(window, trust)
-            expected = expected + window.cut(rows, 1).sum(1)
-            return self._relaxed(window, moved, trust)
-
-        overwrite(self.residual, self._step_windows(), step)
+        expected = self._step_into(self.residual, self._step_windows(), trust, better, keep, relax=True)
         give_back_freed_memory(self.residual.device)
-        return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
+        return expected
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         warped = self._warp(window, self.residual)
