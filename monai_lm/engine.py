@@ -244,7 +244,7 @@ class Engine:
             rows = window.right(self.residual).to(wide)
             rows = torch.where(per_voxel(better, rows), rows, torch.zeros_like(rows))
             if self.prediction is not None:
-                rows = compose(self.prediction, rows, torch.tensor(float(window.first), device=rows.device))
+                rows = compose(self.prediction, rows, rows.new_full((), float(window.first)))
             window.right(out).copy_(rows)
         return out
 

@@ -69,8 +69,12 @@ class Window:
         return out.narrow(dim, self.first - self.start, self.last - self.first)
 
     def first_row(self, like: Tensor) -> Tensor:
-        """The window's first row as a tensor, so that compiled kernels serve every window."""
-        return torch.tensor(float(self.start), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        """The window's first row as a tensor, so that compiled kernels serve every window.
+
+        It is filled on the device: copying a number there would make the host wait.
+        """
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return torch.full((), float(self.start), dtype=wide, device=like.device)
 
 
 def windows(
