@@ -1,5 +1,5 @@
 """Fields in files."""
 
-from monai_lm.fileio.itk import write_itk_ddf
+from monai_lm.fileio.itk import read_itk_ddf, write_itk_ddf
 
-__all__ = ["write_itk_ddf"]
+__all__ = ["read_itk_ddf", "write_itk_ddf"]

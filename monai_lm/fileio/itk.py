@@ -1,14 +1,19 @@
-"""Displacement fields in ITK's convention, which ANTs and Slicer share; tested with SimpleITK."""
+"""Displacement fields in ITK's convention, which ANTs and Slicer share; tested with SimpleITK and ANTs."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+import torch
 
-__all__ = ["write_itk_ddf"]
+from monai_lm.fileio.files import check_ddf, load_nifti, save_nifti
+from monai_lm.space import check_affine, from_space, to_space
+
+__all__ = ["read_itk_ddf", "write_itk_ddf"]
+
+VECTOR, DISPLACEMENT_VECTOR = 1007, 1006  # NIfTI intents; ITK takes the first as it is (LPS), the second as RAS
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def write_itk_ddf(
@@ -27,41 +32,56 @@ def write_itk_ddf(
             points of the moving image's, ``A_m (x + u(x)) - A_f x``.
 
     Raises:
-        ValueError: the field is not ``(n, *S)`` with ``n = len(S)`` 2 or 3, or the affine not an invertible 4×4.
+        ValueError: the field is not ``(n, *S)`` with ``n = len(S)`` 2 or 3, or an affine not an invertible 4×4.
     """
-    path = Path(path)
-    ddf, affine = np.asarray(ddf, dtype=np.float64), np.asarray(affine, dtype=np.float64)
-    n = ddf.ndim - 1
-    if n not in (2, 3) or ddf.shape[0] != n:
-        raise ValueError(f"ddf must be (n, *S) with n = len(S) = 2 or 3, got shape {ddf.shape}")
-    if not np.isfinite(ddf).all():
-        raise ValueError(f"ddf must be finite, got {int((~np.isfinite(ddf)).sum())} NaN or infinite values")
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
-        raise ValueError(f"affine must be an invertible (4, 4) matrix, got shape {affine.shape}:\n{affine}")
-    moving_affine = affine if moving_affine is None else np.asarray(moving_affine, dtype=np.float64)
-    if moving_affine.shape != (4, 4) or not np.isfinite(moving_affine).all():
-        raise ValueError(
-            f"moving_affine must be a finite (4, 4) matrix, got shape {moving_affine.shape}:\n{moving_affine}"
-        )
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
-    ras = np.einsum("ij,j...->...i", moving_affine[:n, :n], ddf)
-    between = moving_affine - affine
-    if between.any():
-        voxels = np.stack(np.meshgrid(*[np.arange(s) for s in ddf.shape[1:]], indexing="ij"), -1)
-        ras = ras + voxels @ between[:n, :n].T + between[:n, 3]
-    lps = ras * np.array([-1.0, -1.0, 1.0])[:n]
-    data = lps[..., None, :] if n == 3 else lps[:, :, None, None, :]
-    image = nib.Nifti1Image(data.astype(np.float32), affine)
-    image.header.set_intent("vector")
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, 1)
-    image.set_sform(affine, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-    try:
-        nib.save(image, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    field = check_ddf(ddf)
+    affine = check_affine("affine", affine)
+    moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
+    vectors = to_space(torch.from_numpy(field)[None], LPS @ affine, LPS @ moving_affine)[0].numpy()
+    n = len(vectors)
+    vectors = np.moveaxis(vectors, 0, -1)
+    save_nifti(path, vectors.reshape(*vectors.shape[:n], *[1] * (4 - n), n), affine, VECTOR)
+
+
+def read_itk_ddf(
+    path: str | Path, moving_affine: np.ndarray | None = None, vectors: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI displacement field as ITK, ANTs, SimpleITK and Slicer write it: the inverse of `write_itk_ddf`.
+
+    Args:
+        path: NIfTI file ``(X, Y, Z, 1, 3)`` (2D: ``(X, Y, 1, 1, 2)``) of any real type, on the fixed grid, in
+            millimetres.
+        moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid; default: that of the file. The file maps
+            points of the fixed image's space to points of the moving image's, whatever their grids.
+        vectors: ``"LPS"`` or ``"RAS"``; default: by the intent, as ITK from 5.4 on does: 1007 (vector) is LPS, 1006
+            (displacement vector) RAS.
+
+    Returns:
+        The displacement in voxels, ``A_m⁻¹ (A_f x + u(x)) − x``, ``(n, *S)`` float32, and the ``(4, 4)`` affine of the
+        grid it lives on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no NIfTI file, is cut off, is not a vector field, has another intent and ``vectors`` is not
+            given, is not finite, or an affine is singular.
+    """
+    if vectors not in (None, "LPS", "RAS"):
+        raise ValueError(f"vectors must be 'LPS', 'RAS' or None, got {vectors!r}")
+    data, affine, header = load_nifti(path)
+    moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
+    shape = data.shape
+    n = shape[-1] if len(shape) == 5 else 0
+    if n not in (2, 3) or shape[n:4] != (1,) * (4 - n):
+        raise ValueError(f"{path} must be (X, Y, Z, 1, 3) or (X, Y, 1, 1, 2) to be ITK's, got shape {shape}")
+    intent = int(header["intent_code"])
+    if vectors is None:
+        if intent not in (VECTOR, DISPLACEMENT_VECTOR):
+            raise ValueError(
+                f"{path} must have the intent 1007 (vectors in LPS) or 1006 (in RAS), got {intent}; "
+                "say vectors='LPS' or 'RAS'"
+            )
+        vectors = "LPS" if intent == VECTOR else "RAS"
+    space = LPS if vectors == "LPS" else np.eye(4)
+    displacement = torch.from_numpy(np.moveaxis(data.reshape(*shape[:n], n), -1, 0))[None]
+    ddf = from_space(displacement, space @ affine, space @ moving_affine)[0]
+    return ddf.float().numpy(), affine

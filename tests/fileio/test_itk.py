@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from monai_lm.fields import gaussian_smooth, warp
-from monai_lm.fileio import write_itk_ddf
+from monai_lm.fileio import read_itk_ddf, write_itk_ddf
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -228,5 +228,149 @@ def test_a_moving_image_elsewhere_in_space(tmp_path):
     assert np.allclose(written[..., 0], -5)
     assert np.allclose(written[..., 1], 3)
     assert np.allclose(written[..., 2], 1 + 0.5 * np.arange(6))
-    with pytest.raises(ValueError, match=r"moving_affine must be a finite \(4, 4\) matrix, got shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"moving_affine must be an invertible \(4, 4\) matrix, got shape \(3, 3\)"):
         write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 4, 5, 6)), fixed, np.eye(3))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@GRID
+def test_what_is_written_is_read_back(tmp_path, grid, shape):
+    ddf = random_field(shape)
+    write_itk_ddf(tmp_path / "ddf.nii.gz", ddf, grid)
+    back, there = read_itk_ddf(tmp_path / "ddf.nii.gz")
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, ddf, atol=1e-5)
+    np.testing.assert_allclose(there, grid, atol=1e-5)
+
+
+@GRID
+def test_a_field_between_two_grids_is_read_back(tmp_path, grid, shape):
+    moving_affine = PLANES["LP"] if len(shape) == 2 else AFFINES["oblique, left-handed"]
+    ddf = random_field(shape)
+    write_itk_ddf(tmp_path / "ddf.nii.gz", ddf, grid, moving_affine)
+    back, _ = read_itk_ddf(str(tmp_path / "ddf.nii.gz"), moving_affine)
+    np.testing.assert_allclose(back, ddf, atol=1e-4)
+
+
+@pytest.mark.parametrize("pixel", [sitk.sitkVectorFloat32, sitk.sitkVectorFloat64])
+@GRID
+def test_a_field_that_simpleitk_wrote_moves_points_as_simpleitk_does(tmp_path, grid, shape, pixel):
+    n = len(shape)
+    write_itk_ddf(tmp_path / "ours.nii", random_field(shape), grid)
+    vectors = sitk.Cast(sitk.ReadImage(str(tmp_path / "ours.nii")), pixel)
+    sitk.WriteImage(vectors, str(tmp_path / "theirs.nii.gz"))
+    ddf, there = read_itk_ddf(tmp_path / "theirs.nii.gz")
+    transform = sitk.DisplacementFieldTransform(sitk.Cast(vectors, sitk.sitkVectorFloat64))
+    image = sitk.Image(shape, sitk.sitkUInt8)
+    image.SetOrigin(vectors.GetOrigin())
+    image.SetSpacing(vectors.GetSpacing())
+    image.SetDirection(vectors.GetDirection())
+    for voxel in np.ndindex(*shape):
+        point = transform.TransformPoint(image.TransformIndexToPhysicalPoint(voxel))
+        theirs = np.array(image.TransformPhysicalPointToContinuousIndex(point))
+        if all(1 <= v < s - 1 for v, s in zip(voxel, shape, strict=True)):
+            np.testing.assert_allclose(ddf[(slice(None), *voxel)], theirs - voxel, atol=1e-4)
+    np.testing.assert_allclose(there[:n, :n], grid[:n, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6)])
+@pytest.mark.parametrize(("intent", "frame"), [(1007, "LPS"), (1006, "RAS")])
+def test_the_intent_says_the_frame_as_it_does_to_itk(tmp_path, shape, intent, frame):
+    n = len(shape)
+    data = np.zeros((*shape, *[1] * (4 - n), n), np.float32)
+    data[:] = (1.0, 2.0, 3.0)[:n]
+    grid = AFFINES["oblique"] if n == 3 else PLANES["rotated"]
+    image = nib.Nifti1Image(data, grid)
+    image.header["intent_code"] = intent
+    nib.save(image, tmp_path / "x.nii")
+    theirs = itk_vectors(sitk.ReadImage(str(tmp_path / "x.nii")))[(2,) * n] * np.array([-1, -1, 1])[:n]  # as RAS
+    np.testing.assert_allclose(theirs, data[(0,) * n].ravel() * (1 if frame == "RAS" else np.array([-1, -1, 1])[:n]))
+    ours = grid[:n, :n] @ read_itk_ddf(tmp_path / "x.nii")[0][(slice(None), *(2,) * n)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    said = read_itk_ddf(tmp_path / "x.nii", vectors=frame)[0]
+    np.testing.assert_array_equal(said, read_itk_ddf(tmp_path / "x.nii")[0])
+    reverse = read_itk_ddf(tmp_path / "x.nii", vectors="LPS" if frame == "RAS" else "RAS")[0]
+    other = grid[:n, :n] @ reverse[(slice(None), *(2,) * n)]
+    np.testing.assert_allclose(other, theirs * np.array([-1, -1, 1])[:n], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<i2"])
+def test_any_stored_type_is_read(tmp_path, dtype):
+    values = np.arange(5 * 6 * 7 * 3).reshape(5, 6, 7, 1, 3) % 11
+    image = nib.Nifti1Image(values.astype(dtype), np.diag([2.0, 2, 2, 1]))
+    image.header["intent_code"] = 1006
+    if dtype[0] == ">":
+        image = nib.Nifti1Image(values.astype(dtype), np.diag([2.0, 2, 2, 1]), image.header.as_byteswapped(">"))
+    image.header.set_data_dtype(dtype)
+    for name in ("x.nii", "x.nii.gz"):
+        nib.save(image, tmp_path / name)
+        np.testing.assert_array_equal(read_itk_ddf(tmp_path / name)[0], np.moveaxis(values[:, :, :, 0], -1, 0) / 2)
+
+
+def written(tmp_path, shape=(5, 6, 7, 1, 3), intent=1007, value=1.0, grid=None, dtype=np.float32):
+    data = np.full(shape, value, dtype)
+    image = nib.Nifti1Image(data, np.eye(4) if grid is None else grid)
+    image.header["intent_code"] = intent
+    nib.save(image, tmp_path / "x.nii")
+    return tmp_path / "x.nii"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 6, 7), (5, 6, 7, 3), (5, 6, 7, 1, 2), (5, 6, 7, 2, 3), (5, 6, 1, 1, 4), (5, 6, 7, 3, 1)],
+)
+def test_other_dimensions_are_refused(tmp_path, shape):
+    path = written(tmp_path, shape)
+    stored = str(nib.load(path).shape)
+    with pytest.raises(ValueError, match=r"x.nii must be \(X, Y, Z, 1, 3\) or \(X, Y, 1, 1, 2\)") as error:
+        read_itk_ddf(path)
+    assert f"got shape {stored}" in str(error.value)
+
+
+def test_another_intent_asks_which_frame(tmp_path):
+    path = written(tmp_path, intent=0)
+    with pytest.raises(ValueError, match=r"x.nii must have the intent 1007 .* got 0; say vectors='LPS' or 'RAS'"):
+        read_itk_ddf(path)
+    assert read_itk_ddf(path, vectors="LPS")[0][:, 0, 0, 0].tolist() == [-1, -1, 1]
+    with pytest.raises(ValueError, match="vectors must be 'LPS', 'RAS' or None, got 'lps'"):
+        read_itk_ddf(path, vectors="lps")
+
+
+def test_files_that_hold_no_field_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x.nii must be finite, got 630 NaN or infinite values"):
+        read_itk_ddf(written(tmp_path, value=np.inf))
+    with pytest.raises(ValueError, match=r"x.nii must hold real numbers, got dtype complex64"):
+        read_itk_ddf(written(tmp_path, dtype=np.complex64))
+    image = nib.Nifti1Image(np.ones((5, 6, 7, 1, 3), np.float32), None)
+    image.header.set_sform(np.diag([1.0, 0.0, 1.0, 1.0]), 1)
+    image.header["intent_code"] = 1007
+    image.to_filename(tmp_path / "flat.nii")
+    with pytest.raises(ValueError, match=r"affine of .*flat.nii must be an invertible \(4, 4\) matrix"):
+        read_itk_ddf(tmp_path / "flat.nii")
+    with pytest.raises(ValueError, match="moving_affine must be an invertible"):
+        read_itk_ddf(written(tmp_path), np.zeros((4, 4)))
+    with pytest.raises(FileNotFoundError, match=r"no file .*absent.nii"):
+        read_itk_ddf(tmp_path / "absent.nii")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kept", [0, 100, 400, 0.9])
+def test_a_file_that_was_cut_off_is_refused(tmp_path, suffix, kept):
+    path = tmp_path / f"ddf{suffix}"
+    write_itk_ddf(path, random_field((14, 12, 10)), np.eye(4))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(ValueError, match=rf"ddf{suffix} must be a whole NIfTI file, got \w+:"):
+        read_itk_ddf(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    for name in ("x.nii", "x.nii.gz"):
+        (tmp_path / name).write_text("a letter, not an image" * 100)
+        with pytest.raises(ValueError, match=f"{name} must be a whole NIfTI file"):
+            read_itk_ddf(tmp_path / name)
+    nib.save(nib.MGHImage(np.ones((4, 5, 6), np.float32), np.eye(4)), tmp_path / "x.mgz")
+    with pytest.raises(ValueError, match=r"x.mgz must be a NIfTI file, got a MGHImage"):
+        read_itk_ddf(tmp_path / "x.mgz")

@@ -1,0 +1,96 @@
+"""What the formats share: whole files or none, NIfTI with errors that name the file, checked fields."""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+from monai_lm.space import check_affine
+
+__all__ = ["check_ddf", "load_nifti", "replacing", "save_nifti"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path``, same suffixes, to write to; renamed to ``path`` if nothing failed, else removed.
+
+    The folder is made if missing. A reader sees the old file, or the new one, never half of one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_ddf(ddf: Any) -> np.ndarray:
+    """A finite field ``(n, *S)``, ``n = len(S)`` 2 or 3, as float32 or float64; ValueError for any other."""
+    field = np.asarray(ddf)
+    dtype = np.float32 if field.dtype in (np.float16, np.float32) else np.float64
+    field = np.require(field, dtype, ("C", "W"))  # as torch takes it
+    n = field.ndim - 1
+    if n not in (2, 3) or field.shape[0] != n:
+        raise ValueError(f"ddf must be (n, *S) with n = len(S) = 2 or 3, got shape {field.shape}")
+    if not np.isfinite(field).all():
+        raise ValueError(f"ddf must be finite, got {int((~np.isfinite(field)).sum())} NaN or infinite values")
+    return field
+
+
+def save_nifti(path: str | Path, data: np.ndarray, affine: np.ndarray, intent: str | int) -> None:
+    """Write float32 data with qform, sform, units and an intent, whole or not at all.
+
+    Raises:
+        ValueError: ``path`` does not end in ``.nii`` or ``.nii.gz``.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
+    image = nib.Nifti1Image(np.asarray(data, dtype=np.float32), affine)
+    image.header.set_intent(intent, allow_unknown=True)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Read a NIfTI file of finite real numbers.
+
+    Returns:
+        The data, float32 or (if stored as anything but that) float64, in native byte order; the ``(4, 4)`` affine; the
+        header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no NIfTI file, is cut off, does not hold finite real numbers, or its affine is singular.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        image: Any = nib.load(path)
+        data = np.asanyarray(image.dataobj)
+    except PermissionError:
+        raise
+    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole NIfTI file, got {type(error).__name__}: {error}") from error
+    kind = type(image).__name__
+    if not kind.startswith("Nifti"):
+        raise ValueError(f"{path} must be a NIfTI file, got a {kind}")
+    if data.dtype.kind not in "fiu":
+        raise ValueError(f"{path} must hold real numbers, got dtype {data.dtype}")
+    data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
+    return data, check_affine(f"affine of {path}", image.affine), image.header
