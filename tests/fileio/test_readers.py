@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from monai_lm.fields import gaussian_smooth
-from monai_lm.fileio import read_affine, read_itk_ddf, write_itk_ddf
+from monai_lm.fileio import read_affine, read_fsl_ddf, read_itk_ddf, write_fsl_ddf, write_itk_ddf
 from monai_lm.space import fixed_to_moving, resample_moving, through_affine
 
 sitk = pytest.importorskip("SimpleITK")
@@ -220,3 +220,68 @@ def test_what_ants_registered_is_read(ants_cases, pair):
     field = torch.from_numpy(ddf)[None]
     ours = resample_moving(case.moving, field, case.fixed_affine, case.moving_affine, initial)[0, 0].numpy()
     case.assert_same(sampled(case, "ants_syn"), ours, case.inside(ddf, initial))
+
+
+# --- FSL, by fslpy ----------------------------------------------------------------------------------------------------
+
+FSLPY = """
+import json, sys, numpy as np
+from fsl.data.image import Image
+from fsl.transform.fnirt import readFnirt
+from fsl.transform.nonlinear import applyDeformation, convertDeformationType
+for folder, alike in json.loads(sys.argv[1]):
+    f, m = Image(f"{folder}/fixed.nii"), Image(f"{folder}/moving.nii")
+    for name in ("relative", "absolute"):
+        field = readFnirt(f"{folder}/{name}.nii.gz", m, f, None if alike else name)
+        assert field.deformationType == name, (field.deformationType, name)
+        np.save(f"{folder}/fsl_{name}.npy", applyDeformation(m, field, mode="nearest"))
+        other = {"relative": "absolute", "absolute": "relative"}[name]
+        image = Image(convertDeformationType(field, other), header=field.header)
+        image.save(f"{folder}/fsl_made_{other}.nii.gz")
+    field = readFnirt(f"{folder}/shift.nii.gz", m, f, "relative")
+    np.save(f"{folder}/points.npy", field.transform(np.load(f"{folder}/voxels.npy"), "voxel", "world"))
+"""
+VOXELS = np.array([[8, 9, 7], [12, 10, 6], [10, 14, 9], [15, 12, 8]])
+
+
+@pytest.fixture(scope="module")
+def fsl_cases(tmp_path_factory):
+    peer("fslpy")
+    folder = tmp_path_factory.mktemp("fsl")
+    cases = {pair: Case(folder / str(i), pair) for i, pair in enumerate(PAIRS)}
+    for case in cases.values():
+        affines = (case.fixed_affine, case.moving_affine)
+        whole = through_affine(case.ddf, *affines, case.initial)[0].numpy()
+        for name in ("relative", "absolute"):
+            write_fsl_ddf(case.folder / f"{name}.nii.gz", whole, *affines, OTHER, relative=name == "relative")
+        shift = torch.from_numpy(SHIFT).double().view(1, 3, 1, 1, 1).expand(1, 3, *SHAPE)
+        write_fsl_ddf(case.folder / "shift.nii.gz", through_affine(shift, *affines)[0].numpy(), *affines, OTHER)
+        np.save(case.folder / "voxels.npy", VOXELS)
+    run_peer("fslpy", FSLPY, json.dumps([[str(c.folder), pair in PAIRS[:2]] for pair, c in cases.items()]))
+    return cases
+
+
+@PAIR
+@pytest.mark.parametrize("name", ["relative", "absolute"])
+def test_fslpy_samples_across_grids_as_we_do(fsl_cases, pair, name):
+    """It guesses the kind of the file, as we do, where the axes of the grids are alike, and is told it elsewhere."""
+    case = fsl_cases[pair]
+    theirs = np.load(case.folder / f"fsl_{name}.npy")
+    case.assert_same(theirs, case.ours(), case.inside(case.ddf[0].numpy(), case.initial))
+
+
+@PAIR
+def test_fslpy_goes_where_a_known_shift_leads(fsl_cases, pair):
+    case = fsl_cases[pair]
+    expected = (VOXELS + SHIFT) @ case.fixed_affine[:3, :3].T + case.fixed_affine[:3, 3]
+    np.testing.assert_allclose(np.load(case.folder / "points.npy"), expected, atol=1e-3)
+
+
+@PAIR
+@pytest.mark.parametrize("name", ["relative", "absolute"])
+def test_what_fslpy_wrote_is_read(fsl_cases, pair, name):
+    case = fsl_cases[pair]
+    ddf, affine = read_fsl_ddf(case.folder / f"fsl_made_{name}.nii.gz", case.moving_affine, OTHER)
+    expected = through_affine(case.ddf, case.fixed_affine, case.moving_affine, case.initial)[0].numpy()
+    np.testing.assert_allclose(ddf, expected, atol=1e-3)
+    np.testing.assert_allclose(affine, case.fixed_affine, atol=1e-4)
