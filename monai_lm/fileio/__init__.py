@@ -1,16 +1,22 @@
 """Fields and affines in files."""
 
 from monai_lm.fileio.affine import read_affine
+from monai_lm.fileio.formats import FORMATS, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.fileio.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.fileio.itk import read_itk_ddf, write_itk_ddf
 from monai_lm.fileio.voxel import read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
 
 __all__ = [
+    "FORMATS",
+    "file_suffix",
+    "guess_format",
     "read_affine",
+    "read_ddf",
     "read_fsl_ddf",
     "read_itk_ddf",
     "read_learn2reg_ddf",
     "read_voxel_ddf",
+    "write_ddf",
     "write_fsl_ddf",
     "write_itk_ddf",
     "write_learn2reg_ddf",

@@ -15,7 +15,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from monai_lm.space import check_affine
 
-__all__ = ["check_ddf", "load_nifti", "replacing", "save_nifti"]
+__all__ = ["check_ddf", "load_nifti", "open_nifti", "replacing", "save_nifti"]
 
 
 @contextmanager
@@ -64,6 +64,34 @@ def save_nifti(path: str | Path, data: np.ndarray, affine: np.ndarray, intent: s
         nib.save(image, temporary)
 
 
+@contextmanager
+def _errors_of(path: str | Path) -> Iterator[None]:
+    """What a broken file makes nibabel raise, as a ValueError that names the file."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole NIfTI file, got {type(error).__name__}: {error}") from error
+
+
+def open_nifti(path: str | Path) -> Any:
+    """A NIfTI image whose data are not read yet.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no NIfTI file, or its header is cut off.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with _errors_of(path):
+        image = nib.load(path)
+    kind = type(image).__name__
+    if not kind.startswith("Nifti"):
+        raise ValueError(f"{path} must be a NIfTI file, got a {kind}")
+    return image
+
+
 def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
     """Read a NIfTI file of finite real numbers.
 
@@ -75,19 +103,9 @@ def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no NIfTI file, is cut off, does not hold finite real numbers, or its affine is singular.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        image: Any = nib.load(path)
+    image = open_nifti(path)
+    with _errors_of(path):
         data = np.asanyarray(image.dataobj)
-    except PermissionError:
-        raise
-    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} must be a whole NIfTI file, got {type(error).__name__}: {error}") from error
-    kind = type(image).__name__
-    if not kind.startswith("Nifti"):
-        raise ValueError(f"{path} must be a NIfTI file, got a {kind}")
     if data.dtype.kind not in "fiu":
         raise ValueError(f"{path} must hold real numbers, got dtype {data.dtype}")
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")

@@ -1,7 +1,10 @@
 """MONAI transforms on fields, array and dictionary versions."""
 
-from monai_lm.transforms.array import RefineDDF, SaveDDF, WarpImage
+from monai_lm.transforms.array import LoadDDF, RefineDDF, SaveDDF, WarpImage
 from monai_lm.transforms.dictionary import (
+    LoadDDFD,
+    LoadDDFd,
+    LoadDDFDict,
     RefineDDFD,
     RefineDDFd,
     RefineDDFDict,
@@ -14,6 +17,10 @@ from monai_lm.transforms.dictionary import (
 )
 
 __all__ = [
+    "LoadDDF",
+    "LoadDDFD",
+    "LoadDDFDict",
+    "LoadDDFd",
     "RefineDDF",
     "RefineDDFD",
     "RefineDDFDict",

@@ -14,11 +14,11 @@ from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
 from monai_lm.fields import warp
-from monai_lm.fileio import write_itk_ddf
+from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
 from monai_lm.validation import check_finite
 
-__all__ = ["RefineDDF", "SaveDDF", "WarpImage"]
+__all__ = ["LoadDDF", "RefineDDF", "SaveDDF", "WarpImage"]
 
 
 class RefineDDF(Transform):
@@ -112,10 +112,12 @@ class WarpImage(Transform):
             the image, ``"bilinear"`` returns float32.
 
         Raises:
-            ValueError: image and field differ in the number, the direction or the spacing of their axes, or the field
+            ValueError: image and field differ in the number, the direction or the spacing of their axes and
+                ``ddf.meta["moving_affine"]`` does not say that the field leads into this image's voxels, or the field
                 is not finite.
         """
-        _check_same_axes("ddf", ddf, "img", img)
+        if not _leads_into(ddf, img):
+            _check_same_axes("ddf", ddf, "img", img)
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         dtype = image.dtype if self.mode == "nearest" else torch.float32
@@ -146,6 +148,18 @@ def _same_axes(image: MetaTensor, other: MetaTensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
+def _same_affine(a: Any, b: Any) -> bool:
+    """Whether two 4×4 put voxels at the same places, to a thousandth of a voxel and of a millimetre."""
+    x, y = (torch.as_tensor(m).double().cpu() for m in (a, b))
+    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-3 * min(1.0, float(x[:3, :3].abs().max())))
+
+
+def _leads_into(ddf: Any, image: Any) -> bool:
+    """Whether a field was made or read for this very moving grid, which may then be any other than the field's."""
+    target = ddf.meta.get("moving_affine") if isinstance(ddf, MetaTensor) else None
+    return target is not None and isinstance(image, MetaTensor) and _same_affine(target, image.affine)
+
+
 def _check_same_axes(name: str, image: Any, other_name: str, other: Any) -> None:
     """ValueError unless the voxel axes, where known, agree: a displacement in voxels is another length otherwise."""
     if has_affine(image) and has_affine(other) and not _same_axes(image, other):
@@ -155,30 +169,100 @@ def _check_same_axes(name: str, image: Any, other_name: str, other: Any) -> None
         )
 
 
-class SaveDDF(Transform):
-    """Write a field as a NIfTI displacement field in ITK's convention (LPS millimetres); tested with SimpleITK.
+class LoadDDF(Transform):
+    """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, in voxels, or Learn2Reg's.
 
     Args:
-        output_dir: folder, made if missing.
-        output_postfix: the file is ``<name>_<postfix>.nii.gz``.
+        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, or ``"auto"``: by suffix, intent and shape, see
+            :func:`monai_lm.fileio.guess_format`.
+        relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 
     backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
 
-    def __init__(self, output_dir: str | Path = ".", output_postfix: str = "ddf") -> None:
+    def __init__(self, file_format: str = "auto", relative: bool | None = None) -> None:
+        if file_format not in ("auto", *FORMATS):
+            raise ValueError(f"file_format must be 'auto' or one of {FORMATS}, got {file_format!r}")
+        self.file_format = file_format
+        self.relative = relative
+
+    def __call__(
+        self, filename: str | Path, fixed: NdarrayOrTensor | None = None, moving: NdarrayOrTensor | None = None
+    ) -> MetaTensor:
+        """Read.
+
+        Args:
+            filename: the file.
+            fixed: ``(C, *S)`` fixed image. Learn2Reg's files need it to know their size and affine; of others it checks
+                that they live on its grid.
+            moving: ``(C, *M)`` moving image, a ``MetaTensor``; default: its grid is the field's. Files in millimetres
+                lead to points in space, and its affine makes voxels of them.
+
+        Returns:
+            ``(n, *S)`` displacement in voxels, from voxels of the fixed to those of the moving grid, with the affine of
+            the fixed grid. ``meta`` has ``filename_or_obj`` and, if ``moving`` is given, ``moving_affine`` and
+            ``moving_size``: :class:`WarpImage` then takes that image whatever its grid.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError: ``moving`` is not a ``MetaTensor``.
+            ValueError: a file of another format or a broken one, or a field that is not on the grid of ``fixed``.
+        """
+        target: dict[str, Any] = {}
+        if moving is not None:
+            if not isinstance(moving, MetaTensor):
+                raise TypeError(f"moving must be a MetaTensor with an affine, got {type(moving).__name__}")
+            target = {"moving_affine": moving.affine.cpu().numpy(), "moving_size": tuple(moving.shape[1:])}
+        size = None if fixed is None else tuple(fixed.shape[1:])
+        array, affine = read_ddf(filename, self.file_format, size=size, relative=self.relative, **target)
+        if size is not None and array.shape[1:] != size:
+            raise ValueError(f"{filename} must be on the grid of fixed, {size}, got a field of {array.shape[1:]}")
+        if affine is None:
+            affine = fixed.affine.cpu().numpy() if isinstance(fixed, MetaTensor) else np.eye(4)
+        elif isinstance(fixed, MetaTensor) and has_affine(fixed) and not _same_affine(fixed.affine, affine):
+            raise ValueError(
+                f"{filename} must be on the grid of fixed, with the affine\n{fixed.affine.tolist()}\ngot\n"
+                f"{affine.tolist()}"
+            )
+        out = MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine.copy()))
+        out.meta["filename_or_obj"] = str(filename)
+        if moving is not None:
+            out.meta["moving_affine"] = torch.from_numpy(target["moving_affine"].copy())
+            out.meta["moving_size"] = target["moving_size"]
+        return out
+
+
+class SaveDDF(Transform):
+    """Write a field, by default as a NIfTI displacement field in ITK's convention (LPS millimetres).
+
+    Args:
+        output_dir: folder, made if missing.
+        output_postfix: the file is ``<name>_<postfix>.nii.gz``, for Learn2Reg ``.npz``.
+        file_format: ``"itk"`` (also ANTs, SimpleITK, Slicer), ``"fsl"`` (relative), ``"voxel"`` or ``"learn2reg"``
+            (full resolution).
+    """
+
+    backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, output_dir: str | Path = ".", output_postfix: str = "ddf", file_format: str = "itk") -> None:
         self.output_dir = Path(output_dir)
         self.output_postfix = output_postfix
+        self.file_format = file_format
+        self.suffix = file_suffix(file_format)
 
     def __call__(self, ddf: NdarrayOrTensor, name: str = "pair") -> NdarrayOrTensor:
         """Write ``ddf`` ``(n, *S)`` in voxels, with its affine (identity if it has none); returns it unchanged.
 
-        ``meta["moving_affine"]``, which :class:`RefineDDF` sets, is the affine of the moving image if that is another.
+        ``meta["moving_affine"]``, which :class:`RefineDDF` and :class:`LoadDDF` set, is the affine of the moving image
+        if that is another, ``meta["moving_size"]`` its voxel counts.
         """
-        affine, moving_affine = np.eye(4), None
+        affine, moving_affine, moving_size = np.eye(4), None, None
         if isinstance(ddf, MetaTensor):
             affine = ddf.affine.cpu().numpy()
+            moving_size = ddf.meta.get("moving_size")
             if (moving := ddf.meta.get("moving_affine")) is not None:
                 moving_affine = torch.as_tensor(moving).cpu().numpy()
         array = convert_to_tensor(ddf, track_meta=False).detach().cpu().numpy()
-        write_itk_ddf(self.output_dir / f"{name}_{self.output_postfix}.nii.gz", array, affine, moving_affine)
+        path = self.output_dir / f"{name}_{self.output_postfix}{self.suffix}"
+        write_ddf(path, array, affine, self.file_format, moving_affine=moving_affine, moving_size=moving_size)
         return ddf

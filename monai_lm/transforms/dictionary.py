@@ -12,9 +12,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from monai_lm.transforms.array import RefineDDF, SaveDDF, WarpImage, has_affine
+from monai_lm.transforms.array import LoadDDF, RefineDDF, SaveDDF, WarpImage, has_affine
 
 __all__ = [
+    "LoadDDFD",
+    "LoadDDFDict",
+    "LoadDDFd",
     "RefineDDFD",
     "RefineDDFDict",
     "RefineDDFd",
@@ -105,17 +108,54 @@ class WarpImaged(MapTransform):
         return d
 
 
+class LoadDDFd(MapTransform):
+    """Dictionary version of :class:`LoadDDF`: replaces file names by the fields in them.
+
+    Args:
+        keys: file names of displacement fields.
+        fixed_key: fixed image ``(C, *S)``, loaded; Learn2Reg's files need it, of others it checks the grid.
+        moving_key: moving image ``(C, *M)``, loaded, if its grid is another than the field's.
+        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"`` or ``"auto"``.
+        relative: for FSL's files: displacements, or positions; default: guessed from the values.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = LoadDDF.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        fixed_key: str | None = None,
+        moving_key: str | None = None,
+        file_format: str = "auto",
+        relative: bool | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.fixed_key, self.moving_key = fixed_key, moving_key
+        self.load = LoadDDF(file_format, relative)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read every field."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            images = [None if image is None else d[image] for image in (self.fixed_key, self.moving_key)]
+            d[key] = self.load(d[key], *images)
+        return d
+
+
 class SaveDDFd(MapTransform):
     """Dictionary version of :class:`SaveDDF`.
 
     Args:
         keys: displacement fields ``(n, *S)`` in voxels.
         output_dir: folder, made if missing.
-        output_postfix: the file is ``<name>_<postfix>.nii.gz``; one per key, default: the key.
+        output_postfix: the file is ``<name>_<postfix>.nii.gz`` (``.npz`` for Learn2Reg); one per key, default: the key.
         name_key: the files' name: a string, or a ``MetaTensor`` whose file name is used. Default: the field itself, and
             ``"pair"`` where that carries no file name.
         affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
         allow_missing_keys: do not raise for missing ``keys``.
+        file_format: ``"itk"``, ``"fsl"``, ``"voxel"`` or ``"learn2reg"``.
     """
 
     backend = SaveDDF.backend
@@ -128,13 +168,14 @@ class SaveDDFd(MapTransform):
         name_key: str | None = None,
         affine_key: str | None = None,
         allow_missing_keys: bool = False,
+        file_format: str = "itk",
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         given = self.keys if output_postfix is None else output_postfix
         postfixes = [given] if isinstance(given, str) else [str(postfix) for postfix in given]
         if len(postfixes) != len(self.keys) or len(set(postfixes)) < len(postfixes):
             raise ValueError(f"output_postfix must be one per key of {self.keys}, all different, got {postfixes}")
-        self.saves = [SaveDDF(output_dir, postfix) for postfix in postfixes]
+        self.saves = [SaveDDF(output_dir, postfix, file_format) for postfix in postfixes]
         self.name_key = name_key
         self.affine_key = affine_key
 
@@ -164,6 +205,7 @@ class SaveDDFd(MapTransform):
         return str(value)
 
 
+LoadDDFD = LoadDDFDict = LoadDDFd
 RefineDDFD = RefineDDFDict = RefineDDFd
 WarpImageD = WarpImageDict = WarpImaged
 SaveDDFD = SaveDDFDict = SaveDDFd

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
-from monai_lm.transforms import RefineDDF, SaveDDF, WarpImage
+from monai_lm.fileio import write_fsl_ddf, write_learn2reg_ddf
+from monai_lm.space import resample_moving, through_affine
+from monai_lm.transforms import LoadDDF, RefineDDF, SaveDDF, WarpImage
 
 SHAPES = [(20, 22), (12, 13, 14)]
 SETTINGS = {"iterations": 6, "scales": (2, 1), "compile": False}
@@ -331,3 +333,87 @@ def test_the_refined_field_carries_the_file_name_of_the_fixed_image():
     fixed, moving, ddf = pair((20, 22))
     out = RefineDDF(**SETTINGS)(MetaTensor(fixed, meta={"filename_or_obj": "a/b.nii.gz"}), moving, ddf)
     assert out.meta["filename_or_obj"] == "a/b.nii.gz"
+
+
+# --- LoadDDF ----------------------------------------------------------------------------------------------------------
+
+
+def oblique() -> torch.Tensor:
+    """Another orientation, spacing and origin than ``scaling`` gives."""
+    out = torch.eye(4, dtype=torch.float64)
+    out[:3, :3] = torch.tensor([[0, -1.1, 0], [1.2, 0.1, 0], [0, 0, 1.3]])
+    out[:3, 3] = torch.tensor([12.0, -1.0, 0.5])
+    return out
+
+
+@pytest.mark.parametrize("file_format", ["itk", "fsl", "voxel", "learn2reg"])
+def test_what_is_saved_is_loaded_in_every_format(tmp_path, file_format):
+    ddf, affine = pair((12, 13, 14))[2], scaling(-1.5, 2, 3)
+    SaveDDF(tmp_path, file_format=file_format)(MetaTensor(ddf, affine=affine))
+    (path,) = tmp_path.iterdir()
+    assert path.name == ("pair_ddf.npz" if file_format == "learn2reg" else "pair_ddf.nii.gz")
+    fixed = MetaTensor(torch.zeros(1, 12, 13, 14), affine=affine)
+    for said in ("auto", file_format):
+        out = LoadDDF(said)(str(path), fixed)
+        torch.testing.assert_close(plain(out), ddf, rtol=0, atol=2e-3 if file_format == "learn2reg" else 1e-5)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.affine, affine.to(out.affine))
+        assert out.meta["filename_or_obj"] == str(path)
+        assert "moving_affine" not in out.meta
+
+
+@pytest.mark.parametrize("file_format", ["itk", "fsl"])
+def test_a_field_in_millimetres_leads_into_a_moving_image_on_another_grid(tmp_path, file_format):
+    """Saved, loaded for the moving image and applied, it samples that image where the field in voxels led."""
+    affine = scaling(1.0, 1.5, 2.0).double()
+    moving = MetaTensor(noise(1, 11, 12, 15), affine=oblique())
+    ddf = through_affine(pair((12, 13, 14))[2][None].double(), affine, oblique())[0].float()
+    field = MetaTensor(ddf, affine=affine, meta={"moving_affine": oblique(), "moving_size": (11, 12, 15)})
+    SaveDDF(tmp_path, file_format=file_format)(field)
+    out = LoadDDF()(tmp_path / "pair_ddf.nii.gz", moving=moving)
+    torch.testing.assert_close(plain(out), ddf, rtol=0, atol=1e-4)
+    warped = WarpImage()(moving, out)
+    expected = resample_moving(plain(moving)[None].double(), pair((12, 13, 14))[2][None].double(), affine, oblique())[0]
+    torch.testing.assert_close(plain(warped).double(), expected, rtol=0, atol=1e-3)
+    assert float(warped.std()) > 0.1
+    torch.testing.assert_close(warped.affine, affine.to(warped.affine))
+    elsewhere = MetaTensor(noise(1, 11, 12, 15), affine=scaling(1, 1, 4))
+    with pytest.raises(ValueError, match="ddf and img must have voxel axes of the same direction and spacing"):
+        WarpImage()(elsewhere, out)
+
+
+def test_a_field_at_half_resolution_takes_size_and_affine_of_the_fixed_image(tmp_path):
+    shift = np.broadcast_to(np.float32([1, -2, 3]).reshape(3, 1, 1, 1), (3, 12, 13, 14))
+    write_learn2reg_ddf(tmp_path / "u.npz", shift, half=True)
+    out = LoadDDF()(tmp_path / "u.npz", MetaTensor(torch.zeros(1, 12, 13, 14), affine=scaling(2, 2, 3)))
+    np.testing.assert_array_equal(plain(out).numpy(), shift)
+    assert torch.equal(out.affine, scaling(2, 2, 3).to(out.affine))
+
+
+def test_a_file_on_another_grid_than_the_fixed_image_is_refused(tmp_path):
+    SaveDDF(tmp_path)(MetaTensor(pair((12, 13, 14))[2], affine=scaling(1, 1, 2)))
+    path = tmp_path / "pair_ddf.nii.gz"
+    with pytest.raises(ValueError, match=r"pair_ddf.nii.gz must be on the grid of fixed, \(9, 13, 14\), got a field"):
+        LoadDDF()(path, torch.zeros(1, 9, 13, 14))
+    with pytest.raises(ValueError, match=r"pair_ddf.nii.gz must be on the grid of fixed, with the affine"):
+        LoadDDF()(path, MetaTensor(torch.zeros(1, 12, 13, 14), affine=scaling(1, 1, 3)))
+    assert LoadDDF()(path, torch.zeros(1, 12, 13, 14)).shape == (3, 12, 13, 14)
+    with pytest.raises(TypeError, match="moving must be a MetaTensor with an affine, got Tensor"):
+        LoadDDF()(path, moving=torch.zeros(1, 12, 13, 14))
+    with pytest.raises(ValueError, match=r"pair_ddf.nii.gz must be \(X, Y, Z, 3\) to be FSL's"):
+        LoadDDF("fsl")(path)
+
+
+def test_formats_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"file_format must be 'auto' or one of \('itk', .*, got 'nifti'"):
+        LoadDDF("nifti")
+    with pytest.raises(ValueError, match=r"file_format must be one of \('itk', .*, got 'auto'"):
+        SaveDDF(file_format="auto")
+
+
+def test_fsl_positions_are_read_when_told(tmp_path):
+    ddf = pair((12, 13, 14))[2].numpy()
+    write_fsl_ddf(tmp_path / "w.nii.gz", ddf, np.eye(4), relative=False)
+    for relative in (None, False):
+        np.testing.assert_allclose(plain(LoadDDF(relative=relative)(tmp_path / "w.nii.gz")), ddf, atol=1e-4)
+    assert np.abs(plain(LoadDDF(relative=True)(tmp_path / "w.nii.gz")).numpy() - ddf).max() > 5

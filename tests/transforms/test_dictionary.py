@@ -13,7 +13,7 @@ from torch import Tensor
 import monai_lm.transforms as package
 from monai_lm import refine
 from monai_lm.fields import gaussian_smooth, warp
-from monai_lm.transforms import RefineDDF, RefineDDFd, SaveDDFd, WarpImage, WarpImaged
+from monai_lm.transforms import LoadDDFd, RefineDDF, RefineDDFd, SaveDDFd, WarpImage, WarpImaged
 
 SETTINGS = {"iterations": 6, "scales": (2, 1), "compile": False}
 
@@ -38,7 +38,7 @@ def plain(x: Tensor) -> Tensor:
     return x.as_tensor() if isinstance(x, MetaTensor) else x
 
 
-@pytest.mark.parametrize("name", ["RefineDDF", "WarpImage", "SaveDDF"])
+@pytest.mark.parametrize("name", ["LoadDDF", "RefineDDF", "WarpImage", "SaveDDF"])
 def test_aliases_are_the_same_class(name):
     transforms = {getattr(package, name + suffix) for suffix in ("d", "D", "Dict")}
     assert len(transforms) == 1
@@ -242,3 +242,32 @@ def test_names_keep_their_dots_and_an_unknown_affine_is_replaced(tmp_path):
     np.testing.assert_allclose(np.asarray(written.dataobj)[..., 2], 2.0)
     with pytest.raises(TypeError, match="fixed must be a MetaTensor with an affine, got Tensor"):
         SaveDDFd("ddf", tmp_path, affine_key="fixed")({"ddf": torch.ones(3, 4, 5, 6), "fixed": torch.ones(1, 4, 5, 6)})
+
+
+# --- LoadDDFd ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["itk", "fsl", "voxel", "learn2reg"])
+def test_files_become_the_fields_in_them(tmp_path, file_format):
+    fixed = MetaTensor(torch.zeros(1, 12, 13, 14), affine=scaling(1, 1.5, 3))
+    data = {"ddf": pair((12, 13, 14))["ddf"], "fixed": fixed, "name": "a"}
+    SaveDDFd("ddf", tmp_path, name_key="name", affine_key="fixed", file_format=file_format)(data)
+    (path,) = tmp_path.iterdir()
+    out = LoadDDFd("ddf", fixed_key="fixed", file_format=file_format)({**data, "ddf": str(path)})
+    torch.testing.assert_close(plain(out["ddf"]), data["ddf"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(out["ddf"].affine, fixed.affine)
+    assert out["fixed"] is fixed
+    moving = MetaTensor(torch.zeros(1, 9, 9, 9), affine=scaling(2, 2, 2))
+    led = LoadDDFd("ddf", moving_key="moving")({"ddf": path, "moving": moving})["ddf"]
+    assert torch.equal(led.meta["moving_affine"].to(moving.affine), moving.affine)
+    assert torch.allclose(plain(led), data["ddf"], atol=2e-3) == (file_format in ("voxel", "learn2reg"))
+
+
+def test_missing_files_raise_unless_allowed():
+    with pytest.raises(KeyError, match="ddf"):
+        LoadDDFd("ddf")({})
+    assert LoadDDFd("ddf", allow_missing_keys=True)({"a": 1}) == {"a": 1}
+    with pytest.raises(KeyError, match="fixed"):
+        LoadDDFd("ddf", fixed_key="fixed")({"ddf": "x.nii"})
+    with pytest.raises(FileNotFoundError, match=r"no file x.nii"):
+        LoadDDFd("ddf")({"ddf": "x.nii"})
