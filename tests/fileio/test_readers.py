@@ -1,6 +1,6 @@
-"""Files against the programs they are for: what SimpleITK, ANTs and fslpy make of them is what we make of the field.
+"""Files against the programs they are for: what SimpleITK, ANTs, fslpy and greedy make of them, we make of the field.
 
-ANTs (antspyx) and fslpy run in environments of their own, ``$MONAI_LM_PEERS/ants`` and ``$MONAI_LM_PEERS/fslpy``
+ANTs (antspyx), fslpy and greedy run in environments of their own, ``$MONAI_LM_PEERS/ants``, ``/fslpy`` and ``/greedy``
 (default: the user's cache, where the benchmarks put theirs); without one, its tests skip.
 """
 
@@ -285,3 +285,36 @@ def test_what_fslpy_wrote_is_read(fsl_cases, pair, name):
     expected = through_affine(case.ddf, case.fixed_affine, case.moving_affine, case.initial)[0].numpy()
     np.testing.assert_allclose(ddf, expected, atol=1e-3)
     np.testing.assert_allclose(affine, case.fixed_affine, atol=1e-4)
+
+
+# --- greedy -----------------------------------------------------------------------------------------------------------
+
+GREEDY = """
+import sys
+from picsl_greedy import Greedy3D
+folder = sys.argv[1]
+images = f"-i {folder}/fixed.nii {folder}/moving.nii"
+greedy = Greedy3D()
+greedy.execute(f"-threads 1 -a -d 3 {images} -o {folder}/plain.mat -m NCC 2x2x2 -n 40x20 -ia-image-centers")
+greedy.execute(
+    f"-threads 1 -d 3 {images} -it {folder}/plain.mat -o {folder}/greedy.nii.gz -m NCC 2x2x2 -n 20x10 -wp 0"
+)
+greedy.execute(
+    f"-threads 1 -d 3 -rf {folder}/fixed.nii -rm {folder}/moving.nii {folder}/sampled.nii "
+    f"-r {folder}/greedy.nii.gz {folder}/plain.mat"
+)
+"""
+
+
+def test_what_greedy_registered_is_read(tmp_path):
+    """Its field, as ITK writes it, and its affine, four rows of numbers in RAS millimetres."""
+    case = Case(tmp_path / "case", PAIRS[3])
+    run_peer("greedy", GREEDY, str(case.folder))
+    ddf, affine = read_itk_ddf(case.folder / "greedy.nii.gz")
+    initial = read_affine(case.folder / "plain.mat")
+    np.testing.assert_allclose(affine, case.fixed_affine, atol=1e-4)
+    assert np.abs(ddf).max() > 0.5
+    assert np.abs(initial - np.eye(4)).max() > 0.01
+    affines = (case.fixed_affine, case.moving_affine, initial)
+    ours = resample_moving(case.moving, torch.from_numpy(ddf)[None], *affines)[0, 0].numpy()
+    case.assert_same(sampled(case, "sampled"), ours, case.inside(ddf, initial))

@@ -143,3 +143,19 @@ def test_invalid_arguments_are_named_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="affine must be an invertible"):
         write_voxel_ddf(tmp_path / "u.nii", random_field(), np.zeros((4, 4)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_what_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "u.npz"
+    path.write_bytes(b"precious")
+
+    def fail(temporary, **arrays):  # noqa: ARG001
+        with open(temporary, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_learn2reg_ddf(path, random_field())
+    assert path.read_bytes() == b"precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["u.npz"]
