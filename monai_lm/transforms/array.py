@@ -58,10 +58,12 @@ class RefineDDF(Transform):
 
         Raises:
             ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`, or images whose axes differ in
-                direction or spacing: they must be resampled onto one grid first.
+                direction or spacing: they must be resampled onto one grid first; or a field that was loaded for a
+                moving image whose axes are others.
         """
         _check_same_axes("fixed", fixed, "moving", moving)
         _check_same_axes("fixed", fixed, "ddf", ddf)
+        _check_target(ddf, moving)
         images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
         predicted = None if ddf is None else convert_to_tensor(ddf, device=self.device)[None]
         kwargs = dict(self.kwargs)
@@ -143,8 +145,11 @@ def has_affine(image: Any) -> bool:
 
 def _same_axes(image: MetaTensor, other: MetaTensor) -> bool:
     """Whether the voxel axes have one direction and spacing; origins may differ."""
-    n = min(image.dim(), other.dim()) - 1
-    a, b = (x.affine[:n, :n].double().cpu() for x in (image, other))
+    return _same_directions(image.affine, other.affine, min(image.dim(), other.dim()) - 1)
+
+
+def _same_directions(affine: Any, other: Any, n: int) -> bool:
+    a, b = (torch.as_tensor(x)[:n, :n].double().cpu() for x in (affine, other))
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
@@ -166,6 +171,16 @@ def _check_same_axes(name: str, image: Any, other_name: str, other: Any) -> None
         raise ValueError(
             f"{name} and {other_name} must have voxel axes of the same direction and spacing, got affines\n"
             f"{image.affine.tolist()}\nand\n{other.affine.tolist()}\nresample one onto the other first"
+        )
+
+
+def _check_target(ddf: Any, moving: Any) -> None:
+    """ValueError if a field was loaded for a moving image whose axes are not those of this one."""
+    target = ddf.meta.get("moving_affine") if isinstance(ddf, MetaTensor) else None
+    if target is not None and has_affine(moving) and not _same_directions(target, moving.affine, len(ddf)):
+        raise ValueError(
+            f"ddf must lead into the voxels of moving, with the affine\n{moving.affine.tolist()}\n"
+            f"got a field for a moving image with\n{torch.as_tensor(target).tolist()}"
         )
 
 

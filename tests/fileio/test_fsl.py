@@ -112,6 +112,15 @@ def test_the_header_says_what_it_is(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["w.nii.gz"]
 
 
+def test_the_voxel_size_is_the_headers_as_for_fsl(tmp_path):
+    """FSL looks at pixdim, whatever the scale of the affine."""
+    image = nib.Nifti1Image(np.full((*SHAPE, 3), 6.0, np.float32), None)
+    image.header.set_sform(np.diag([-2.0, 2.0, 2.0, 1.0]), 1)
+    image.header["pixdim"][1:4] = (1.0, 2.0, 3.0)
+    nib.save(image, tmp_path / "w.nii")
+    np.testing.assert_allclose(read_fsl_ddf(tmp_path / "w.nii", relative=True)[0][:, 1, 2, 3], [6, 3, 2])
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -417,3 +417,16 @@ def test_fsl_positions_are_read_when_told(tmp_path):
     for relative in (None, False):
         np.testing.assert_allclose(plain(LoadDDF(relative=relative)(tmp_path / "w.nii.gz")), ddf, atol=1e-4)
     assert np.abs(plain(LoadDDF(relative=True)(tmp_path / "w.nii.gz")).numpy() - ddf).max() > 5
+
+
+def test_a_field_for_a_moving_image_on_another_grid_is_not_refined(tmp_path):
+    fixed, moving, ddf = pair((12, 13, 14))
+    affine = scaling(1.0, 1.5, 2.0)
+    SaveDDF(tmp_path)(MetaTensor(ddf, affine=affine))
+    loaded = LoadDDF()(tmp_path / "pair_ddf.nii.gz", moving=MetaTensor(moving, affine=oblique()))
+    there = MetaTensor(fixed, affine=affine), MetaTensor(moving, affine=affine)
+    with pytest.raises(ValueError, match="ddf must lead into the voxels of moving, with the affine"):
+        RefineDDF(**SETTINGS)(*there, loaded)
+    right = LoadDDF()(tmp_path / "pair_ddf.nii.gz", moving=there[1])
+    expected = RefineDDF(**SETTINGS)(*there, MetaTensor(ddf, affine=affine))
+    torch.testing.assert_close(plain(RefineDDF(**SETTINGS)(*there, right)), plain(expected), rtol=0, atol=1e-3)
