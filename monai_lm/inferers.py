@@ -13,6 +13,7 @@ from torch import Tensor
 
 from monai_lm.fields import integrate, resample
 from monai_lm.refinement import check_keywords, refine
+from monai_lm.result import RefinementResult
 from monai_lm.validation import check_finite
 
 __all__ = ["RegistrationInferer"]
@@ -78,29 +79,36 @@ class RegistrationInferer(Inferer):
         """
         inputs = _images(inputs)
         ddf = self.predict(inputs, network, *args, **kwargs)
+        return ddf if self.refine is None else self.refined(inputs, ddf).ddf
+
+    def refined(self, inputs: Tensor, ddf: Tensor) -> RefinementResult:
+        """Refine a field ``(B, n, *S)`` that :meth:`predict` returned for ``inputs`` ``(B, 2, *S)``.
+
+        Raises:
+            ValueError: the inferer has no settings to refine with, or the field is not finite.
+        """
         if self.refine is None:
-            return ddf
+            raise ValueError("refine must be keyword arguments of monai_lm.refine, if only {}, got None")
+        inputs = _images(inputs)
         check_finite(f"the network's {self.prediction}", ddf)
         moving, fixed = (self.channels(image) for image in inputs.split(1, dim=1))
-        return refine(fixed, moving, ddf, **self.refine).ddf
+        return refine(fixed, moving, ddf, **self.refine)
 
     def predict(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The network's own field ``(B, n, *S)`` in voxels, differentiable; the arguments are those of a call."""
         inputs = _images(inputs)
-        size = inputs.shape[2:]
-        padded = self._padded(inputs)
-        ddf = self.displacement(network(padded, *args, **kwargs), padded.shape[2:])
+        ddf = self.displacement(network(self.padded(inputs), *args, **kwargs), inputs.shape[2:])
         if ddf.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"network must return a {self.prediction} for each of {inputs.shape[0]} pairs, got {ddf.shape[0]}"
             )
-        return _cropped(ddf, size)
+        return ddf
 
     def channels(self, image: Tensor) -> Tensor:
         """What the refinement matches: an image ``(B, 1, *S)`` and its features, ``(B, 1 + C, *S)``."""
         if self.features is None:
             return image
-        padded = self._padded(image.clone())  # a function that writes in place must not reach the caller's image
+        padded = self.padded(image.clone())  # a function that writes in place must not reach the caller's image
         with torch.no_grad():
             features = self.features(padded)
         shape = tuple(features.shape) if isinstance(features, Tensor) else ()
@@ -110,14 +118,19 @@ class RegistrationInferer(Inferer):
         check_finite("features", features)
         return torch.cat([image, _cropped(features, image.shape[2:])], 1)
 
-    def _padded(self, images: Tensor) -> Tensor:
+    def padded(self, images: Tensor) -> Tensor:
         """Images with zeros at their end, to what the network can divide."""
-        if not self.divisible_pad:
-            return images
-        return F.pad(images, [p for s in reversed(images.shape[2:]) for p in (0, -s % self.divisible_pad)])
+        size = self._padded_size(images.shape[2:])
+        return F.pad(images, [p for s, t in zip(size[::-1], images.shape[:1:-1], strict=True) for p in (0, s - t)])
+
+    def _padded_size(self, size: Sequence[int]) -> list[int]:
+        return [s + -s % (self.divisible_pad or 1) for s in size]
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
-        """Turn a network's prediction ``(B, n, *P)`` into a displacement on a grid of ``size``, differentiably."""
+        """Turn a network's prediction ``(B, n, *P)`` for (padded) images of ``size`` into a displacement on their grid.
+
+        Differentiable.
+        """
         n = len(size)
         if not isinstance(prediction, Tensor) or prediction.dim() != n + 2 or prediction.shape[1] != n:
             got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
@@ -126,7 +139,7 @@ class RegistrationInferer(Inferer):
             field = prediction.float()
             if self.prediction == "velocity":
                 field = integrate(field, self.integration_steps)
-            return resample(field, size)
+            return _cropped(resample(field, self._padded_size(size)), size)
 
 
 def _cropped(tensor: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Pure functions on displacement fields in voxel units; the convention is in ``docs/method.md``."""
 
 from monai_lm.fields.algebra import compose, integrate, invert, resample
-from monai_lm.fields.sampling import warp
+from monai_lm.fields.sampling import sample_points, warp
 from monai_lm.fields.smoothing import gaussian_smooth
 from monai_lm.fields.topology import fold_count, jacobian_determinant, repair
 
@@ -14,5 +14,6 @@ __all__ = [
     "jacobian_determinant",
     "repair",
     "resample",
+    "sample_points",
     "warp",
 ]

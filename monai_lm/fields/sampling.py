@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-__all__ = ["warp"]
+__all__ = ["sample_points", "warp"]
 
 
 def _along(values: Tensor, axis: int, n: int) -> Tensor:
@@ -66,6 +66,24 @@ def warp(
         return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
     sample = _zero_padded if padding_mode == "zeros" else _border
     return torch.cat(sample(blocks, position, sizes), 1)
+
+
+def sample_points(ddf: Tensor, points: Tensor) -> Tensor:
+    """Displacement of a field at points between its voxels, linear in between, extended by its border value.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels.
+        points: ``(B, N, n)`` in voxels of its grid; NaN points give NaN.
+
+    Returns:
+        ``(B, N, n)`` displacement in voxels.
+    """
+    n = ddf.shape[1]
+    rows = torch.arange(points.shape[1], dtype=points.dtype, device=points.device)
+    line = points.transpose(1, 2).nan_to_num().reshape(len(points), n, -1, *[1] * (n - 1)).clone()
+    line[:, 0] -= rows.view(-1, *[1] * (n - 1))  # the points as displacements of a grid one voxel wide
+    displacement = warp(ddf, line).reshape(len(points), n, -1).transpose(1, 2)
+    return torch.where(points.isnan(), torch.nan, displacement)
 
 
 def _border(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.networks.blocks import Warp
 
-from monai_lm.fields import warp
+from monai_lm.fields import sample_points, warp
 
 MODES = list(itertools.product(["bilinear", "nearest"], ["border", "zeros"]))
 
@@ -167,3 +167,20 @@ def test_a_compiler_is_shown_the_same_samples(mode, padding_mode, random_tensor)
     assert torch.equal(shown(image, ddf, mode, padding_mode, first_row), rows)
     whole = torch.cat([ddf[:, :, :2], ddf], 2)  # the same rows as the last ones of a whole field
     assert torch.equal(warp(image, whole, mode, padding_mode)[:, :, 2:], rows)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (5, 6, 7)])
+def test_points_are_sampled_as_scipy_does(size):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    n = len(size)
+    generator = torch.Generator().manual_seed(0)
+    ddf = torch.randn(2, n, *size, generator=generator, dtype=torch.float64)
+    points = torch.rand(2, 9, n, generator=generator, dtype=torch.float64) * 9 - 1  # some are outside
+    points[0, 3, 1] = float("nan")
+    got = sample_points(ddf, points)
+    for b in range(2):
+        for c in range(n):
+            expected = ndimage.map_coordinates(ddf[b, c].numpy(), points[b].T.numpy(), order=1, mode="nearest")
+            valid = ~points[b].isnan().any(1)
+            torch.testing.assert_close(got[b, valid, c], torch.from_numpy(expected)[valid])
+    assert got[0, 3, 1].isnan()

@@ -52,8 +52,11 @@ def test_training_improves_the_validation_similarity(tmp_path, labels):
 def test_predict_refines_in_inference_mode(tmp_path):
     pairs = _pairs(2)
     loader = DataLoader(pairs, batch_size=2)
-    refined = _trainer(tmp_path).predict(RegistrationModule(_network(), refine={"scales": (2, 1)}), loader)[0]
-    alone = _trainer(tmp_path).predict(RegistrationModule(_network()), loader)[0]
+    out = _trainer(tmp_path).predict(RegistrationModule(_network(), refine={"scales": (2, 1)}), loader)[0]
+    alone = _trainer(tmp_path).predict(RegistrationModule(_network()), loader)[0]["ddf"]
+    refined = out["ddf"]
+    torch.testing.assert_close(out["predicted"], alone)
+    assert [h[-1].loss for h in out["history"]] == pytest.approx(out["final_loss"].tolist(), rel=0.05)
     fixed, moving = (torch.stack([p[k] for p in pairs]) for k in ("fixed", "moving"))
     error = (warp(moving, refined) - fixed).square().mean()
     assert error < 0.1 * (warp(moving, alone) - fixed).square().mean()
@@ -64,3 +67,132 @@ def test_settings_are_saved():
     module = RegistrationModule(_network(), labels=2, smoothness=0.7)
     assert module.hparams["smoothness"] == 0.7
     assert "network" not in module.hparams
+
+
+def test_validation_logs_the_gain_of_refinement(tmp_path):
+    pairs = _pairs(3, labels=True)
+    module = RegistrationModule(_network(), labels=2, refine={"scales": (2, 1)})
+    logged = _trainer(tmp_path).validate(module, DataLoader(pairs, batch_size=2), verbose=False)[0]
+    assert logged["val_similarity_refined"] < 0.2 * logged["val_similarity"]
+    assert logged["val_dice_refined"] > max(0.95, logged["val_dice"])
+    assert logged["val_folds_refined"] == 0
+    fields = _trainer(tmp_path).predict(module, DataLoader(pairs, batch_size=1))
+    losses = [float(out["final_loss"]) for out in fields]
+    assert logged["val_similarity_refined"] == pytest.approx(sum(losses) / 3, rel=0.02)
+
+
+def test_test_measures_surfaces_and_landmarks(tmp_path):
+    points = torch.tensor([[10.0, 10.0], [14.5, 9.0], [float("nan"), 0.0]])
+    shift = torch.tensor([2.0, 0.0])
+    pairs = [{**p, "fixed_points": points, "moving_points": points + shift} for p in _pairs(2, labels=True)]
+    module = RegistrationModule(_Still(), refine={"scales": (2, 1)})
+    logged = _trainer(tmp_path).test(module, DataLoader(pairs), verbose=False)[0]
+    assert logged["test_tre"] == pytest.approx(2.0)
+    assert logged["test_tre_refined"] < 0.2
+    assert logged["test_hd95_refined"] < logged["test_hd95"]
+    assert (logged["test_sdlogj"], logged["test_folds"]) == (0, 0)
+
+
+class _Still(torch.nn.Module):
+    """Predicts no motion, with a parameter that does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, images):
+        return self.shift.view(1, 2, 1, 1).expand(len(images), 2, *images.shape[2:])
+
+
+@pytest.mark.parametrize("term", ["keypoints", "coarse labels", "known", "distill"])
+def test_every_term_moves_a_shift_to_where_it_should_be(tmp_path, term):
+    pairs = _pairs(4)
+    extra = {"similarity": None, "smoothness": 0.0, "prediction": "displacement"}
+    if term == "keypoints":
+        points = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)) * 20
+        pairs = [{**p, "fixed_points": points, "moving_points": points + torch.tensor([2.0, 0.0])} for p in pairs]
+        extra["keypoints"] = 1.0
+    elif term == "coarse labels":
+        shares = {k: torch.stack([p[k] for p in pairs]) for k in ("fixed", "moving")}
+        shares = {k: torch.cat([(v > 0).float(), (v < 0).float()], 1) for k, v in shares.items()}
+        pool = torch.nn.functional.avg_pool2d
+        pairs = [
+            {**p, "fixed_label": pool(shares["fixed"], 2)[i], "moving_label": pool(shares["moving"], 2)[i]}
+            for i, p in enumerate(pairs)
+        ]
+        extra["labels"] = 3
+    elif term == "known":
+        half = torch.zeros(2, 12, 12)
+        half[0] = 2.0 * 11 / 23  # on a grid of half as many voxels
+        pairs = [{**p, "ddf": half} for p in pairs]
+        extra["known"] = 1.0
+    else:
+        extra |= {"supervision": "distill", "refine": {"scales": (2, 1)}, "distillation": {"weight": 1.0, "every": 3}}
+    module = RegistrationModule(_Still(), learning_rate=0.2, **extra)
+    _trainer(tmp_path, max_epochs=20).fit(module, DataLoader(pairs, batch_size=2))
+    torch.testing.assert_close(module.network.shift.detach(), torch.tensor([2.0, 0.0]), atol=0.35, rtol=0)
+
+
+def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path):
+    def fit(epochs, path=None, folder="a"):
+        torch.manual_seed(1)
+        module = RegistrationModule(_network(), optimizer=lambda p: torch.optim.Adam(p, 1e-2))
+        trainer = _trainer(tmp_path / folder, max_epochs=epochs)
+        trainer.fit(module, DataLoader(_pairs(4), batch_size=2), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / folder / "last.ckpt")
+        return module
+
+    whole = fit(4)
+    fit(2, folder="b")
+    resumed = fit(4, tmp_path / "b" / "last.ckpt", folder="c")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precision_and_accumulation_train_and_refine(tmp_path, precision):
+    module = RegistrationModule(_network(), learning_rate=1e-2, refine={"scales": (1,), "iterations": 5})
+    loader = DataLoader(_pairs(4), batch_size=1)
+    trainer = _trainer(tmp_path, max_epochs=6, precision=precision, accumulate_grad_batches=2)
+    before = trainer.validate(module, loader, verbose=False)[0]
+    trainer.fit(module, loader)
+    after = trainer.validate(module, loader, verbose=False)[0]
+    assert after["val_similarity"] < before["val_similarity"]
+    assert after["val_similarity_refined"] < after["val_similarity"]
+
+
+def test_optimizer_and_scheduler_are_those_given(tmp_path):
+    module = RegistrationModule(
+        _network(),
+        optimizer=lambda p: torch.optim.SGD(p, 0.5),
+        scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1),
+    )
+    trainer = _trainer(tmp_path, max_steps=3)
+    trainer.fit(module, DataLoader(_pairs(3)))
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"supervision": "other"}, "supervision must be one of"),
+        ({"supervision": "distill"}, "refine must be keyword arguments"),
+        ({"supervision": "implicit", "refine": {}}, "needs labels or keypoints"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RegistrationModule(_network(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ({"fixed": torch.zeros(1, 1, 8, 8)}, KeyError, "a batch must have 'moving'"),
+        ({"fixed": torch.zeros(1, 1, 8, 8), "moving": torch.zeros(1, 1, 8, 9)}, ValueError, "on one grid"),
+    ],
+)
+def test_batches_that_lack_something_are_refused(batch, error, message):
+    with pytest.raises(error, match=message):
+        RegistrationModule(_network()).predict_step(batch, 0)

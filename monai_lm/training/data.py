@@ -1,0 +1,275 @@
+"""A LightningDataModule that turns lists of images into pairs on one grid."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from monai.data import CacheDataset, DataLoader, MetaTensor, PersistentDataset
+from monai.data import Dataset as TransformDataset
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    LoadImaged,
+    ResizeWithPadOrCropd,
+    ScaleIntensityRangePercentilesd,
+)
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import Dataset, get_worker_info
+
+from monai_lm.training.pairs import PARTS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
+
+__all__ = ["PairDataModule", "PairDataset"]
+
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+
+class PairDataModule(pl.LightningDataModule):
+    """Pairs of images for training, validation, test and prediction.
+
+    Subjects are divided over the parts, and pairs are formed within a part only. Every image is loaded once, scaled
+    between its 0.5 and 99.5 percentiles to [0, 1] and, with ``grid``, padded or cropped about its centre. All files are
+    looked at before anything starts.
+
+    Args:
+        data: subjects (``image``, ``label``, ``subject``) or pairs (``fixed``, ``moving`` and optionally
+            ``fixed_label``, ``moving_label``, ``fixed_points``, ``moving_points``, ``name``): a folder with ``images``
+            and ``labels``, a CSV or JSON file, a list, or a MONAI datalist, a dictionary of lists by part. Points are
+            CSV files of voxel coordinates of the image as stored, one point per line, without a header.
+        root: what relative paths start from.
+        split: subjects of every part, as a JSON file or a dictionary, or the fractions of train, validation and test;
+            where the data itself says ``part``, it is not asked for.
+        pairing: how subjects become pairs: ``"random"`` or ``"all"`` pairs of different subjects, ``"intra"`` those of
+            images of one subject. Training draws such pairs anew in every epoch, unless the data are pairs.
+        pairs: how many pairs of subjects a part has, one number or a dictionary by part; ``None`` takes them all.
+        predict: the part that ``predict`` takes where the data has none of that name.
+        labels: number of label values including the background, or the values themselves; files with others are
+            refused. ``None`` does not look.
+        grid: voxel counts of the common grid; ``None`` leaves the images as they are, which then must fit each other.
+        transform: replaces the default loading of a dictionary with ``image`` and perhaps ``label``; MONAI's keys.
+        augmentation: applied to every training pair, a dictionary with ``fixed``, ``moving`` and their labels.
+        cache: ``"memory"`` keeps the loaded images, a folder keeps them there (MONAI's ``PersistentDataset``), ``None``
+            loads them anew.
+        batch_size: pairs per batch.
+        num_workers: processes that load.
+        seed: of splits and pairs.
+
+    Raises:
+        ValueError: data that cannot be used, with one line per file and reason; raised by ``setup``.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Any],
+        root: str | Path | None = None,
+        split: str | Path | Mapping[str, Sequence[str]] | Sequence[float] = (0.8, 0.1, 0.1),
+        pairing: str = "random",
+        pairs: int | Mapping[str, int] | None = None,
+        predict: str = "test",
+        labels: int | Sequence[int] | None = None,
+        grid: Sequence[int] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        augmentation: Callable[[Any], Any] | None = None,
+        cache: str | Path | None = "memory",
+        batch_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if predict not in PARTS:
+            raise ValueError(f"predict must be one of {PARTS}, got {predict!r}")
+        self.source, self.root, self.split, self.pairing, self.counts = data, root, split, pairing, pairs
+        self.predict_part, self.grid, self.cache, self.seed = predict, grid, cache, seed
+        self.values = range(1, labels) if isinstance(labels, int) else labels
+        self.transform, self.augmentation = transform, augmentation
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.datasets: dict[str, PairDataset] = {}
+        self._parts: dict[str, list[Entry]] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split and check what a stage needs, and make its data sets."""
+        parts = self._read()
+        wanted = [p for names in ([_STAGES[stage]] if stage else _STAGES.values()) for p in names]
+        for part in dict.fromkeys(wanted):
+            source = self.predict_part if part == "predict" and not parts.get(part) else part
+            if parts.get(source) and part not in self.datasets:
+                self.datasets[part] = self._dataset(source, parts[source], training=part == "train")
+
+    def skip(self, done: Callable[[str], bool]) -> int:
+        """Leave out the pairs to predict whose name is ``done``; returns how many that are."""
+        dataset = self.datasets["predict"]
+        kept = [pair for pair in dataset.pairs if not done(pair["name"])]
+        skipped = len(dataset.pairs) - len(kept)
+        dataset.pairs = kept
+        return skipped
+
+    def train_dataloader(self) -> DataLoader:
+        """Training pairs in random order."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Validation pairs; none if there are none."""
+        return self._loader("validation") if "validation" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Test pairs."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Pairs to predict."""
+        return self._loader("predict")
+
+    def _read(self) -> dict[str, list[Entry]]:
+        """Entries by part; subjects without a part are split."""
+        if self._parts is None:
+            parts = read_list(self.source, self.root)
+            loose = parts.pop("", [])
+            subjects = [entry for entry in loose if "image" in entry]
+            if len(subjects) < len(loose):  # pairs that say nothing are to be predicted
+                parts.setdefault("predict", []).extend(entry for entry in loose if "fixed" in entry)
+            if subjects:
+                parts |= split_subjects(subjects, self.split, self.seed)
+            _check_parts(parts)
+            self._parts = parts
+        return self._parts
+
+    def _dataset(self, part: str, entries: list[Entry], training: bool) -> PairDataset:
+        count = self.counts.get(part) if isinstance(self.counts, Mapping) else self.counts
+        drawn = "fixed" not in entries[0]
+        if drawn:
+            draw = None if training else count
+            pairs = [_joined(entries[f], entries[m]) for f, m in draw_pairs(entries, self.pairing, draw, self.seed)]
+        else:
+            pairs = entries
+        pairs = named(pairs)
+        check_files(pairs, self.values, same_grid=self.grid is None and self.transform is None)
+        images: dict[tuple[str, str | None], int] = {}
+        for pair in pairs:
+            for role in ("fixed", "moving"):
+                pair[f"{role}_index"] = images.setdefault((pair[role], pair.get(f"{role}_label")), len(images))
+        loaded = self._cached([{"image": i} | ({"label": la} if la else {}) for i, la in images])
+        augmentation = self.augmentation if training else None
+        return PairDataset(loaded, pairs, count if training and drawn else None, augmentation)
+
+    def _cached(self, files: list[Entry]) -> Dataset:
+        transform = default_transform(self.grid) if self.transform is None else self.transform
+        if self.cache == "memory":
+            return CacheDataset(files, transform, progress=False)
+        return (
+            TransformDataset(files, transform)
+            if self.cache is None
+            else PersistentDataset(files, transform, self.cache)
+        )
+
+    def _loader(self, part: str) -> DataLoader:
+        if part not in self.datasets:
+            raise ValueError(f"data must have pairs for the part {part!r}, got parts {sorted(self._read())}")
+        dataset = self.datasets[part]
+        sampler = None
+        world = self.trainer.world_size if self.trainer is not None else 1
+        if part != "train" and world > 1:  # every pair once, where Lightning's own sampler repeats some
+            assert self.trainer is not None
+            sampler = UnrepeatedDistributedSampler(
+                dataset, num_replicas=world, rank=self.trainer.global_rank, shuffle=False
+            )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=part == "train",
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0 and part == "train",
+        )
+
+
+class PairDataset(Dataset):
+    """Pairs of loaded images.
+
+    Args:
+        images: data set of dictionaries with ``image`` and perhaps ``label``, ``(1, *S)``.
+        pairs: dictionaries with ``name``, ``fixed_index``, ``moving_index`` and perhaps paths of points.
+        count: draw so many of the pairs anew every time; ``None`` takes each once, in order.
+        augmentation: applied to every pair.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        pairs: list[Entry],
+        count: int | None = None,
+        augmentation: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.images, self.pairs, self.count, self.augmentation = images, pairs, count, augmentation
+
+    def __len__(self) -> int:
+        return len(self.pairs) if self.count is None else self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index if self.count is None else _draw(index, len(self.pairs))]
+        item: dict[str, Any] = {"name": pair["name"]}
+        for role in ("fixed", "moving"):
+            loaded = self.images[pair[f"{role}_index"]]
+            item[role] = loaded["image"]
+            if "label" in loaded:
+                item[f"{role}_label"] = loaded["label"]
+            if f"{role}_points" in pair:
+                item[f"{role}_points"] = read_points(pair[f"{role}_points"], pair[role], item[role])
+        return item if self.augmentation is None else self.augmentation(item)
+
+
+def read_points(path: str, stored: str, image: MetaTensor) -> torch.Tensor:
+    """Landmarks ``(N, n)`` in voxels of an image, from a file of voxel coordinates of the image as ``stored``."""
+    points = np.loadtxt(path, delimiter=",", ndmin=2)
+    n = image.dim() - 1
+    if points.shape[1] != n or not np.isfinite(points).all():
+        raise ValueError(f"{path}: must be lines of {n} numbers, got shape {points.shape}")
+    stored_image: Any = nib.load(stored)
+    affine = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ stored_image.affine
+    moved = np.pad(points, ((0, 0), (0, 3 - n))) @ affine[:3, :3].T + affine[:3, 3]
+    return torch.as_tensor(moved[:, :n], dtype=torch.float32)
+
+
+def default_transform(grid: Sequence[int] | None) -> Compose:
+    """Load an ``image`` and its ``label``, scale the image to [0, 1], and pad or crop both about the centre."""
+    keys = ["image", "label"]
+    steps: list[Any] = [
+        LoadImaged(keys, image_only=True, allow_missing_keys=True),
+        EnsureChannelFirstd(keys, allow_missing_keys=True),
+        ScaleIntensityRangePercentilesd("image", lower=0.5, upper=99.5, b_min=0.0, b_max=1.0, clip=True),
+    ]
+    if grid is not None:
+        steps.append(ResizeWithPadOrCropd(keys, tuple(grid), allow_missing_keys=True))
+    return Compose(steps)
+
+
+def _draw(index: int, count: int) -> int:
+    """A random number below ``count``, other for every epoch, worker, process and index."""
+    worker = get_worker_info()
+    seed = torch.initial_seed() if worker is not None else int(torch.randint(2**62, ()))
+    return random.Random(f"{seed} {index}").randrange(count)
+
+
+def _joined(fixed: Entry, moving: Entry) -> Entry:
+    pair = {"fixed": fixed["image"], "moving": moving["image"]}
+    for role, entry in (("fixed", fixed), ("moving", moving)):
+        pair |= {f"{role}_{key}": entry[key] for key in ("label",) if key in entry}
+    return pair
+
+
+def _check_parts(parts: Mapping[str, Iterable[Entry]]) -> None:
+    """No subject in two of the parts that a network learns from and is judged by."""
+    owner: dict[str, str] = {}
+    problems = []
+    for part in ("train", "validation", "test"):
+        for entry in parts.get(part, ()):
+            subjects = [subject_of(entry)] if "image" in entry else [entry["fixed"], entry["moving"]]
+            problems += [f"{s}: in {owner[s]} and in {part}" for s in subjects if owner.setdefault(s, part) != part]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+        raise ValueError(f"data must have every subject in one part only, got\n{lines}")

@@ -1,0 +1,239 @@
+"""Lists of subjects and of pairs: read, split by subject, and checked before anything is trained on them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+__all__ = ["PARTS", "check_files", "draw_pairs", "named", "read_list", "split_subjects"]
+
+PARTS = ("train", "validation", "test", "predict")
+SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
+FILES = ("image", "label", "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points")
+
+Entry = dict[str, Any]
+
+
+def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Entry]]:
+    """Read entries, each a subject (``image``, ``label``) or a pair (``fixed``, ``moving``, …), by part.
+
+    Args:
+        source: a folder with ``images`` and ``labels`` (or ``imagesTr`` and ``labelsTr``), a CSV or JSON file, a list
+            of dictionaries, or a MONAI datalist: a dictionary of such lists, whose names are the parts. In a plain list
+            and in a CSV the column ``part`` says where an entry belongs; without it, it is ``""``.
+        root: what relative paths start from; default: the folder of the file, or the working directory.
+
+    Returns:
+        Part to entries, with absolute paths.
+
+    Raises:
+        ValueError: not one of these, or an entry that is neither a subject nor a pair.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        root = path.parent if root is None else root
+        if path.is_dir():
+            source = _folder(path)
+        elif not path.is_file():
+            raise ValueError(
+                f"data must be a folder, a file, a list or a dictionary of lists, got {str(path)!r}, missing"
+            )
+        elif path.suffix == ".json":
+            source = json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                source = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+        else:
+            raise ValueError(f"data must be a .csv or .json file, got {path.name!r}")
+    if isinstance(source, Mapping):
+        lists = {k: v for k, v in source.items() if SYNONYMS.get(k, k) in PARTS}
+        if not lists:
+            raise ValueError(f"data must have at least one of the parts {PARTS}, got {sorted(map(str, source))}")
+        source = [{**_entry(entry), "part": part} for part, entries in lists.items() for entry in entries]
+    out: dict[str, list[Entry]] = {}
+    for number, entry in enumerate(source):
+        if not isinstance(entry, Mapping) or not ({"image"} <= set(entry) or {"fixed", "moving"} <= set(entry)):
+            raise ValueError(f"entry {number} of data must have an image, or fixed and moving, got {entry!r}")
+        whole = {k: str(Path(root or ".", v).absolute()) if k in FILES else v for k, v in entry.items()}
+        part = str(whole.pop("part", ""))
+        out.setdefault(SYNONYMS.get(part, part), []).append(whole)
+    return out
+
+
+def _entry(entry: Any) -> Entry:
+    return {"image": entry} if isinstance(entry, str) else dict(entry)
+
+
+def _folder(path: Path) -> list[Entry]:
+    suffix = "" if (path / "images").is_dir() else "Tr"
+    images = sorted((path / f"images{suffix}").glob("[!.]*.nii*"))
+    if not images:
+        raise ValueError(f"data must be a folder that holds images/ or imagesTr/ with NIfTI files, got {str(path)!r}")
+    entries = []
+    for image in images:
+        label = path / f"labels{suffix}" / image.name
+        entries.append({"image": str(image.absolute())} | ({"label": str(label.absolute())} if label.is_file() else {}))
+    return entries
+
+
+def subject_of(entry: Entry) -> str:
+    """Who is in the image: ``subject`` where it is given, else the name of the file."""
+    return str(entry.get("subject", _stem(entry["image"])))
+
+
+def _stem(path: str) -> str:
+    name = Path(path).name
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def split_subjects(
+    entries: Sequence[Entry], split: str | Path | Mapping[str, Iterable[str]] | Sequence[float], seed: int
+) -> dict[str, list[Entry]]:
+    """Divide subjects over parts; all images of a subject are in one.
+
+    Args:
+        entries: subjects.
+        split: a JSON file or a dictionary that gives the subjects of every part (others are left out), or the
+            fractions of train, validation and test, of which a seeded draw is made.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a subject in two parts, a subject that is not there, or fractions that do not sum to 1.
+    """
+    subjects = sorted({subject_of(entry) for entry in entries})
+    listed = json.loads(Path(split).read_text()) if isinstance(split, str | Path) else split
+    if isinstance(listed, Mapping):
+        parts = {SYNONYMS.get(part, part): [str(name) for name in names] for part, names in listed.items()}
+    else:
+        fractions = [float(f) for f in listed]
+        if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError(f"split must be fractions of train, validation and test that sum to 1, got {fractions}")
+        shuffled = random.Random(seed).sample(subjects, len(subjects))
+        first = round(fractions[0] * len(subjects))
+        second = first + round(fractions[1] * len(subjects))
+        parts = {"train": shuffled[:first], "validation": shuffled[first:second], "test": shuffled[second:]}
+    owner: dict[str, str] = {}
+    problems = []
+    for part, names in parts.items():
+        for name in names:
+            if name not in subjects:
+                problems.append(f"{name}: in part {part}, but there is no image of that subject")
+            elif owner.setdefault(name, part) != part:
+                problems.append(f"{name}: in two parts, {owner[name]} and {part}")
+    _raise(problems, "split")
+    return {part: [e for e in entries if owner.get(subject_of(e)) == part] for part in parts}
+
+
+def draw_pairs(entries: Sequence[Entry], pairing: str, count: int | None, seed: int) -> list[tuple[int, int]]:
+    """Ordered pairs of different images, as indices of ``entries``.
+
+    Args:
+        entries: subjects of one part.
+        pairing: ``"random"``, images of different subjects; ``"all"`` of those pairs, in order; ``"intra"``, images of
+            the same subject.
+        count: how many of them, drawn; ``None`` takes every one.
+        seed: of the draw.
+
+    Raises:
+        ValueError: unknown ``pairing``, or no such pair.
+    """
+    if pairing not in ("random", "all", "intra"):
+        raise ValueError(f"pairing must be 'random', 'all' or 'intra', got {pairing!r}")
+    names = [subject_of(entry) for entry in entries]
+    pairs = [(f, m) for f, m in permutations(range(len(names)), 2) if (names[f] == names[m]) == (pairing == "intra")]
+    if not pairs:
+        raise ValueError(f"data must have a pair of images for pairing {pairing!r}, got subjects {names}")
+    return pairs if count is None or count >= len(pairs) else random.Random(seed).sample(pairs, count)
+
+
+def named(pairs: Sequence[Entry]) -> list[Entry]:
+    """Give every pair without a ``name`` one of its own, ``<fixed>__<moving>``; namesakes are numbered from 2 on."""
+    taken: set[str] = set()
+    out = []
+    for pair in pairs:
+        stem = str(pair.get("name") or f"{_stem(pair['fixed'])}__{_stem(pair['moving'])}")
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name)
+        out.append({**pair, "name": name})
+    return out
+
+
+def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid: bool) -> None:
+    """Look at every file of the pairs and report everything that is wrong with them at once.
+
+    Args:
+        pairs: with paths.
+        values: what label maps may hold besides 0; ``None`` does not look.
+        same_grid: whether the two images of a pair must have one shape.
+
+    Raises:
+        ValueError: one line per file and reason.
+    """
+    problems: list[str] = []
+    headers: dict[str, Any] = {}
+    allowed = None if values is None else {0, *values}
+    for pair in pairs:
+        for key in FILES:
+            if key in pair and pair[key] not in headers:
+                headers[pair[key]] = _header(pair[key], key, allowed, problems)
+    for pair in pairs:
+        fixed, moving = (headers[pair[key]] for key in ("fixed", "moving"))
+        if fixed is not None and moving is not None:
+            problems += [f"{pair['moving']}: {reason}" for reason in _differences(fixed, moving, same_grid)]
+        for role in ("fixed", "moving"):
+            image, label = headers[pair[role]], headers.get(pair.get(f"{role}_label", ""))
+            if image is not None and label is not None and image.shape[:3] != label.shape[:3]:
+                problems.append(f"{pair[f'{role}_label']}: shape {label.shape}, but its image has {image.shape}")
+    _raise(list(dict.fromkeys(problems)), "data")
+
+
+def _header(path: str, key: str, allowed: set[int] | None, problems: list[str]) -> Any:
+    if not Path(path).is_file():
+        problems.append(f"{path}: no such file")
+        return None
+    if key.endswith("points"):
+        return None
+    try:
+        image: Any = nib.load(path)
+        shape = tuple(s for i, s in enumerate(image.shape) if i < 3 or s > 1)
+        if len(shape) not in (2, 3):
+            problems.append(f"{path}: must be one 2D or 3D volume, got shape {image.shape}")
+            return None
+        if key.endswith("label") and allowed is not None:
+            found = np.unique(np.asanyarray(image.dataobj))
+            if unknown := [float(v) for v in found if float(v) not in allowed]:
+                problems.append(f"{path}: label values must be among {sorted(allowed)}, got {unknown[:10]}")
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        problems.append(f"{path}: cannot be read: {error}")
+        return None
+    return image
+
+
+def _differences(fixed: Any, moving: Any, same_grid: bool) -> Iterable[str]:
+    codes = ["".join(nib.aff2axcodes(image.affine)) for image in (fixed, moving)]
+    if codes[0] != codes[1]:
+        yield f"orientation {codes[1]}, but its fixed image has {codes[0]}"
+    zooms = [np.asarray(image.header.get_zooms()[:3], dtype=float) for image in (fixed, moving)]
+    if zooms[0].shape != zooms[1].shape or not np.allclose(zooms[0], zooms[1], rtol=1e-3):
+        yield f"spacing {zooms[1].round(4).tolist()} mm, but its fixed image has {zooms[0].round(4).tolist()}"
+    if same_grid and fixed.shape[:3] != moving.shape[:3]:
+        yield f"shape {moving.shape}, but its fixed image has {fixed.shape}; give a common grid"
+
+
+def _raise(problems: list[str], argument: str) -> None:
+    if problems:
+        raise ValueError(f"{argument} has {len(problems)} problem(s):\n" + "\n".join(f"  {line}" for line in problems))

@@ -1,0 +1,58 @@
+"""``python -m monai_lm.training`` with a yaml file."""
+
+import csv
+
+import pytest
+import yaml
+
+from monai_lm.training.cli import main
+
+NETWORK = {
+    "class_path": "monai.networks.nets.VoxelMorphUNet",
+    "init_args": {
+        "spatial_dims": 3, "in_channels": 2, "unet_out_channels": 4, "channels": [4, 4], "final_conv_channels": [],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path, cohort):
+    settings = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 2, "logger": False, "enable_progress_bar": False,
+            "enable_model_summary": False, "default_root_dir": str(tmp_path),
+            "callbacks": [
+                {"class_path": "monai_lm.training.FieldWriter", "init_args": {"output_dir": str(tmp_path / "out")}}
+            ],
+        },
+        "model": {
+            "network": NETWORK, "labels": 3, "refine": {"scales": [1], "iterations": 3, "compile": False},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}},
+        },
+        "data": {"data": str(cohort), "split": [0.5, 0.0, 0.5], "pairs": 2, "grid": [16, 16, 16]},
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_fit_then_predict_from_the_checkpoint(config, tmp_path):
+    fitted = main(["fit", "--config", str(config)])
+    assert fitted.trainer.global_step == 2
+    assert fitted.trainer.optimizers[0].defaults["lr"] == 0.002
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    predicted = main(
+        ["predict", "--config", str(config), "--ckpt_path", str(checkpoint), "--return_predictions", "false"]
+    )
+    for a, b in zip(fitted.model.parameters(), predicted.model.parameters(), strict=True):
+        assert a.equal(b)
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
+    assert len(rows) == 2
+    assert all(float(row["loss_refined"]) < float(row["loss"]) for row in rows)
+
+
+def test_a_wrong_setting_is_named(config, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--model.roughness=1"])
+    assert "roughness" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""FieldWriter: whole files, cohorts that go on, and processes that share the work."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import monai_lm
+from monai_lm.fields import fold_count
+from monai_lm.fileio import read_itk_ddf
+from monai_lm.training import FieldWriter, PairDataModule, RegistrationModule
+
+REFINE = {"scales": (1,), "iterations": 5, "compile": False}
+
+
+@pytest.fixture
+def data(cohort):
+    def make():
+        return PairDataModule(cohort, split=(0, 0, 1), pairs=5, grid=(16, 16, 16), labels=3)
+
+    return make
+
+
+def _rows(folder):
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_files_hold_what_was_predicted(tmp_path, data, network, trainer):
+    module = RegistrationModule(network, refine=REFINE)
+    outputs = trainer(callbacks=[FieldWriter(tmp_path)]).predict(module, data())
+    rows = _rows(tmp_path)
+    assert len(rows) == len(outputs) == 5
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+    pairs = data()
+    pairs.setup("predict")
+    for batch, output in zip(pairs.predict_dataloader(), outputs, strict=True):
+        name = batch["name"][0]
+        ddf, affine = read_itk_ddf(tmp_path / f"{name}_ddf.nii.gz")
+        np.testing.assert_allclose(ddf, output["ddf"][0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            affine, batch["fixed"].affine[0] if batch["fixed"].affine.dim() == 3 else batch["fixed"].affine
+        )
+        row = next(r for r in rows if r["name"] == name)
+        warped = nib.load(tmp_path / f"{name}_warped_label.nii.gz").get_fdata()
+        fixed = batch["fixed_label"][0, 0].numpy()
+        dice = [2 * ((warped == k) & (fixed == k)).sum() / ((warped == k).sum() + (fixed == k).sum()) for k in (1, 2)]
+        assert float(row["dice_refined"]) == pytest.approx(np.mean(dice), abs=1e-6)
+        assert float(row["folds_refined"]) == int(fold_count(output["ddf"])) == 0
+        assert float(row["loss_refined"]) < float(row["loss"])
+
+
+def test_a_cohort_that_was_stopped_goes_on(tmp_path, data, network, trainer):
+    module = RegistrationModule(network, refine=REFINE)
+    trainer(callbacks=[FieldWriter(tmp_path / "whole")]).predict(module, data())
+    trainer(callbacks=[FieldWriter(tmp_path / "stopped")], limit_predict_batches=2).predict(module, data())
+    assert len(_rows(tmp_path / "stopped")) == 2
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "stopped").glob("*.json")}
+    outputs = trainer(callbacks=[FieldWriter(tmp_path / "stopped")]).predict(module, data())
+    assert len(outputs) == 3
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    whole, stopped = (
+        [{k: v for k, v in r.items() if k != "seconds"} for r in _rows(tmp_path / n)] for n in ("whole", "stopped")
+    )
+    assert whole == stopped
+    again = trainer(callbacks=[FieldWriter(tmp_path / "stopped", overwrite=True)]).predict(module, data())
+    assert len(again) == 5
+
+
+def test_without_refinement_the_network_is_written(tmp_path, data, network, trainer):
+    trainer(callbacks=[FieldWriter(tmp_path)], limit_predict_batches=1).predict(RegistrationModule(network), data())
+    (row,) = _rows(tmp_path)
+    assert "dice" in row
+    assert "dice_refined" not in row
+
+
+@pytest.mark.parametrize("name", ["../x", ".hidden", "a/b"])
+def test_names_that_are_no_file_names_are_refused(tmp_path, cohort, network, trainer, name):
+    images = [str(cohort / "images" / f"s{i}.nii.gz") for i in range(2)]
+    pair = {"fixed": images[0], "moving": images[1], "name": name}
+    with pytest.raises(ValueError, match="do as the name of a file"):
+        trainer(callbacks=[FieldWriter(tmp_path)]).predict(RegistrationModule(network), PairDataModule([pair]))
+
+
+_SCRIPT = """
+import json, sys, torch, pytorch_lightning as pl
+from monai_lm.training import FieldWriter, PairDataModule, RegistrationModule
+cohort, output, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+last = torch.nn.Conv3d(4, 3, 3, padding=1)
+torch.nn.init.normal_(last.weight, std=1e-2)
+network = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(), last)
+module = RegistrationModule(network, labels=3, refine={"scales": (1,), "iterations": 5, "compile": False})
+data = PairDataModule(cohort, split=(0.5, 0, 0.5), pairs=5, grid=(16, 16, 16), labels=3)
+trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=1,
+    callbacks=[FieldWriter(output)])
+metrics = trainer.test(module, data, verbose=False)[0]
+trainer.predict(module, data, return_predictions=False)
+trainer.fit(module, data)
+if trainer.is_global_zero:
+    json.dump(metrics, open(output + "/../metrics" + str(devices), "w"))
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path, cohort):
+    script = tmp_path / "run.py"
+    script.write_text(_SCRIPT)
+    root = str(Path(monai_lm.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    for devices in (1, 2):
+        output = tmp_path / f"out{devices}"
+        output.mkdir()
+        command = [sys.executable, script, cohort, output, str(devices)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"metrics{d}").read_text()) for d in (1, 2))
+    assert one.keys() == two.keys()
+    assert two == pytest.approx(one, rel=1e-5)
+    first, second = (_rows(tmp_path / f"out{d}") for d in (1, 2))
+    assert [r["name"] for r in first] == [r["name"] for r in second]
+    assert len(first) == 5
+    for row in first:
+        fields = [read_itk_ddf(tmp_path / f"out{d}" / f"{row['name']}_ddf.nii.gz")[0] for d in (1, 2)]
+        np.testing.assert_allclose(*fields, atol=1e-5)
+    assert torch.distributed.is_available()
