@@ -2,14 +2,204 @@
 
 from __future__ import annotations
 
+import json as json_module
+import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
+from monai_lm import files
 from monai_lm.demo import run_demo
 
 __all__ = ["main"]
+
+
+def refine(
+    fixed: str,
+    moving: str,
+    output_dir: str,
+    ddf: str | None = None,
+    affine: str | None = None,
+    fixed_label: str | None = None,
+    moving_label: str | None = None,
+    fixed_points: str | None = None,
+    moving_points: str | None = None,
+    similarity: str = "lncc",
+    scales: str | list[float] = "auto",
+    iterations: str | int | list[int] = "auto",
+    step: float = 0.5,
+    seconds: float | None = None,
+    memory: str = "auto",
+    compile: str | bool = "auto",  # noqa: A002 (as monai_lm.refine calls it)
+    device: str = "auto",
+    file_format: str = "itk",
+    report: bool = True,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Refine a predicted field for two NIfTI images, or register them from the identity.
+
+    Args:
+        fixed: image that stays.
+        moving: image that is warped onto it; its grid may be another one.
+        output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json and report.html.
+        ddf: predicted field: ITK/ANTs, FSL, MONAI voxel NIfTI, or Learn2Reg .npz.
+        affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
+        fixed_label: labels of the fixed image, to measure with.
+        moving_label: labels of the moving image, to warp and measure.
+        fixed_points: landmarks in the fixed image, .csv in RAS millimetres or Slicer's .fcsv.
+        moving_points: the same points in the moving image.
+        similarity: lncc, mse or ncc.
+        scales: reduction per level, coarse to fine, or auto.
+        iterations: most iterations per level, or auto.
+        step: largest displacement per iteration, in voxels.
+        seconds: time budget.
+        memory: auto, full, low or half.
+        compile: auto, true or false.
+        device: auto, cpu, cuda, cuda:1, ...
+        file_format: of the fields written: itk, fsl, voxel or learn2reg.
+        report: write report.html (needs matplotlib, pip install 'monai_lm[demo]').
+        overwrite: replace outputs that exist.
+        json: print the metrics as JSON.
+    """
+    settings = {
+        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
+        "memory": memory, "compile": compile, "progress": sys.stderr.isatty(),
+    }  # fmt: skip
+    metrics = files.refine_pair(
+        fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
+        _both("points", fixed_points, moving_points), file_format, device, overwrite, report, settings,
+    )  # fmt: skip
+    _show(metrics, json)
+
+
+def apply(
+    ddf: str,
+    input: str,  # noqa: A002 (what users of a command line expect)
+    output: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    label: bool = False,
+    file_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Warp an image or a label map with a field, or lead points of the fixed image to the moving image.
+
+    Args:
+        ddf: the field.
+        input: NIfTI image on the moving side, or points (.csv in RAS millimetres, .fcsv) of the fixed image.
+        output: warped image, or points as .csv in RAS millimetres.
+        fixed: image on the field's grid, for formats that do not say where they lie.
+        moving: image that the field leads to, for points and voxel fields.
+        label: the image is a label map: nearest neighbour.
+        file_format: of the field: auto, itk, fsl, voxel or learn2reg.
+        overwrite: replace an output that exists.
+    """
+    files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format)
+
+
+def invert(ddf: str, output: str, moving: str | None = None, file_format: str = "itk", overwrite: bool = False) -> None:
+    """Invert a field: from points of the moving to points of the fixed image.
+
+    Args:
+        ddf: the field, a NIfTI file.
+        output: its inverse.
+        moving: image on whose grid the inverse shall lie; default: the field's grid.
+        file_format: of the output.
+        overwrite: replace an output that exists.
+    """
+    missed = files.invert_field(ddf, output, moving, file_format, overwrite)
+    print(f"field and inverse miss the identity by at most {missed:.4f} voxel away from the border")
+
+
+def compose(first: str, second: str, output: str, overwrite: bool = False) -> None:
+    """Compose two fields: a point goes through the first, then through the second.
+
+    Args:
+        first: field on the grid that the result lies on.
+        second: field on the grid that the first leads to.
+        output: ITK field.
+        overwrite: replace an output that exists.
+    """
+    files.compose_fields(first, second, output, overwrite)
+
+
+def convert(
+    ddf: str,
+    output: str,
+    to: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    file_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Convert a field between formats.
+
+    Args:
+        ddf: the field.
+        output: the new file.
+        to: itk, fsl, voxel or learn2reg.
+        fixed: image on the field's grid, for formats that do not say where they lie.
+        moving: image that the field leads to, if its grid is another one.
+        file_format: of the input: auto, itk, fsl, voxel or learn2reg.
+        overwrite: replace an output that exists.
+    """
+    files.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
+
+
+def evaluate(
+    ddf: str,
+    fixed: str,
+    moving: str,
+    fixed_label: str | None = None,
+    moving_label: str | None = None,
+    fixed_points: str | None = None,
+    moving_points: str | None = None,
+    file_format: str = "auto",
+    json: bool = False,
+) -> None:
+    """Measure a field: folds, SDlogJ and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm).
+
+    Args:
+        ddf: the field.
+        fixed: image on its grid.
+        moving: image that it leads to.
+        fixed_label: labels of the fixed image.
+        moving_label: labels of the moving image.
+        fixed_points: landmarks in the fixed image.
+        moving_points: the same points in the moving image.
+        file_format: of the field.
+        json: print JSON.
+    """
+    labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
+    _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format), json)
+
+
+def info(json: bool = False) -> None:
+    """Versions and devices, for a bug report.
+
+    Args:
+        json: print JSON.
+    """
+    import monai
+    import nibabel
+    import pytorch_lightning
+    import torch
+
+    import monai_lm
+    from monai_lm.compilation import compiler_found
+
+    modules = (monai_lm, torch, monai, pytorch_lightning, nibabel)
+    out: dict[str, Any] = {module.__name__: module.__version__ for module in modules}
+    cuda = torch.cuda.is_available()
+    out |= {
+        "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
+        "compiler": compiler_found("cuda" if cuda else "cpu"),
+    }  # fmt: skip
+    _show(out, json)
 
 
 def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) -> None:
@@ -36,11 +226,26 @@ def hippocampus(root_dir: str, fixed: int = 0, moving: int = 1) -> None:
     print(register_pair(Path(root_dir), fixed, moving))
 
 
+def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
+    if (fixed is None) != (moving is None):
+        raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
+    return None if fixed is None or moving is None else (fixed, moving)
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json_module.dumps(values, indent=1))
+        return
+    for key, value in values.items():
+        print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
+
+
 def main() -> None:
-    """Run a subcommand; errors that a user can mend end with one line and exit code 2."""
+    """Run a subcommand; errors that a user can mend end with one paragraph and exit code 2."""
+    commands = (refine, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
     try:
-        auto_cli({"demo": demo, "hippocampus": hippocampus}, as_positional=False)
-    except (ImportError, OSError, ValueError) as error:
+        auto_cli({command.__name__: command for command in commands}, as_positional=False)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"monai-lm: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["Ledger", "compiled"]
+__all__ = ["Ledger", "compiled", "compiler_found"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Ledger:
 
     def pays(self, work: float) -> bool:
         """Whether compiling is likely to save time on ``work`` (voxels times iterations), and a compiler is there."""
-        if not _compiler_found(self._device.type):
+        if not compiler_found(self._device.type):
             return False
         done = self._read()
         return work >= _WORTH_LOADING if done["compiled"] else work + done["work"] >= _WORTH
@@ -68,7 +68,8 @@ class Ledger:
 
 
 @lru_cache
-def _compiler_found(device_type: str) -> bool:
+def compiler_found(device_type: str) -> bool:
+    """Whether ``torch.compile`` has what it needs for a type of device."""
     if device_type == "cpu":
         return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     return device_type == "cuda"

@@ -17,9 +17,9 @@ def which(monkeypatch):
     """Decide what ``shutil.which`` finds."""
     found: set[str] = set()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in found else None)
-    compilation._compiler_found.cache_clear()
+    compilation.compiler_found.cache_clear()
     yield found
-    compilation._compiler_found.cache_clear()
+    compilation.compiler_found.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from monai_lm.space import check_affine
 
-__all__ = ["check_ddf", "load_nifti", "open_nifti", "replacing", "save_nifti"]
+__all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "save_nifti"]
 
 
 @contextmanager
@@ -46,8 +46,10 @@ def check_ddf(ddf: Any) -> np.ndarray:
     return field
 
 
-def save_nifti(path: str | Path, data: np.ndarray, affine: np.ndarray, intent: str | int) -> None:
-    """Write float32 data with qform, sform, units and an intent, whole or not at all.
+def save_nifti(
+    path: str | Path, data: np.ndarray, affine: np.ndarray, intent: str | int, dtype: type = np.float32
+) -> None:
+    """Write data with qform, sform, units and an intent, whole or not at all.
 
     Raises:
         ValueError: ``path`` does not end in ``.nii`` or ``.nii.gz``.
@@ -55,7 +57,7 @@ def save_nifti(path: str | Path, data: np.ndarray, affine: np.ndarray, intent: s
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
-    image = nib.Nifti1Image(np.asarray(data, dtype=np.float32), affine)
+    image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
     image.header.set_intent(intent, allow_unknown=True)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
@@ -90,6 +92,11 @@ def open_nifti(path: str | Path) -> Any:
     if not kind.startswith("Nifti"):
         raise ValueError(f"{path} must be a NIfTI file, got a {kind}")
     return image
+
+
+def label_type(label: np.ndarray) -> type[np.generic]:
+    """Smallest unsigned type that holds the labels."""
+    return next(t for t in (np.uint8, np.uint16, np.uint32) if float(label.max()) <= np.iinfo(t).max)
 
 
 def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:

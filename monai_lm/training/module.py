@@ -13,11 +13,11 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from monai_lm.evaluation import images_of, measure, tensor_of
 from monai_lm.fields import resample, sample_points, warp
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.result import RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.training.evaluation import images_of, measure, tensor_of
 from monai_lm.training.supervision import Distillation, through_refinement
 
 __all__ = ["RegistrationModule"]
@@ -32,7 +32,7 @@ class RegistrationModule(pl.LightningModule):
     something to measure, ``fixed_label`` and ``moving_label`` ``(B, 1, *S)`` with integer values (or ``(B, K, *s)``,
     shares of ``K`` structures on this or a coarser grid, for training only), and ``fixed_points`` and
     ``moving_points`` ``(B, N, n)`` in voxels: landmarks, NaN where a pair has fewer than others. Where the deformation
-    is known, it is ``ddf`` ``(B, n, *s)``, in voxels of this or a coarser grid.
+    is known, it is ``ddf`` ``(B, n, *s)``, in voxels of this or a coarser grid, NaN where it is not.
 
     Args:
         network: maps ``(B, 2, *S)`` (channel 0 moving, 1 fixed) to ``(B, n, *P)`` in voxels of its own grid.
@@ -131,7 +131,9 @@ class RegistrationModule(pl.LightningModule):
             terms["keypoints"] = distance.square().sum(2).nanmean()
         if self.weights["known"]:
             target = tensor_of(batch, "ddf")
-            terms["known"] = (resample(ddf, target.shape[2:]) - target).square().sum(1).mean()
+            known = ~target.isnan()
+            distance = torch.where(known, resample(ddf, target.shape[2:]) - target, 0.0)
+            terms["known"] = distance.square().sum() / known[:, 0].sum().clamp(min=1)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if self.distillation is not None:
             terms["distillation"] = self.distillation(images, ddf, self.inferer, self.network)
@@ -143,7 +145,7 @@ class RegistrationModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the metrics of the network's own field and, if the module refines, those of the refined one.
 
-        The names of the latter end in ``_refined``; see :func:`~monai_lm.training.evaluation.measure`.
+        The names of the latter end in ``_refined``; see :func:`~monai_lm.evaluation.measure`.
         """
         self._evaluate("val", batch)
 

@@ -16,11 +16,11 @@ from monai.data import MetaTensor
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from monai_lm.evaluation import measure, tensor_of
 from monai_lm.fields import warp
 from monai_lm.fileio import write_itk_ddf
-from monai_lm.fileio.files import replacing, save_nifti
+from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.training.data import PairDataModule
-from monai_lm.training.evaluation import measure, tensor_of
 
 __all__ = ["FieldWriter"]
 
@@ -112,7 +112,8 @@ class FieldWriter(BasePredictionWriter):
         for key, postfix, mode in (("moving", "warped", "bilinear"), ("moving_label", "warped_label", "nearest")):
             if key in batch:
                 warped = warp(tensor_of(batch, key)[pair, None].cpu(), field[None], mode=mode)[0, 0].numpy()
-                save_nifti(self.output_dir / f"{name}_{postfix}.nii.gz", warped, affine, "none")
+                dtype = label_type(warped) if mode == "nearest" else np.float32
+                save_nifti(self.output_dir / f"{name}_{postfix}.nii.gz", warped, affine, "none", dtype)
 
 
 def _check_name(name: str) -> None:

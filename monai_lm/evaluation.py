@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from monai_lm.fields import fold_count, warp
 from monai_lm.metrics import sd_log_jacobian, target_registration_error
 
-__all__ = ["images_of", "measure", "spacing_of", "tensor_of"]
+__all__ = ["compare_labels", "images_of", "measure", "spacing_of", "tensor_of"]
 
 
 def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
@@ -44,27 +44,39 @@ def spacing_of(image: Any, pair: int = 0) -> tuple[float, ...]:
     return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].double(), dim=0))
 
 
+def compare_labels(
+    warped: Tensor, fixed: Tensor, spacings: Sequence[Sequence[float]] | None = None
+) -> dict[str, Tensor]:
+    """``dice`` of label maps ``(B, 1, *S)``, and, given the spacing of every pair, ``hd95`` in millimetres, ``(B,)``.
+
+    Means over the labels above 0 that either map of the pair has; ``hd95`` over those that both have. NaN for no label.
+    """
+    classes = int(max(fixed.max(), warped.max())) + 1
+    masks = one_hot(warped, classes), one_hot(fixed, classes)
+    out = {"dice": compute_dice(masks[0], masks[1], include_background=False, ignore_empty=False)}
+    empty = torch.stack([m.flatten(2).any(2) for m in masks]).any(0)[:, 1:].logical_not()
+    out["dice"] = out["dice"].masked_fill(empty, torch.nan).nanmean(1)
+    if spacings is not None:
+        distances = [
+            compute_hausdorff_distance(w[None], f[None], percentile=95, spacing=list(spacing))
+            for w, f, spacing in zip(*masks, spacings, strict=True)
+        ]
+        values = torch.cat(distances).to(warped)
+        out["hd95"] = torch.where(values.isfinite(), values, torch.nan).nanmean(1)
+    return out
+
+
 def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:
     """Metrics of a field ``(B, n, *S)`` in voxels, ``(B,)`` each.
 
-    ``folds`` (folded cells) and ``sdlogj`` always; ``dice`` and, with ``surfaces``, ``hd95`` (mm), means over the
-    labels that the moving or the fixed map of the pair has, where there are label maps; ``tre`` (mm), mean over the
-    landmarks, where there are some. NaN where a pair has no label or no landmark.
+    ``folds`` (folded cells) and ``sdlogj`` always; ``dice`` and, with ``surfaces``, ``hd95`` where there are label
+    maps, see :func:`compare_labels`; ``tre`` (mm), mean over the landmarks, where there are some.
     """
     out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
     if "fixed_label" in batch and "moving_label" in batch:
-        fixed = tensor_of(batch, "fixed_label")
         warped = warp(tensor_of(batch, "moving_label"), ddf, mode="nearest")
-        classes = int(max(fixed.max(), tensor_of(batch, "moving_label").max())) + 1
-        masks = one_hot(warped, classes), one_hot(fixed, classes)
-        out["dice"] = compute_dice(masks[0], masks[1], include_background=False).nanmean(1)
-        if surfaces:
-            distances = [
-                compute_hausdorff_distance(w[None], f[None], percentile=95, spacing=spacing_of(batch["fixed"], pair))
-                for pair, (w, f) in enumerate(zip(*masks, strict=True))
-            ]
-            values = torch.cat(distances).to(ddf)
-            out["hd95"] = torch.where(values.isfinite(), values, torch.nan).nanmean(1)
+        spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
+        out |= compare_labels(warped, tensor_of(batch, "fixed_label"), spacings if surfaces else None)
     if "fixed_points" in batch and "moving_points" in batch:
         fixed_points, moving_points = (tensor_of(batch, key) for key in ("fixed_points", "moving_points"))
         spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]

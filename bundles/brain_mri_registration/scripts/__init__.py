@@ -1,0 +1,1 @@
+"""Data and synthesis of the brain registration bundle."""

@@ -1,0 +1,220 @@
+"""Files in, files out, in physical space: what was written leads where the images say."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm import files
+from monai_lm.fields import fold_count, gaussian_smooth
+from monai_lm.fileio import read_ddf, write_itk_ddf
+from monai_lm.space import resample_moving
+
+QUICK = {"scales": (2, 1), "iterations": (40, 20), "compile": False}
+FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
+# turned, mirrored, on other voxels, elsewhere
+MOVING = np.array([[0, -1.2, 0, 34.0], [1.3, 0, 0, -2.0], [0, 0, 1.8, 1.0], [0, 0, 0, 1]])
+
+
+def _scene(points):
+    """A smooth picture of the world, at points ``(..., 3)`` in millimetres."""
+    x, y, z = points.T
+    return (np.sin(x / 3.1) * np.cos(y / 2.7) + np.sin(z / 3.3 + x / 5) + np.cos(y / 4.1 - z / 6)).T
+
+
+def _world(size, affine):
+    voxels = np.stack(np.meshgrid(*[np.arange(s) for s in size], indexing="ij"), -1)
+    return voxels @ affine[:3, :3].T + affine[:3, 3]
+
+
+def _save(path, values, affine):
+    nib.save(nib.Nifti1Image(np.asarray(values), affine), path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A fixed and a moving file of one scene, the moving one shifted by (1.2, -0.9, 0.6) mm, on other grids."""
+    shift = np.array([1.2, -0.9, 0.6])
+    fixed = _scene(_world((18, 17, 14), FIXED))
+    moving = _scene(_world((26, 27, 20), MOVING) - shift)
+    paths = {
+        "fixed": _save(tmp_path / "fixed.nii.gz", fixed.astype(np.float32), FIXED),
+        "moving": _save(tmp_path / "moving.nii.gz", moving.astype(np.float32), MOVING),
+        "labels": (
+            _save(tmp_path / "fl.nii.gz", (fixed > 0.3).astype(np.uint8), FIXED),
+            _save(tmp_path / "ml.nii.gz", (moving > 0.3).astype(np.uint8), MOVING),
+        ),
+    }
+    points = np.array([[9.0, 10.0, 12.0], [12.5, 8.0, 10.0], [15.0, 14.0, 16.0]])
+    np.savetxt(tmp_path / "fp.csv", points, delimiter=",", header="x,y,z", comments="")
+    np.savetxt(tmp_path / "mp.csv", points + shift, delimiter=",")
+    return paths | {"points": (tmp_path / "fp.csv", tmp_path / "mp.csv"), "shift": shift}
+
+
+def _refine(pair, folder, **kwargs):
+    keywords = {"labels": pair["labels"], "points": pair["points"], "report": False, "settings": QUICK} | kwargs
+    return files.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
+
+
+def test_two_grids_are_registered_in_the_world(pair, tmp_path):
+    metrics = _refine(pair, tmp_path / "out")
+    assert metrics["tre_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)
+    assert metrics["tre"] < 0.3 * metrics["tre_before"]
+    assert metrics["dice"] > max(0.93, metrics["dice_before"])
+    assert metrics["folds"] == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    warped = nib.load(tmp_path / "out" / "warped.nii.gz")
+    np.testing.assert_allclose(warped.affine, FIXED)
+    fixed = nib.load(pair["fixed"]).get_fdata()
+    inside = (slice(3, -3),) * 3
+    assert np.corrcoef(warped.get_fdata()[inside].ravel(), fixed[inside].ravel())[0, 1] > 0.995
+
+
+def test_what_is_written_agrees_with_simpleitk(pair, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    _refine(pair, tmp_path / "out")
+    field = sitk.ReadImage(str(tmp_path / "out" / "ddf.nii.gz"), sitk.sitkVectorFloat64)
+    transform = sitk.DisplacementFieldTransform(field)
+    images = [sitk.ReadImage(str(pair[k]), sitk.sitkFloat32) for k in ("fixed", "moving")]
+    expected = sitk.GetArrayFromImage(sitk.Resample(images[1], images[0], transform, sitk.sitkLinear)).T
+    warped = nib.load(tmp_path / "out" / "warped.nii.gz").get_fdata()
+    inside = (slice(3, -3),) * 3
+    np.testing.assert_allclose(warped[inside], expected[inside], atol=2e-3)
+
+
+def test_an_initial_affine_is_part_of_what_is_written(pair, tmp_path):
+    affine = np.eye(4)
+    affine[:3, 3] = pair["shift"]
+    np.savetxt(tmp_path / "affine.txt", affine)
+    metrics = _refine(pair, tmp_path / "out", affine=tmp_path / "affine.txt", settings=QUICK | {"iterations": 0})
+    assert metrics["tre"] == pytest.approx(0, abs=1e-4)
+    vectors = nib.load(tmp_path / "out" / "ddf.nii.gz").get_fdata()[:, :, :, 0]
+    np.testing.assert_allclose(vectors, np.broadcast_to(pair["shift"] * [-1, -1, 1], vectors.shape), atol=1e-4)
+    back = nib.load(tmp_path / "out" / "inverse.nii.gz")
+    np.testing.assert_allclose(back.affine, MOVING)
+    np.testing.assert_allclose(back.get_fdata()[:, :, :, 0] + pair["shift"] * [-1, -1, 1], 0, atol=1e-4)
+
+
+def test_a_prediction_is_refined_from_where_it_is(pair, tmp_path):
+    _refine(pair, tmp_path / "first")
+    again = _refine(
+        pair, tmp_path / "second", ddf=tmp_path / "first" / "ddf.nii.gz", settings=QUICK | {"iterations": 0}
+    )
+    first = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    for key in ("tre", "dice", "sdlogj", "loss"):
+        assert again[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5)
+        assert again["tre_before"] == pytest.approx(first["tre"], rel=1e-3)
+
+
+def test_the_inverse_leads_back(pair, tmp_path):
+    _refine(pair, tmp_path / "out")
+    there, back = tmp_path / "there.csv", tmp_path / "back.csv"
+    files.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["points"][0], there, moving=pair["moving"])
+    files.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
+    np.testing.assert_allclose(files.read_points(back), files.read_points(pair["points"][0]), atol=0.05)
+    inverse = tmp_path / "inverse.nii.gz"
+    assert files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]) < 0.1
+    ours, kept = (nib.load(p).get_fdata() for p in (inverse, tmp_path / "out" / "inverse.nii.gz"))
+    inside = (slice(6, -6),) * 3
+    np.testing.assert_allclose(ours[inside], kept[inside], atol=0.05)
+
+
+def test_applying_the_field_is_what_refine_wrote(pair, tmp_path):
+    _refine(pair, tmp_path / "out")
+    for label, source, kept in ((False, pair["moving"], "warped"), (True, pair["labels"][1], "warped_label")):
+        files.apply_field(tmp_path / "out" / "ddf.nii.gz", source, tmp_path / f"{kept}.nii.gz", label=label)
+        ours, written = (nib.load(f / f"{kept}.nii.gz") for f in (tmp_path, tmp_path / "out"))
+        assert (np.abs(ours.get_fdata() - written.get_fdata()) > 1e-3).mean() < 1e-3
+    assert ours.get_data_dtype() == np.uint8
+
+
+def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
+    metrics = _refine(pair, tmp_path / "out")
+    again = files.evaluate_field(
+        tmp_path / "out" / "ddf.nii.gz", pair["fixed"], pair["moving"], pair["labels"], pair["points"]
+    )
+    assert again == pytest.approx({k: metrics[k] for k in again}, rel=1e-3, abs=1e-4)
+
+
+def test_composed_fields_do_one_after_the_other(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    grids = {"a": ((12, 13, 11), FIXED), "b": ((20, 22, 16), MOVING)}
+    moving = torch.from_numpy(_scene(_world((20, 22, 16), MOVING)).astype(np.float32))[None, None]
+    noise = {
+        k: gaussian_smooth(torch.randn(1, 3, *size, generator=generator), 3.0) * 10 for k, (size, _) in grids.items()
+    }
+    first = noise["a"]  # on grid a, then the step to grid b
+    from monai_lm.space import through_affine
+
+    write_itk_ddf(tmp_path / "first.nii.gz", through_affine(first, FIXED, MOVING)[0].numpy(), FIXED, MOVING)
+    write_itk_ddf(tmp_path / "second.nii.gz", noise["b"][0].numpy(), MOVING)
+    files.compose_fields(tmp_path / "first.nii.gz", tmp_path / "second.nii.gz", tmp_path / "both.nii.gz")
+    _save(tmp_path / "moving.nii.gz", moving[0, 0].numpy(), MOVING)
+    files.apply_field(tmp_path / "both.nii.gz", tmp_path / "moving.nii.gz", tmp_path / "at_once.nii.gz")
+    once = resample_moving(moving, noise["b"], MOVING, MOVING)
+    twice = resample_moving(once, first, FIXED, MOVING)
+    at_once = nib.load(tmp_path / "at_once.nii.gz").get_fdata()
+    inside = (slice(4, -4),) * 3
+    assert np.corrcoef(twice[0, 0].numpy()[inside].ravel(), at_once[inside].ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("to", ["fsl", "voxel", "learn2reg"])
+def test_converting_there_and_back_changes_nothing(tmp_path, to):
+    ddf = gaussian_smooth(torch.randn(1, 3, 9, 10, 8, generator=torch.Generator().manual_seed(0)), 2.0)[0].numpy()
+    write_itk_ddf(tmp_path / "a.nii.gz", ddf, FIXED)
+    image = _save(tmp_path / "fixed.nii.gz", np.zeros((9, 10, 8), np.float32), FIXED)
+    middle = tmp_path / ("b.npz" if to == "learn2reg" else "b.nii.gz")
+    files.convert_field(tmp_path / "a.nii.gz", middle, to, fixed=image, moving=image)
+    files.convert_field(middle, tmp_path / "c.nii.gz", "itk", fixed=image, moving=image, file_format=to)
+    np.testing.assert_allclose(read_ddf(tmp_path / "c.nii.gz")[0], ddf, atol=2e-3 if to == "learn2reg" else 1e-5)
+
+
+def test_slicers_points_are_read_in_the_system_they_say(tmp_path):
+    header = "# Markups fiducial file version = 4.11\n# CoordinateSystem = {}\n# columns = id,x,y,z,ow\n"
+    row = "vtkMRML_0,1.5,-2.0,3.0,0,0,0,1,1,1,0,F-1,,\n"
+    for system, expected in (("LPS", [-1.5, 2.0, 3.0]), ("RAS", [1.5, -2.0, 3.0])):
+        (tmp_path / "p.fcsv").write_text(header.format(system) + row)
+        np.testing.assert_allclose(files.read_points(tmp_path / "p.fcsv"), [expected])
+
+
+def test_nothing_is_replaced_unless_asked(pair, tmp_path):
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+    with pytest.raises(FileExistsError, match=r"ddf.nii.gz.* exists; --overwrite replaces it"):
+        _refine(pair, tmp_path / "out")
+    _refine(pair, tmp_path / "out", overwrite=True, settings=QUICK | {"iterations": 0})
+
+
+def test_bad_files_are_named_and_nothing_is_written(pair, tmp_path):
+    (tmp_path / "text.nii.gz").write_text("no image")
+    four = _save(tmp_path / "four.nii.gz", np.zeros((4, 4, 4, 2), np.float32), FIXED)
+    values = _save(tmp_path / "values.nii.gz", np.full((18, 17, 14), 0.5, np.float32), FIXED)
+    write_itk_ddf(tmp_path / "elsewhere.nii.gz", np.zeros((3, 18, 17, 14), np.float32), MOVING, FIXED)
+    write_itk_ddf(tmp_path / "other.nii.gz", np.zeros((3, 5, 6, 7), np.float32), FIXED)
+    (tmp_path / "words.csv").write_text("x,y,z\n1,2,three\n")
+    cases = [
+        ({"fixed": tmp_path / "none.nii.gz"}, {}, FileNotFoundError, "none.nii.gz"),
+        ({"fixed": tmp_path / "text.nii.gz"}, {}, ValueError, r"text.nii.gz must be a whole NIfTI file"),
+        ({"moving": four}, {}, ValueError, "four.nii.gz must hold one 2D or 3D volume"),
+        ({}, {"labels": (values, pair["labels"][1])}, ValueError, "values.nii.gz must hold labels"),
+        ({}, {"ddf": tmp_path / "elsewhere.nii.gz"}, ValueError, "must lie on the grid of the fixed image"),
+        ({}, {"ddf": tmp_path / "other.nii.gz"}, ValueError, "got \\(5, 6, 7\\)"),
+        ({}, {"points": (tmp_path / "words.csv", pair["points"][1])}, ValueError, "words.csv must hold points"),
+    ]
+    for images, extra, error, message in cases:
+        with pytest.raises(error, match=message):
+            _refine(pair | images, tmp_path / "out", **extra)
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_two_dimensions_work_too(tmp_path):
+    image = gaussian_smooth(torch.randn(1, 1, 24, 26, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0].numpy()
+    fixed = _save(tmp_path / "f.nii.gz", image[1:, :, None], np.eye(4))
+    moving = _save(tmp_path / "m.nii.gz", image[:-1, :, None], np.eye(4))
+    metrics = files.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
+    assert metrics["loss"] < 0.2 * metrics["loss_before"]
+    ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
+    assert ddf.shape == (2, 23, 26)
+    assert int(fold_count(torch.from_numpy(ddf)[None])) == 0
