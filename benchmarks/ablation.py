@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import monai_lm
-from benchmarks.data import brain_image, data_root, hippocampus_data, hippocampus_network
+from benchmarks.data import brain_image, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
 from monai_lm.demo import brain_example, endpoint_error
 from monai_lm.pyramid import shrink
@@ -85,8 +85,7 @@ def ablation(
 
 
 def _hippocampus_pairs(weights: str, pairs: int) -> list[dict[str, Tensor]]:
-    data = hippocampus_data()
-    dataset = data.PairDataset(data.load_subjects(data_root("hippocampus"), "validation"), pairs, seed=1)
+    dataset = hippocampus_pairs("validation", pairs, seed=1)
     network, inferer = hippocampus_network(weights)
     out = []
     for index in range(pairs):

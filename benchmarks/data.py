@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +34,23 @@ def data_root(folder: str) -> Path:
     return path
 
 
-def hippocampus_data() -> ModuleType:
+def hippocampus_pairs(part: str, pairs: int, seed: int) -> list[dict[str, Tensor]]:
+    """Seeded random ordered pairs of different subjects of a part of the bundle's split, on its grid.
+
+    ``fixed``, ``moving`` ``(1, *S)`` in [0, 1], ``fixed_label`` and ``moving_label``.
+    """
+    subjects = _bundle_data().load_subjects(data_root("hippocampus"), part)
+    generator = random.Random(seed)
+    out = []
+    for chosen in [generator.sample(range(len(subjects)), 2) for _ in range(pairs)]:
+        pair: dict[str, Tensor] = {}
+        for role, number in zip(("fixed", "moving"), chosen, strict=True):
+            pair |= {role: subjects[number]["image"], f"{role}_label": subjects[number]["label"]}
+        out.append(pair)
+    return out
+
+
+def _bundle_data() -> ModuleType:
     """The bundle's own data module; a bundle is a folder of scripts, not a package."""
     spec = importlib.util.spec_from_file_location("hippocampus_data", BUNDLE / "scripts" / "data.py")
     assert spec is not None

