@@ -27,12 +27,12 @@ def refine(
     fixed_points: str | None = None,
     moving_points: str | None = None,
     similarity: str = "lncc",
-    scales: str | list[float] = "auto",
-    iterations: str | int | list[int] = "auto",
+    scales: list[float] | str = "auto",
+    iterations: int | list[int] | str = "auto",
     step: float = 0.5,
     seconds: float | None = None,
     memory: str = "auto",
-    compile: str | bool = "auto",  # noqa: A002 (as monai_lm.refine calls it)
+    compile: bool | str = "auto",  # noqa: A002 (as monai_lm.refine calls it)
     device: str = "auto",
     file_format: str = "itk",
     report: bool = True,

@@ -173,7 +173,8 @@ def refine_pair(
     }  # fmt: skip
     _write_pair(folder, suffix, file_format, f, m, maps, initial, refined)
     if report:
-        _report(folder / "report.html", f, onto, maps, initial, m, result, predicted, keywords)
+        both = {key: (before[key], after[key]) for key in after}
+        _report(folder / "report.html", f, onto, maps, initial, m, result, predicted, both, keywords)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
@@ -215,9 +216,10 @@ def _report(
     moving: Image,
     result: RefinementResult,
     predicted: Tensor | None,
+    metrics: Mapping[str, tuple[float, float]],
     settings: Mapping[str, Any],
 ) -> None:
-    from monai_lm.report import write_report
+    from monai_lm.report import page
 
     labels = None
     if maps:
@@ -225,9 +227,11 @@ def _report(
         label = resample_moving(maps[1].data, still, fixed.affine, maps[1].affine, initial, "nearest", "zeros")
         labels = (maps[0].data, label)
     title = f"{moving.path.name} onto {fixed.path.name}"
-    write_report(
+    rows = {"dice": page.DICE, "hd95": page.HD95, "tre": page.TRE}
+    page.write_report(
         path, fixed.data, onto, result, prediction=predicted, affine=fixed.affine, labels=labels,
-        settings=dict(settings), title=title,
+        measured={rows[key]: values for key, values in metrics.items() if key in rows}, settings=dict(settings),
+        title=title,
     )  # fmt: skip
 
 

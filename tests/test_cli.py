@@ -1,11 +1,16 @@
 """The monai-lm command."""
 
+import json
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 
 from monai_lm import cli
+from monai_lm.fields import gaussian_smooth
 
 
 def test_demo_runs_as_a_command(tmp_path):
@@ -34,3 +39,48 @@ def test_unwritable_output_is_one_line_and_exit_code_2(tmp_path, monkeypatch, ca
         cli.main()
     assert stop.value.code == 2
     assert "monai-lm:" in capsys.readouterr().err
+
+
+def test_refine_then_evaluate_as_commands(tmp_path, monkeypatch, capsys):
+    image = gaussian_smooth(torch.randn(1, 1, 20, 18, 16, generator=torch.Generator().manual_seed(0)), 2.0)[
+        0, 0
+    ].numpy()
+    for name, values in (("fixed", image[1:]), ("moving", image[:-1])):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    images = ["--fixed", str(tmp_path / "fixed.nii.gz"), "--moving", str(tmp_path / "moving.nii.gz")]
+    out = tmp_path / "out"
+    refine = [
+        "refine",
+        *images,
+        "--output_dir",
+        str(out),
+        "--scales",
+        "[2,1]",
+        "--iterations",
+        "[10,5]",
+        "--json",
+        "true",
+    ]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine, "--report", "false", "--compile", "false"])
+    cli.main()
+    refined = json.loads(capsys.readouterr().out)
+    assert refined["loss"] < 0.3 * refined["loss_before"]
+    monkeypatch.setattr(
+        sys, "argv", ["monai-lm", "evaluate", *images, "--ddf", str(out / "ddf.nii.gz"), "--json", "true"]
+    )
+    cli.main()
+    measured = json.loads(capsys.readouterr().out)
+    assert measured == pytest.approx({k: refined[k] for k in measured}, rel=1e-4)
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+
+
+def test_info_names_versions_and_devices(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "info", "--json", "true"])
+    cli.main()
+    info = json.loads(capsys.readouterr().out)
+    assert info["torch"] == torch.__version__
+    assert info["devices"]

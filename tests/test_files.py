@@ -218,3 +218,11 @@ def test_two_dimensions_work_too(tmp_path):
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert int(fold_count(torch.from_numpy(ddf)[None])) == 0
+
+
+def test_the_report_is_written_beside_the_fields(pair, tmp_path):
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 3})
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "moving.nii.gz onto fixed.nii.gz" in page
+    assert f"<td>{metrics['dice']:.4g}</td>" in page

@@ -1,10 +1,14 @@
 """``python -m monai_lm.training`` with a yaml file."""
 
 import csv
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from pytorch_lightning.cli import LightningCLI
 
+from monai_lm.training import PairDataModule, RegistrationModule
 from monai_lm.training.cli import main
 
 NETWORK = {
@@ -56,3 +60,15 @@ def test_a_wrong_setting_is_named(config, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--model.roughness=1"])
     assert "roughness" in capsys.readouterr().err
+
+
+def test_the_shipped_example_is_a_whole_configuration(tmp_path):
+    example = Path(__file__).parents[2] / "docs" / "lightning.yaml"
+    command = LightningCLI(
+        RegistrationModule, PairDataModule, run=False, auto_configure_optimizers=False, save_config_callback=None,
+        args=["--config", str(example), "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"],
+    )  # fmt: skip
+    assert command.model.labels == 3
+    assert command.model.inferer.refine["iterations"] == [20, 10]
+    assert command.datamodule.grid == [48, 64, 48]
+    assert command.model(torch.zeros(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)

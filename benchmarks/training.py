@@ -1,0 +1,116 @@
+"""What refinement adds to a network: in the training loop, and per second at test time."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from monai.networks.nets import VoxelMorphUNet
+
+import monai_lm
+from benchmarks.data import BUNDLE, data_root, hippocampus_network, hippocampus_pairs
+from benchmarks.metrics import mean_dice
+from monai_lm.fields import fold_count
+from monai_lm.training import PairDataModule, RegistrationModule
+
+SUPERVISIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "distill": {"supervision": "distill", "distillation": {"weight": 0.1, "every": 4}},
+    "implicit": {"supervision": "implicit"},
+}
+
+
+def supervision(minutes: float = 4.0, labels: bool = True, json_file: str | None = None) -> None:
+    """Train a VoxelMorph network on hippocampus pairs for the same wall time in three ways; validation Dice.
+
+    The Dice is that of 20 validation pairs, of the network's own field and after refinement (images only).
+
+    Args:
+        minutes: of training, each; validation comes on top.
+        labels: with the Dice of the warped label maps; ``implicit`` needs them.
+        json_file: write one line per way here, as it goes.
+    """
+    refine = {"scales": (2, 1), "iterations": (10, 5)}
+    print(f"supervision: hippocampus, {minutes} min each, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'supervision':<14}{'steps':>7}{'Dice':>8}{'refined':>9}{'folds':>9}", flush=True)
+    for name, extra in SUPERVISIONS.items():
+        if name == "implicit" and not labels:
+            continue
+        pl.seed_everything(0, verbose=False)
+        network = VoxelMorphUNet(3, 2, 16, [16, 32, 32, 32, 32, 32], [])
+        data = PairDataModule(
+            data_root("hippocampus"), split=BUNDLE / "configs" / "split.json", pairs={"train": 400, "validation": 20},
+            grid=(48, 64, 48), labels=3,
+        )  # fmt: skip
+        module = RegistrationModule(
+            network, labels=3 if labels else 0, smoothness=0.2, refine=refine,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3), **extra,
+        )  # fmt: skip
+        trainer = pl.Trainer(
+            max_time={"seconds": round(60 * minutes)}, max_epochs=-1, accelerator="cpu", precision="bf16-mixed",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            gradient_clip_val=1.0, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        steps = trainer.global_step
+        judge = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+        result = judge.validate(module, data.val_dataloader(), verbose=False)[0]
+        row = {"supervision": name, "steps": steps} | {k: float(v) for k, v in result.items()}
+        print(
+            f"{name:<14}{steps:7d}{row['val_dice']:8.4f}{row['val_dice_refined']:9.4f}{row['val_folds']:9.1f}",
+            flush=True,
+        )
+        if json_file:
+            with Path(json_file).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def knee(
+    pairs: int = 12,
+    part: str = "validation",
+    iterations: tuple[tuple[int, int], ...] = ((0, 0), (5, 2), (10, 5), (20, 10), (50, 25)),
+    json_file: str | None = None,
+) -> None:
+    """Dice of the hippocampus bundle against the time that refinement takes, as a multiple of the network's.
+
+    Args:
+        pairs: how many.
+        part: of the split.
+        iterations: per level, at half and at full resolution.
+        json_file: write one line per schedule here.
+    """
+    network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt")
+    settings: dict[str, Any] = dict(inferer.refine or {}) | {"scales": (2, 1)}
+    prepared, predicting = [], 0.0
+    for pair in hippocampus_pairs(part, pairs, seed=0):
+        batch = {k: v[None] for k, v in pair.items()}
+        for _ in range(2):  # the first call of a shape is slower
+            started = time.perf_counter()
+            with torch.no_grad():
+                ddf = inferer.predict(torch.cat([batch["moving"], batch["fixed"]], 1), network)
+            seconds = time.perf_counter() - started
+        predicting += seconds
+        channels = [inferer.channels(batch[key]) for key in ("fixed", "moving")]
+        prepared.append((batch, ddf, channels))
+    print(f"knee: hippocampus, {part}, {pairs} pairs, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"network {predicting / pairs:.3f} s per pair")
+    print(f"{'iterations':<14}{'Dice':>8}{'folds':>7}{'seconds':>9}{'x network':>11}", flush=True)
+    for counts in iterations:
+        _, first, images = prepared[0]
+        monai_lm.refine(images[0], images[1], first, **settings | {"iterations": counts})  # compiles
+        dice, folds, seconds = 0.0, 0, 0.0
+        for batch, ddf, channels in prepared:
+            result = monai_lm.refine(channels[0], channels[1], ddf, **settings | {"iterations": counts})
+            seconds += result.seconds
+            dice += mean_dice(batch["fixed_label"], batch["moving_label"], result.ddf) / pairs
+            folds += int(fold_count(result.ddf))
+        row = {"iterations": counts, "dice": dice, "folds": folds, "seconds": seconds / pairs}
+        ratio = seconds / predicting
+        print(f"{'-'.join(map(str, counts)):<14}{dice:8.4f}{folds:7d}{seconds / pairs:9.3f}{ratio:11.1f}", flush=True)
+        if json_file:
+            with Path(json_file).open("a") as file:
+                file.write(json.dumps(row | {"ratio": ratio}) + "\n")
