@@ -10,8 +10,11 @@ from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, scaling, speed
-from benchmarks.training import knee, supervision
+from benchmarks.training import brain_bundle, knee, supervision
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
-    auto_cli([hippocampus, brain, ablation, speed, memory, scaling, accuracy, knee, supervision], as_positional=False)
+    auto_cli(
+        [hippocampus, brain, ablation, speed, memory, scaling, accuracy, knee, supervision, brain_bundle],
+        as_positional=False,
+    )

@@ -20,6 +20,7 @@ from monai.networks.nets import DynUNet, VoxelMorphUNet
 
 from monai_lm import refine
 from monai_lm.fields import fold_count, warp
+from monai_lm.pairs import named
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")
@@ -185,15 +186,15 @@ def test_workflow_has_the_properties_of_an_inference_bundle(tmp_path):
 # --- pairs ---
 
 
-def test_names_of_pairs_never_collide(scripts):
+def test_names_of_pairs_never_collide():
     paths = [("x/a.nii.gz", "b.nii"), ("y/a.nii.gz", "b.nii.gz"), ("a.nii", "b_2.nii"), ("s.1.nii.gz", "s.2.nii.gz")]
-    named = scripts.name_pairs({"fixed": fixed, "moving": moving} for fixed, moving in paths)
-    assert [pair["name"] for pair in named] == ["a__b", "a__b_2", "a__b_2_2", "s.1__s.2"]
+    out = named({"fixed": fixed, "moving": moving} for fixed, moving in paths)
+    assert [pair["name"] for pair in out] == ["a__b", "a__b_2", "a__b_2_2", "s.1__s.2"]
 
 
-def test_pair_without_moving_raises(scripts):
+def test_pair_without_moving_raises():
     with pytest.raises(ValueError, match=r"pair 0 must have the keys fixed and moving, \['moving'\] missing"):
-        scripts.name_pairs([{"fixed": "a.nii.gz"}])
+        named([{"fixed": "a.nii.gz"}])
 
 
 @needs_data

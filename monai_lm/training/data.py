@@ -23,7 +23,7 @@ from monai.transforms import (
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import Dataset, get_worker_info
 
-from monai_lm.training.pairs import PARTS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
+from monai_lm.pairs import PARTS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
 
 __all__ = ["PairDataModule", "PairDataset"]
 

@@ -18,6 +18,9 @@ __all__ = [
     "LoadDDFD",
     "LoadDDFDict",
     "LoadDDFd",
+    "OnFixedGridD",
+    "OnFixedGridDict",
+    "OnFixedGridd",
     "RefineDDFD",
     "RefineDDFDict",
     "RefineDDFd",
@@ -206,6 +209,36 @@ class SaveDDFd(MapTransform):
 
 
 LoadDDFD = LoadDDFDict = LoadDDFd
+
+
+class OnFixedGridd(MapTransform):
+    """Give fields and warped images the affine of the fixed image and the name of the pair, for the files of them.
+
+    Args:
+        keys: what lies on the fixed grid; missing ones are left out.
+        fixed_key: the fixed image, a ``MetaTensor``.
+        moving_key: the moving image, a ``MetaTensor``; a field file needs its place in space, too.
+        name_key: the name of the pair.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, fixed_key: str = "fixed", moving_key: str = "moving", name_key: str = "name"
+    ) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.fixed_key = fixed_key
+        self.moving_key = moving_key
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the metadata of ``keys``."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            meta = {"filename_or_obj": f"{d[self.name_key]}.nii.gz", "moving_affine": d[self.moving_key].affine}
+            d[key] = MetaTensor(d[key], affine=d[self.fixed_key].affine, meta=meta)
+        return d
+
+
 RefineDDFD = RefineDDFDict = RefineDDFd
 WarpImageD = WarpImageDict = WarpImaged
 SaveDDFD = SaveDDFDict = SaveDDFd
+OnFixedGridD = OnFixedGridDict = OnFixedGridd

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,25 @@ def load_subjects(root: str | Path, part: str, reduction: int = 2) -> list[dict[
             }
         )
     return subjects
+
+
+def draw_pairs(root: str | Path, part: str = "test", count: int = 4, seed: int = 0) -> list[dict[str, str]]:
+    """Seeded, different, ordered pairs of subjects of one part of the split.
+
+    Returns:
+        The files of every pair: ``fixed``, ``moving``, ``fixed_label``, ``moving_label``.
+
+    Raises:
+        FileNotFoundError: a subject's image or label is not in ``root``.
+        ValueError: more pairs than there are.
+    """
+    choices = [*permutations(json.loads(SPLIT.read_text())[part], 2)]
+    if not 0 < count <= len(choices):
+        raise ValueError(f"count must be between 1 and {len(choices)}, the ordered pairs of {part}, got {count}")
+    pairs = []
+    for names in random.Random(seed).sample(choices, count):
+        fixed, moving = (subject_files(root, name) for name in names)
+        files = {"fixed": fixed["image"], "moving": moving["image"]}
+        files |= {"fixed_label": fixed["label"], "moving_label": moving["label"]}
+        pairs.append({key: str(file) for key, file in files.items()})
+    return pairs

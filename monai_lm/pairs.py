@@ -157,11 +157,19 @@ def draw_pairs(entries: Sequence[Entry], pairing: str, count: int | None, seed: 
     return pairs if count is None or count >= len(pairs) else random.Random(seed).sample(pairs, count)
 
 
-def named(pairs: Sequence[Entry]) -> list[Entry]:
-    """Give every pair without a ``name`` one of its own, ``<fixed>__<moving>``; namesakes are numbered from 2 on."""
+def named(pairs: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """Give every pair without a ``name`` one of its own, ``<fixed>__<moving>``; namesakes are numbered from 2 on.
+
+    Raises:
+        ValueError: a pair without ``fixed`` or ``moving``.
+    """
     taken: set[str] = set()
     out = []
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
+        if missing := {"fixed", "moving"} - set(pair):
+            raise ValueError(
+                f"pair {index} must have the keys fixed and moving, {sorted(missing)} missing: {dict(pair)}"
+            )
         stem = str(pair.get("name") or f"{_stem(pair['fixed'])}__{_stem(pair['moving'])}")
         name, number = stem, 1
         while name in taken:

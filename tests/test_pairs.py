@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_lm.training.pairs import check_files, draw_pairs, named, read_list, split_subjects
+from monai_lm.pairs import check_files, draw_pairs, named, read_list, split_subjects
 
 
 def test_a_folder_is_a_list_of_subjects(cohort):
