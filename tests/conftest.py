@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+
+from monai_lm.fields import gaussian_smooth
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,3 +113,20 @@ def data_root():
     if not folder.is_dir():
         pytest.skip(f"real images not found at {folder}; set MONAI_LM_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """Folder with ``images`` and ``labels`` of six subjects: blobs at places of their own, 12 × 14 × 10 voxels."""
+    root = tmp_path_factory.mktemp("cohort")
+    generator = torch.Generator().manual_seed(0)
+    affine = np.diag([1.5, 1.0, 2.0, 1.0])
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for number in range(6):
+        noise = torch.randn(1, 1, 12, 14, 10, generator=generator)
+        image = (gaussian_smooth(noise, 2.0)[0, 0] * 1000).numpy()
+        label = (image > np.percentile(image, 70)).astype(np.uint8) + (image > np.percentile(image, 90))
+        nib.save(nib.Nifti1Image(image.astype(np.float32), affine), root / "images" / f"s{number}.nii.gz")
+        nib.save(nib.Nifti1Image(label.astype(np.uint8), affine), root / "labels" / f"s{number}.nii.gz")
+    return root
