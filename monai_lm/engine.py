@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from monai_lm import levenberg
-from monai_lm.compilation import compiled
+from monai_lm.compilation import compiling, piece
 from monai_lm.fields import compose, gaussian_smooth, repair, warp
 from monai_lm.fields.smoothing import gaussian_taps
 from monai_lm.levenberg import Trust, per_voxel
@@ -106,8 +106,8 @@ class Engine:
         """Loss ``(B,)`` at the residual; from now on :meth:`gradients` and :meth:`advance` are those of this point."""
         loss = self.loss(self.residual)
         for window in windows(self.residual, self.residual.shape[1], self.slope_halo):
-            smooth, _ = self._run(_slope, window.of(self.derivative), window.of(self.warped), self.sigma)
-            window.right(self.smooth).copy_(window.cut(smooth))
+            gradient = self._run(levenberg.eulerian_gradient, window.of(self.derivative), window.of(self.warped))
+            window.right(self.smooth).copy_(window.cut(self._run_pieces(gaussian_smooth, gradient, self.sigma)))
         return loss
 
     def loss(self, residual: Tensor | None) -> Tensor:
@@ -122,14 +122,20 @@ class Engine:
         total = self.warped.new_zeros(self.warped.shape[0])
         for window in windows(self.warped, 2 * self.warped.shape[1], self.similarity.halo):
             reference = narrowed(self.reference, window)
-            rows, derivative = self._run(_measure_rows, window.of(self.warped), reference, self.similarity)
+            run = self._run_pieces if self.similarity.in_pieces else self._run
+            rows, derivative = run(_measure_rows, window.of(self.warped), reference, self.similarity)
             window.right(self.derivative).copy_(window.cut(derivative))
             total = total + window.cut(rows, 1).sum(1)
         return total
 
     def _run(self, kernel: Callable[..., Any], *args: Any) -> Any:
-        """A kernel, compiled if this level's are."""
-        return (compiled(kernel) if self.fuse else kernel)(*args)
+        """A kernel, compiled as a whole if this level's are."""
+        return self._run_pieces(piece, kernel, *args)
+
+    def _run_pieces(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """A kernel, compiled piece by piece if this level's are: fewer intermediate results live at the same time."""
+        with compiling(self.fuse):
+            return kernel(*args)
 
     def _warp(self, window: Window, residual: Tensor | None) -> Tensor:
         """Window of the moving image warped by the prediction after a residual, shifted and scaled."""
@@ -186,7 +192,7 @@ class Engine:
         return self._run(compose, self.residual, v, window.first_row(self.unit)), rows
 
     def _relaxed(self, window: Window, moved: Tensor, trust: Trust) -> Tensor:
-        return self._run(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
+        return self._run_pieces(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         """Window of the smoothed gradient and, if needed, of the gradient."""
@@ -284,7 +290,8 @@ class LeanEngine(Engine):
     def _measure(self, window: Window, warped: Tensor) -> tuple[Tensor, Tensor]:
         """Loss per row and derivative."""
         fixed = window.of(self.fixed)
-        return self._run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
+        run = self._run_pieces if self.similarity.in_pieces else self._run
+        return run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
 
     def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
         """Take a step; see :meth:`Engine.advance`."""
@@ -294,8 +301,11 @@ class LeanEngine(Engine):
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         warped = self._warp(window, self.residual)
-        smooth, gradient = self._run(_slope, self._measure(window, warped)[1], warped, self.sigma)
-        return smooth, gradient if self.keep_gradient else None
+        gradient = self._run(levenberg.eulerian_gradient, self._measure(window, warped)[1], warped)
+        del warped
+        if self.keep_gradient:
+            return self._run_pieces(gaussian_smooth, gradient, self.sigma), gradient
+        return self._run_pieces(gaussian_smooth, gradient, self.sigma), None
 
     def _step_windows(self) -> list[Window]:
         reach = self.window // 2 + max(1, math.ceil(self.step))  # of the Hessian's window, and of composing the step
@@ -333,14 +343,8 @@ def _measure_rows(warped: Tensor, reference: tuple[Any, ...], similarity: Simila
 
 
 def _measure_anew(warped: Tensor, fixed: Tensor, fixed_range: Range, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    reference = similarity.reference(normalized(fixed.to(warped.dtype), fixed_range))
+    reference = similarity.reference(piece(normalized, fixed.to(warped.dtype), fixed_range))
     return similarity.evaluate_rows(warped, reference)
-
-
-def _slope(derivative: Tensor, warped: Tensor, sigma: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The gradient, smoothed and as it is."""
-    gradient = levenberg.eulerian_gradient(derivative, warped)
-    return gaussian_smooth(gradient, sigma), gradient
 
 
 def _direction(
