@@ -106,7 +106,7 @@ _COMPILING: ContextVar[bool] = ContextVar("monai_lm_compiling", default=False)
 
 @contextmanager
 def compiling(pieces: bool = True) -> Iterator[None]:
-    """Compile the :func:`piece`\ s that are called inside, or do not."""
+    """Whether calls of :func:`piece` inside compile what they call."""
     token = _COMPILING.set(pieces)
     try:
         yield

@@ -10,7 +10,7 @@ residual 3 and the best one in half precision 1.5, and computes the rest anew in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from monai_lm import levenberg
 from monai_lm.compilation import compiling, piece
-from monai_lm.fields import compose, gaussian_smooth, repair, warp
+from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.fields.smoothing import gaussian_taps
+from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level
 from monai_lm.similarity import Similarity
@@ -221,9 +222,10 @@ class Engine:
             self.evaluate()
 
     def settle(self, better: Tensor) -> None:
-        """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted."""
+        """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted, and give that up."""
         if self.best is not None:
             self._choose(better, self.best)
+            self.best = None
 
     def _choose(self, chosen: Tensor, other: Tensor) -> None:
         """Set the residual of pairs that are not ``chosen`` to ``other``."""
@@ -233,11 +235,7 @@ class Engine:
 
     def mend(self) -> bool:
         """Repair folds; whether there were any."""
-        mended = repair(self.residual, self.prediction)
-        if mended is self.residual:
-            return False
-        self.residual.copy_(mended)
-        return True
+        return repair_in_place(self.residual, self.prediction)
 
     def displacement(self, better: Tensor) -> Tensor:
         """Field of ``(id + u0) ∘ (id + r)``, for pairs that are not ``better`` ``(B,)`` that of ``r = 0``; float32.
@@ -343,8 +341,13 @@ def _measure_rows(warped: Tensor, reference: tuple[Any, ...], similarity: Simila
 
 
 def _measure_anew(warped: Tensor, fixed: Tensor, fixed_range: Range, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    reference = similarity.reference(piece(normalized, fixed.to(warped.dtype), fixed_range))
-    return similarity.evaluate_rows(warped, reference)
+    # the reference is nobody else's, so that the measure can give it up
+    return similarity.evaluate_rows(warped, similarity.reference(piece(_normalized, fixed, fixed_range)))
+
+
+def _normalized(image: Tensor, range_: Range) -> Tensor:
+    """A shifted and scaled image, in float32 if it is in half precision."""
+    return normalized(image.to(torch.promote_types(image.dtype, torch.float32)), range_)
 
 
 def _direction(

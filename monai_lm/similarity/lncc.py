@@ -48,12 +48,10 @@ class LNCC(LocalSimilarity):
     def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
         fixed, mean, variance = reference
-        sums = box_sum(piece(_moments, warped, fixed), self.radius)
-        loss, parts = piece(_correlation, sums, mean, variance, self.radius, self.epsilon)
-        del sums
-        sums = box_sum(parts, self.radius)
-        del parts
-        return loss, piece(_derivative, warped, fixed, sums)
+        sums = [box_sum(piece(_moments, warped, fixed), self.radius)]  # lists give up what nobody needs any more
+        loss, *parts = piece(_correlation, sums.pop(), mean, variance, self.radius, self.epsilon)
+        del reference, mean, variance
+        return loss, piece(_derivative, warped, fixed, box_sum(parts.pop(), self.radius))
 
 
 # --- pieces: pure functions that are compiled one by one; images that are filtered together are stacked as channels
@@ -73,7 +71,7 @@ def _mean_and_variance(sums: Tensor, radius: int, epsilon: float) -> tuple[Tenso
 def _correlation(
     sums: Tensor, fixed_mean: Tensor, fixed_variance: Tensor, radius: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss per row, and ``a``, ``b`` and ``a MJ - b MI`` with the window's weight, from box sums of ``I``, ``I²``, ``IJ``."""
+    """Loss per row, and ``a``, ``b`` and ``a MJ - b MI`` weighted for :func:`box_sum`, from those of ``I, I², I J``."""
     weight = inverse_window_counts(sums, radius)
     mean, square, both = (sums * weight).chunk(3, 1)
     variance = (square - mean * mean).clamp(min=0) + epsilon
