@@ -4,7 +4,8 @@ All passes go window by window (:mod:`monai_lm.streaming`) over the level's volu
 that is the same compiled and not. In V, the size of one image in float32, :class:`Engine` keeps, beside the two images
 and a prediction, which are the caller's: the residual 3, the best residual 3, the smoothed gradient 3, the warped image
 and the derivative 2, and for LNCC the fixed image with its local means and variances 3. :class:`LeanEngine` keeps the
-residual 3 and the best one in half precision 1.5, and computes the rest anew in every window.
+residual 3 and the best one in half precision 1.5, and computes the rest anew in every window. Filters and LNCC are
+compiled piece by piece, so that a window needs some 12 intermediate images at a time, not all of them.
 """
 
 from __future__ import annotations
