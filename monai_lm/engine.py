@@ -50,6 +50,7 @@ class Engine:
     """
 
     best_type: torch.dtype | None = None  # as the residual
+    last_bytes: float | None = None  # of the windows of :meth:`displacement`; as the device likes them
 
     def __init__(
         self,
@@ -245,7 +246,7 @@ class Engine:
         """
         wide = torch.promote_types(self.residual.dtype, torch.float32)
         out = self.residual if self.residual.dtype == wide else torch.empty_like(self.residual, dtype=wide)
-        for window in windows(self.residual, self.residual.shape[1], 0):
+        for window in windows(self.residual, self.residual.shape[1], 0, self.last_bytes):
             rows = window.right(self.residual).to(wide)
             rows = torch.where(per_voxel(better, rows), rows, torch.zeros_like(rows))
             if self.prediction is not None:
@@ -258,6 +259,7 @@ class LeanEngine(Engine):
     """The same passes with next to nothing stored: slower, and for measures that look at a neighbourhood only."""
 
     best_type = torch.float16
+    last_bytes = 4 * 2**20  # composing eagerly takes some thirty times that
 
     def _allocate(self) -> None:
         if self.similarity.halo is None:
