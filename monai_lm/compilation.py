@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["Ledger", "compiled", "compiler_found"]
+__all__ = ["Ledger", "compiled", "compiler_found", "compiling", "piece"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,3 +100,27 @@ class _Compiled:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled version of a module-level function of tensors, one per process (shapes are static within it)."""
     return _Compiled(function)
+
+
+_COMPILING: ContextVar[bool] = ContextVar("monai_lm_compiling", default=False)
+
+
+@contextmanager
+def compiling(pieces: bool = True) -> Iterator[None]:
+    """Whether calls of :func:`piece` inside compile what they call."""
+    token = _COMPILING.set(pieces)
+    try:
+        yield
+    finally:
+        _COMPILING.reset(token)
+
+
+def piece(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a module-level function of tensors, compiled by itself inside :func:`compiling`, else as it is.
+
+    A compiler for CPUs makes one function of all it is given, in which all intermediate results live at the same time.
+    What is called piece by piece gives each of them back as soon as it has served.
+    """
+    if torch.compiler.is_compiling() or not _COMPILING.get():
+        return function(*args)
+    return compiled(function)(*args)

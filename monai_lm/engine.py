@@ -4,22 +4,24 @@ All passes go window by window (:mod:`monai_lm.streaming`) over the level's volu
 that is the same compiled and not. In V, the size of one image in float32, :class:`Engine` keeps, beside the two images
 and a prediction, which are the caller's: the residual 3, the best residual 3, the smoothed gradient 3, the warped image
 and the derivative 2, and for LNCC the fixed image with its local means and variances 3. :class:`LeanEngine` keeps the
-residual 3 and the best one in half precision 1.5, and computes the rest anew in every window.
+residual 3 and the best one in half precision 1.5, and computes the rest anew in every window. Filters and LNCC are
+compiled piece by piece, so that a window needs some 12 intermediate images at a time, not all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monai_lm import levenberg
-from monai_lm.compilation import compiled
-from monai_lm.fields import compose, gaussian_smooth, repair, warp
+from monai_lm.compilation import compiling, piece
+from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.fields.smoothing import gaussian_taps
+from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level
 from monai_lm.similarity import Similarity
@@ -48,6 +50,7 @@ class Engine:
     """
 
     best_type: torch.dtype | None = None  # as the residual
+    last_bytes: float | None = None  # of the windows of :meth:`displacement`; as the device likes them
 
     def __init__(
         self,
@@ -106,8 +109,8 @@ class Engine:
         """Loss ``(B,)`` at the residual; from now on :meth:`gradients` and :meth:`advance` are those of this point."""
         loss = self.loss(self.residual)
         for window in windows(self.residual, self.residual.shape[1], self.slope_halo):
-            smooth, _ = self._run(_slope, window.of(self.derivative), window.of(self.warped), self.sigma)
-            window.right(self.smooth).copy_(window.cut(smooth))
+            gradient = self._run(levenberg.eulerian_gradient, window.of(self.derivative), window.of(self.warped))
+            window.right(self.smooth).copy_(window.cut(self._run_pieces(gaussian_smooth, gradient, self.sigma)))
         return loss
 
     def loss(self, residual: Tensor | None) -> Tensor:
@@ -122,14 +125,20 @@ class Engine:
         total = self.warped.new_zeros(self.warped.shape[0])
         for window in windows(self.warped, 2 * self.warped.shape[1], self.similarity.halo):
             reference = narrowed(self.reference, window)
-            rows, derivative = self._run(_measure_rows, window.of(self.warped), reference, self.similarity)
+            run = self._run_pieces if self.similarity.in_pieces else self._run
+            rows, derivative = run(_measure_rows, window.of(self.warped), reference, self.similarity)
             window.right(self.derivative).copy_(window.cut(derivative))
             total = total + window.cut(rows, 1).sum(1)
         return total
 
     def _run(self, kernel: Callable[..., Any], *args: Any) -> Any:
-        """A kernel, compiled if this level's are."""
-        return (compiled(kernel) if self.fuse else kernel)(*args)
+        """A kernel, compiled as a whole if this level's are."""
+        return self._run_pieces(piece, kernel, *args)
+
+    def _run_pieces(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """A kernel, compiled piece by piece if this level's are: fewer intermediate results live at the same time."""
+        with compiling(self.fuse):
+            return kernel(*args)
 
     def _warp(self, window: Window, residual: Tensor | None) -> Tensor:
         """Window of the moving image warped by the prediction after a residual, shifted and scaled."""
@@ -186,7 +195,7 @@ class Engine:
         return self._run(compose, self.residual, v, window.first_row(self.unit)), rows
 
     def _relaxed(self, window: Window, moved: Tensor, trust: Trust) -> Tensor:
-        return self._run(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
+        return self._run_pieces(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         """Window of the smoothed gradient and, if needed, of the gradient."""
@@ -215,9 +224,10 @@ class Engine:
             self.evaluate()
 
     def settle(self, better: Tensor) -> None:
-        """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted."""
+        """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted, and give that up."""
         if self.best is not None:
             self._choose(better, self.best)
+            self.best = None
 
     def _choose(self, chosen: Tensor, other: Tensor) -> None:
         """Set the residual of pairs that are not ``chosen`` to ``other``."""
@@ -227,11 +237,7 @@ class Engine:
 
     def mend(self) -> bool:
         """Repair folds; whether there were any."""
-        mended = repair(self.residual, self.prediction)
-        if mended is self.residual:
-            return False
-        self.residual.copy_(mended)
-        return True
+        return repair_in_place(self.residual, self.prediction)
 
     def displacement(self, better: Tensor) -> Tensor:
         """Field of ``(id + u0) ∘ (id + r)``, for pairs that are not ``better`` ``(B,)`` that of ``r = 0``; float32.
@@ -240,7 +246,7 @@ class Engine:
         """
         wide = torch.promote_types(self.residual.dtype, torch.float32)
         out = self.residual if self.residual.dtype == wide else torch.empty_like(self.residual, dtype=wide)
-        for window in windows(self.residual, self.residual.shape[1], 0):
+        for window in windows(self.residual, self.residual.shape[1], 0, self.last_bytes):
             rows = window.right(self.residual).to(wide)
             rows = torch.where(per_voxel(better, rows), rows, torch.zeros_like(rows))
             if self.prediction is not None:
@@ -253,6 +259,7 @@ class LeanEngine(Engine):
     """The same passes with next to nothing stored: slower, and for measures that look at a neighbourhood only."""
 
     best_type = torch.float16
+    last_bytes = 4 * 2**20  # composing eagerly takes some thirty times that
 
     def _allocate(self) -> None:
         if self.similarity.halo is None:
@@ -284,7 +291,8 @@ class LeanEngine(Engine):
     def _measure(self, window: Window, warped: Tensor) -> tuple[Tensor, Tensor]:
         """Loss per row and derivative."""
         fixed = window.of(self.fixed)
-        return self._run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
+        run = self._run_pieces if self.similarity.in_pieces else self._run
+        return run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
 
     def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
         """Take a step; see :meth:`Engine.advance`."""
@@ -294,8 +302,11 @@ class LeanEngine(Engine):
 
     def _look(self, window: Window) -> tuple[Tensor, Tensor | None]:
         warped = self._warp(window, self.residual)
-        smooth, gradient = self._run(_slope, self._measure(window, warped)[1], warped, self.sigma)
-        return smooth, gradient if self.keep_gradient else None
+        gradient = self._run(levenberg.eulerian_gradient, self._measure(window, warped)[1], warped)
+        del warped
+        if self.keep_gradient:
+            return self._run_pieces(gaussian_smooth, gradient, self.sigma), gradient
+        return self._run_pieces(gaussian_smooth, gradient, self.sigma), None
 
     def _step_windows(self) -> list[Window]:
         reach = self.window // 2 + max(1, math.ceil(self.step))  # of the Hessian's window, and of composing the step
@@ -333,14 +344,13 @@ def _measure_rows(warped: Tensor, reference: tuple[Any, ...], similarity: Simila
 
 
 def _measure_anew(warped: Tensor, fixed: Tensor, fixed_range: Range, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    reference = similarity.reference(normalized(fixed.to(warped.dtype), fixed_range))
-    return similarity.evaluate_rows(warped, reference)
+    # the reference is nobody else's, so that the measure can give it up
+    return similarity.evaluate_rows(warped, similarity.reference(piece(_normalized, fixed, fixed_range)))
 
 
-def _slope(derivative: Tensor, warped: Tensor, sigma: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The gradient, smoothed and as it is."""
-    gradient = levenberg.eulerian_gradient(derivative, warped)
-    return gaussian_smooth(gradient, sigma), gradient
+def _normalized(image: Tensor, range_: Range) -> Tensor:
+    """A shifted and scaled image, in float32 if it is in half precision."""
+    return normalized(image.to(torch.promote_types(image.dtype, torch.float32)), range_)
 
 
 def _direction(

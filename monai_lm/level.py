@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from monai_lm import levenberg
 from monai_lm.compilation import Ledger
 from monai_lm.engine import Engine, LeanEngine
-from monai_lm.fields import repair, resample
+from monai_lm.fields import resample
+from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust
 from monai_lm.pyramid import Level, shrink
 from monai_lm.result import Record
@@ -77,11 +78,13 @@ class LevelRun:
         )  # fmt: skip
         lean = settings.memory != "full" and voxels > _LEAN_FROM * fixed.numel()
         if prediction is not None and prediction.shape[2:] != level.size:
-            prediction = repair(resample(prediction, level.size))
+            prediction = resample(prediction, level.size)
+            repair_in_place(prediction)
         if residual is None:
             residual = fixed.new_zeros(fixed.shape[0], len(level.size), *level.size, dtype=torch.float32)
         elif residual.shape[2:] != level.size:  # folds that resampling makes are repaired
-            residual = repair(resample(residual, level.size), prediction)
+            residual = resample(residual, level.size)
+            repair_in_place(residual, prediction)
         if lean and settings.memory == "half":
             residual = residual.half()
         self.engine = (LeanEngine if lean else self.engine_type)(

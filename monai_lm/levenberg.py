@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from monai_lm.compilation import piece
 from monai_lm.fields import compose, gaussian_smooth
 from monai_lm.fields.smoothing import box_sum, inverse_window_counts
 
@@ -238,8 +239,13 @@ def relaxed(moved: Tensor, before: Tensor, trust: Trust, smooth_residual: Sequen
         smooth_residual: standard deviation of the Gaussian per axis, in voxels.
         rate: at most 1, multiplies α.
     """
-    if any(s > 0 for s in smooth_residual):
-        smooth = gaussian_smooth(moved, smooth_residual)
+    smooth = gaussian_smooth(moved, smooth_residual) if any(s > 0 for s in smooth_residual) else None
+    return piece(_blended, moved, smooth, before, trust, rate)
+
+
+def _blended(moved: Tensor, smooth: Tensor | None, before: Tensor, trust: Trust, rate: float) -> Tensor:
+    """The moved residual, part of the way to the smooth one; that from before where a pair has no damping."""
+    if smooth is not None:
         moved = moved + per_voxel(rate * step_length(trust), moved) * (smooth - moved)
     return torch.where(per_voxel(trust.damping, moved) > 0, moved, before)
 

@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from operator import index
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from monai_lm.fields import fold_count, repair
+from monai_lm.fields.topology import repair_in_place
 from monai_lm.level import LevelRun, Settings
 from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.streaming import keep_freed_memory
+from monai_lm.streaming import keep_freed_memory, sparing_memory
 from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
 
 __all__ = ["check_keywords", "refine"]
@@ -134,6 +136,7 @@ def refine(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
+        nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
         try:
@@ -213,7 +216,7 @@ def _finish(
     better = (loss <= initial) & ~constant
     ddf = engine.displacement(better)
     if engine.residual.dtype != ddf.dtype:  # what was rounded may fold
-        ddf = repair(ddf)
+        repair_in_place(ddf)
     folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
     if predicted is not None:
         folds = fold_count(predicted)

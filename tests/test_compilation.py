@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from monai_lm import compilation
-from monai_lm.compilation import Ledger, compiled
+from monai_lm.compilation import Ledger, compiled, compiling, piece
 
 CPU = torch.device("cpu")
 
@@ -140,3 +140,30 @@ def test_the_users_compiler_settings_are_left_alone():
     before = (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit)
     compiled(unsupported)(torch.zeros(1))
     assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == before
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if not torch.compiler.is_compiling() else x * 2 + 100
+
+
+def quadrupled(x: torch.Tensor) -> torch.Tensor:
+    return piece(doubled, piece(doubled, x))
+
+
+def test_pieces_are_compiled_where_that_is_asked_for():
+    """The function tells whether it is compiled."""
+    one = torch.ones(3)
+    assert quadrupled(one).tolist() == [4, 4, 4]
+    with compiling(True):
+        assert piece(doubled, one).tolist() == [102, 102, 102]
+        assert quadrupled(one).tolist() == [304, 304, 304]
+        with compiling(False):
+            assert quadrupled(one).tolist() == [4, 4, 4]
+        assert piece(quadrupled, one).tolist() == [304, 304, 304]  # one graph
+    assert quadrupled(one).tolist() == [4, 4, 4]
+
+
+def test_an_error_inside_ends_the_compiling():
+    with pytest.raises(ValueError, match="not welcome"), compiling(True):
+        failing(torch.zeros(1))
+    assert quadrupled(torch.ones(1)).tolist() == [4]

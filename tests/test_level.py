@@ -63,7 +63,7 @@ def test_a_residual_that_folds_on_the_new_grid_is_unfolded():
 @pytest.mark.parametrize("acceptance", ["always", "descent", "metropolis"])
 @pytest.mark.parametrize("control", ["simple", "trust_region"])
 def test_the_best_iterate_comes_back_with_its_loss(acceptance, control, monkeypatch):
-    monkeypatch.setattr(engine_module, "repair", lambda residual, *_: residual)
+    monkeypatch.setattr(engine_module, "repair_in_place", lambda *_: False)
     run = make_run(acceptance=acceptance, control=control, step=3.0)  # so long that the loss also rises
     best, loss, history = iterate(run, 15)
     losses = [row.loss for row in history]
@@ -82,8 +82,8 @@ def test_a_best_iterate_that_folds_is_repaired_and_measured_anew():
 
 def test_long_levels_are_repaired_on_the_way(monkeypatch):
     rounds = []
-    original = engine_module.repair
-    monkeypatch.setattr(engine_module, "repair", lambda *args: rounds.append(1) or original(*args))
+    original = engine_module.repair_in_place
+    monkeypatch.setattr(engine_module, "repair_in_place", lambda *args: rounds.append(1) or original(*args))
     iterate(make_run(), 49)
     assert len(rounds) == 1  # at its end
     rounds.clear()

@@ -1,5 +1,6 @@
 """Windows tile a volume, and kernels with a halo cannot tell them from the whole."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 
 from monai_lm.fields import compose, gaussian_smooth
-from monai_lm.streaming import Window, assembled, give_back_freed_memory, narrowed, overwrite, windows
+from monai_lm.streaming import (
+    Window,
+    assembled,
+    give_back_freed_memory,
+    narrowed,
+    overwrite,
+    windows,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 24, 25, 40, 97])
@@ -70,11 +78,47 @@ def test_nested_tuples_are_narrowed_throughout():
     assert window.cut(a).flatten().tolist() == [3, 4]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_freed_memory_goes_back_to_the_system():
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident() -> int:
+    """Bytes of the process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+FREE_BLOCKS = """
+import torch
+from pathlib import Path
+from monai_lm.streaming import keep_freed_memory, sparing_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def left():
+    before = resident()
+    blocks = [torch.ones(2**20) for _ in range(12)]  # 48 MiB
+    last = torch.ones(2**20)  # above them, so that they are not at the end of the heap
+    assert resident() - before > 35 * 2**20
+    del blocks
+    return resident() - before
+
+with sparing_memory(torch.device("cpu")):
+    spared = left()
+print(spared / 2**20, left() / 2**20)
+"""
+
+
+@ON_LINUX
+def test_large_blocks_go_back_as_soon_as_they_are_freed_while_memory_is_spared():
+    """In a process of its own, whose heap has no gaps."""
+    out = subprocess.run([sys.executable, "-c", FREE_BLOCKS], capture_output=True, text=True, check=True).stdout
+    spared, kept = (float(number) for number in out.split())
+    assert spared < 10
+    assert kept > 40
+
+
+@ON_LINUX
+def test_freed_memory_goes_back_to_the_system():
     blocks = [torch.ones(2**18) for _ in range(200)]  # 200 MiB in blocks that are kept when they are freed
     last = torch.ones(2**8)  # above them, so that they are not at the end of the heap
     del blocks

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monai_lm.compilation import piece
+
 __all__ = ["box_sum", "gaussian_smooth", "gaussian_taps", "inverse_window_counts"]
 
 
@@ -46,7 +48,7 @@ def gaussian_smooth(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
     for axis, s in enumerate(sigmas):
         taps = gaussian_taps(s)
         if len(taps) > 1:
-            x = _filter_axis(x, taps, axis + 2, extend=True)
+            x = piece(_filter_axis, x, taps, axis + 2, True)
     return x
 
 
@@ -99,7 +101,7 @@ def box_sum(x: Tensor, radius: int) -> Tensor:
         radius: half width in voxels.
     """
     for dim in range(2, x.dim()):
-        x = _filter_axis(x, [1.0] * (radius + 1), dim, extend=False)
+        x = piece(_filter_axis, x, [1.0] * (radius + 1), dim, False)
     return x
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from monai_lm.fields.algebra import compose
 from monai_lm.fields.smoothing import box_sum, gaussian_smooth, gaussian_taps, inverse_window_counts
 
-__all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair"]
+__all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair", "repair_in_place"]
 
 _SLAB = 2**18
 """Cells whose determinants are computed at a time: what they need stays in a processor's cache."""
@@ -171,25 +171,41 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
     """
     folded = folded_cells(ddf, margin, outer)
-    folding = folded.flatten(1).any(1).nonzero().flatten().tolist()
-    if not folding:
+    if not bool(folded.any()):
         return ddf
-    pairs, wide = list(ddf.split(1)), torch.promote_types(ddf.dtype, torch.float32)
-    for index in folding:  # one by one: a pair must not depend on its batch
+    out = ddf.clone()
+    _repair_pairs(out, folded, outer, margin, rounds)
+    return out
+
+
+def repair_in_place(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rounds: int = 100) -> bool:
+    """:func:`repair` without a copy of the field; whether anything folded."""
+    folded = folded_cells(ddf, margin, outer)
+    if not bool(folded.any()):
+        return False
+    _repair_pairs(ddf, folded, outer, margin, rounds)
+    return True
+
+
+def _repair_pairs(ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
+    """Repair the pairs that fold, in place; one by one: a pair must not depend on its batch."""
+    wide = torch.promote_types(ddf.dtype, torch.float32)
+    for index in folded.flatten(1).any(1).nonzero().flatten().tolist():
         pair = slice(index, index + 1)
-        around = None if outer is None else outer[pair]
-        pairs[index] = _unfold(pairs[index].to(wide), folded[pair], around, margin, rounds).to(ddf.dtype)
-    return torch.cat(pairs)
+        field = ddf[pair].to(wide)
+        _unfold(field, folded[pair], None if outer is None else outer[pair], margin, rounds)
+        if field.dtype != ddf.dtype:
+            ddf[pair] = field
 
 
-def _smoothed_near(field: Tensor, folded: Tensor, sigma: float) -> Tensor:
-    """Field ``(1, n, *S)`` smoothed in and around its folded cells; tile by tile, because those are few.
+def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
+    """Smooth a field ``(1, n, *S)`` in and around its folded cells, in place; tile by tile, because those are few.
 
     A tile is computed with so much around it that the result is that of the whole field at once.
     """
     reach = max(1, round(sigma))
     margin = max(2 * reach + 1, len(gaussian_taps(sigma)) - 1)
-    out = field.clone()
+    tiles = []
     for tile in _tiles_near(folded, 2 * reach):
         core, box = [], []
         for number, size in zip(tile, field.shape[2:], strict=True):
@@ -201,8 +217,9 @@ def _smoothed_near(field: Tensor, folded: Tensor, sigma: float) -> Tensor:
         values, weight = field[around], _near(folded[cells], reach)
         smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
         target = (slice(None), slice(None), *(slice(first, last) for first, last in core))
-        out[target] = smooth[inner]
-    return out
+        tiles.append((target, smooth[inner].clone()))
+    for target, smooth in tiles:  # when none needs the old values any more
+        field[target] = smooth
 
 
 def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
@@ -217,21 +234,21 @@ def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
     return [tuple(tile) for tile in tiles.tolist()]
 
 
-def _unfold(out: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> Tensor:
-    """Repair one pair ``(1, n, *S)`` whose folded cells are given."""
+def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
+    """Repair one pair ``(1, n, *S)`` whose folded cells are given, in place."""
     sigma, fewest = 1.0, None
     for _ in range(rounds):
         count = int(folded.sum())
         if count == 0:
-            return out
+            return
         if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
-        out = _smoothed_near(out, folded, sigma)
-        folded = folded_cells(out, margin, outer)
-    mean = out.mean(dim=tuple(range(2, out.dim())), keepdim=True)
+        _smooth_near(field, folded, sigma)
+        folded = folded_cells(field, margin, outer)
+    mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True)
     for _ in range(50):
-        if not bool(folded_cells(out, margin, outer).any()):
-            return out
-        out = mean + 0.9 * (out - mean)
-    return torch.zeros_like(out)
+        if not bool(folded_cells(field, margin, outer).any()):
+            return
+        field.sub_(mean).mul_(0.9).add_(mean)
+    field.zero_()

@@ -31,6 +31,9 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit variance first; the measure must not care."""
 
+    in_pieces = False
+    """Whether ``reference`` and ``evaluate_rows`` are made of pieces that are compiled one by one."""
+
     halo: int | None = None
     """How far away from a voxel its loss and derivative look, in voxels; ``None``: at the whole image."""
 

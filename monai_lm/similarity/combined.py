@@ -54,6 +54,7 @@ class Combined(Similarity):
         self.channels = list(channels)
         self.weights = [float(weight) for weight in weights]
         self.closed_form = all(measure.closed_form for measure in self.measures)
+        self.in_pieces = any(measure.in_pieces for measure in self.measures)
         halos = [measure.halo for measure in self.measures]
         self.halo = None if None in halos else max(h for h in halos if h is not None)
 

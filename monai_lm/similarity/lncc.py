@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monai_lm.compilation import piece
 from monai_lm.fields.smoothing import box_sum, inverse_window_counts
 from monai_lm.similarity.base import LocalSimilarity, row_sums
 
@@ -28,6 +29,7 @@ class LNCC(LocalSimilarity):
     """
 
     standardized = True
+    in_pieces = True
 
     def __init__(self, radius: int = 3, epsilon: float = 1e-3) -> None:
         if radius < 1:
@@ -40,27 +42,47 @@ class LNCC(LocalSimilarity):
 
     def reference(self, fixed: Tensor) -> tuple[Tensor, ...]:
         """The fixed image, its window means and its window variances."""
-        weight = inverse_window_counts(fixed, self.radius)
-        mean, square = (m * weight for m in self._sums(fixed, fixed * fixed))
-        variance = (square - mean * mean).clamp(min=0) + self.epsilon
-        return fixed, mean, variance
+        sums = box_sum(piece(_moments, fixed), self.radius)
+        return fixed, *piece(_mean_and_variance, sums, self.radius, self.epsilon)
 
     def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
-        fixed, fixed_mean, fixed_variance = reference
-        weight = inverse_window_counts(warped, self.radius)
-        means = [m * weight for m in self._sums(warped, warped * warped, warped * fixed)]
-        mean = means[0]
-        variance = (means[1] - mean * mean).clamp(min=0) + self.epsilon
-        covariance = means[2] - mean * fixed_mean
-        ratio = covariance / (variance * fixed_variance)
-        channels = warped.shape[1]
-        loss = row_sums(1 - covariance * ratio) / channels
-        a = 2 * ratio * weight
-        b = a * covariance / variance
-        of_a, of_b, of_both = self._sums(a, b, a * fixed_mean - b * mean)
-        return loss, (warped * of_b - fixed * of_a + of_both) / channels
+        fixed, mean, variance = reference
+        sums = [box_sum(piece(_moments, warped, fixed), self.radius)]  # lists give up what nobody needs any more
+        loss, *parts = piece(_correlation, sums.pop(), mean, variance, self.radius, self.epsilon)
+        del reference, mean, variance
+        return loss, piece(_derivative, warped, fixed, box_sum(parts.pop(), self.radius))
 
-    def _sums(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Box sums of several images at once: a third of the kernels to compile and launch."""
-        return box_sum(torch.cat(parts, 1), self.radius).chunk(len(parts), 1)
+
+# --- pieces: pure functions that are compiled one by one; images that are filtered together are stacked as channels
+
+
+def _moments(image: Tensor, other: Tensor | None = None) -> Tensor:
+    """An image, its square, and its product with another one."""
+    return torch.cat([image, image * image] + ([] if other is None else [image * other]), 1)
+
+
+def _mean_and_variance(sums: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Window means and variances from the box sums of an image and of its square."""
+    mean, square = (sums * inverse_window_counts(sums, radius)).chunk(2, 1)
+    return mean, (square - mean * mean).clamp(min=0) + epsilon
+
+
+def _correlation(
+    sums: Tensor, fixed_mean: Tensor, fixed_variance: Tensor, radius: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Loss per row, and ``a``, ``b`` and ``a MJ - b MI`` weighted for :func:`box_sum`, from those of ``I, I², I J``."""
+    weight = inverse_window_counts(sums, radius)
+    mean, square, both = (sums * weight).chunk(3, 1)
+    variance = (square - mean * mean).clamp(min=0) + epsilon
+    covariance = both - mean * fixed_mean
+    ratio = covariance / (variance * fixed_variance)
+    a = 2 * ratio * weight
+    b = a * covariance / variance
+    return row_sums(1 - covariance * ratio) / mean.shape[1], torch.cat([a, b, a * fixed_mean - b * mean], 1)
+
+
+def _derivative(warped: Tensor, fixed: Tensor, sums: Tensor) -> Tensor:
+    """Derivative of the loss from the box sums of what :func:`_correlation` returns."""
+    of_a, of_b, of_both = sums.chunk(3, 1)
+    return (warped * of_b - fixed * of_a + of_both) / warped.shape[1]

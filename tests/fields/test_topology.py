@@ -235,6 +235,20 @@ def test_repair_returns_the_same_tensor_where_nothing_folds(size, smooth_field):
     assert repair(field, torch.zeros_like(field)) is field
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("outer", [False, True])
+def test_repair_in_place_is_repair(dtype, outer, random_tensor, smooth_field):
+    field = (4 * random_tensor((3, 2, 15, 16))).to(dtype)
+    field[1] = 1
+    around = smooth_field((3, 2, 15, 16)).to(dtype) if outer else None
+    expected, given = repair(field, around), field.clone()
+    assert topology.repair_in_place(given, around)
+    assert torch.equal(given, expected)
+    assert torch.equal(given[1], field[1])
+    assert not torch.equal(given[0], field[0])
+    assert not topology.repair_in_place(torch.ones_like(field))
+
+
 @WIDE
 def test_repair_leaves_the_input_alone(size):
     field = one_fold(size)
@@ -342,12 +356,14 @@ def test_repair_by_tiles_is_repair_of_the_whole(sigma, size, random_tensor, monk
     folded = torch.zeros(1, *(s + 1 for s in size), dtype=torch.bool)
     for fraction in (0.0, 0.45, 1.0):  # a corner, the middle, the opposite corner
         folded[(0, *(int(fraction * s) for s in size))] = True
-    tiled = topology._smoothed_near(field, folded, sigma)
+    tiled, whole = field.clone(), field.clone()
+    topology._smooth_near(tiled, folded, sigma)
     assert len(topology._tiles_near(folded, 2)) < len(topology._tiles_near(folded, 20))
     monkeypatch.setattr(topology, "_TILE", 1000)
     assert topology._tiles_near(folded, 20) == [(0,) * len(size)]
     weight = topology._near(folded, max(1, round(sigma)))
     expected = torch.where(weight == 0, field, field + weight * (gaussian_smooth(field, sigma) - field))
     assert (expected - field).abs().max() > 1e-3
-    for out in (tiled, topology._smoothed_near(field, folded, sigma)):
+    topology._smooth_near(whole, folded, sigma)
+    for out in (tiled, whole):
         torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)  # the weights are float32
