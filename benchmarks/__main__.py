@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -10,11 +11,22 @@ from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, scaling, speed
+from benchmarks.profile import profile
 from benchmarks.training import brain_bundle, knee, supervision
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
-    auto_cli(
-        [hippocampus, brain, ablation, speed, memory, scaling, accuracy, knee, supervision, brain_bundle],
-        as_positional=False,
-    )
+    commands: list[Any] = [
+        hippocampus,
+        brain,
+        ablation,
+        speed,
+        memory,
+        scaling,
+        accuracy,
+        profile,
+        knee,
+        supervision,
+        brain_bundle,
+    ]
+    auto_cli(commands, as_positional=False)

@@ -133,7 +133,8 @@ def refine_pair(
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``.
-        report: write the report.
+        report: write the report; its Dice is that of labels brought onto the fixed grid first, ``metrics.json`` samples
+            them once.
         settings: keyword arguments of :func:`monai_lm.refine`.
 
     Returns:
@@ -173,8 +174,7 @@ def refine_pair(
     }  # fmt: skip
     _write_pair(folder, suffix, file_format, f, m, maps, initial, refined)
     if report:
-        both = {key: (before[key], after[key]) for key in after}
-        _report(folder / "report.html", f, onto, maps, initial, m, result, predicted, both, keywords)
+        _report(folder / "report.html", f, m, onto, maps, landmarks, initial, result, predicted, keywords)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
@@ -210,28 +210,29 @@ def _write_pair(
 def _report(
     path: Path,
     fixed: Image,
+    moving: Image,
     onto: Tensor,
     maps: Sequence[Image] | None,
+    landmarks: Sequence[Tensor] | None,
     initial: np.ndarray | None,
-    moving: Image,
     result: RefinementResult,
     predicted: Tensor | None,
-    metrics: Mapping[str, tuple[float, float]],
     settings: Mapping[str, Any],
 ) -> None:
-    from monai_lm.report import page
+    """The page shows, and measures, what has been brought onto the fixed grid."""
+    from monai_lm.report import write_report
 
-    labels = None
+    labels, points = None, None
     if maps:
         still = torch.zeros_like(result.ddf).cpu()
         label = resample_moving(maps[1].data, still, fixed.affine, maps[1].affine, initial, "nearest", "zeros")
         labels = (maps[0].data, label)
+    if landmarks and initial is None:
+        points = (to_voxel(landmarks[0], fixed.affine), to_voxel(landmarks[1], fixed.affine))
     title = f"{moving.path.name} onto {fixed.path.name}"
-    rows = {"dice": page.DICE, "hd95": page.HD95, "tre": page.TRE}
-    page.write_report(
-        path, fixed.data, onto, result, prediction=predicted, affine=fixed.affine, labels=labels,
-        measured={rows[key]: values for key, values in metrics.items() if key in rows}, settings=dict(settings),
-        title=title,
+    write_report(
+        path, fixed.data, onto, result, prediction=predicted, affine=fixed.affine, labels=labels, landmarks=points,
+        settings=dict(settings), title=title,
     )  # fmt: skip
 
 

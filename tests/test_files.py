@@ -225,4 +225,5 @@ def test_the_report_is_written_beside_the_fields(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 3})
     page = (tmp_path / "out" / "report.html").read_text()
     assert "moving.nii.gz onto fixed.nii.gz" in page
-    assert f"<td>{metrics['dice']:.4g}</td>" in page
+    assert f"<td>{metrics['tre']:.2f}</td>" in page
+    assert f"<td>{metrics['sdlogj']:.3f}</td>" in page

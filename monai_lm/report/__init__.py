@@ -1,4 +1,4 @@
-"""One page that shows whether to trust a refinement."""
+"""A refinement on one page: pictures, curves, numbers and warnings in a single file."""
 
 from monai_lm.report.page import write_report
 

@@ -1,8 +1,7 @@
-"""The pictures of a report, as PNG."""
+"""Pictures of a report: slices, contours, deformed grid, Jacobian map, curves; every one a PNG in memory."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,181 +13,359 @@ from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
 from monai_lm.fields.topology import folded_cells
+from monai_lm.report.findings import Case, centre_of_mass
 from monai_lm.result import Iteration
-from monai_lm.space import spacing_of
 
-__all__ = ["Views", "contrast", "course", "deformation", "differences", "flicker", "images"]
+__all__ = [
+    "FIXED_COLOUR",
+    "MOVING_COLOUR",
+    "View",
+    "Volumes",
+    "curves",
+    "figure_class",
+    "jacobian_colours",
+    "levels_of",
+    "pictures_of",
+    "summary",
+    "views_of",
+    "volumes_of",
+]
 
-_OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
+_EDGE = 360
+"""Longest edge of a slice's picture in pixels."""
+
+FIXED_COLOUR, MOVING_COLOUR = "#22d3ee", "#ff9f1c"
+
+
+def figure_class() -> Any:
+    """Matplotlib's ``Figure``; an ImportError that names the extra where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a report needs matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
+    return Figure
 
 
 @dataclass(frozen=True)
-class Plane:
-    """A slice: its axes, and where it cuts the third."""
+class View:
+    """A slice of a grid and how it lies on the page.
 
-    across: int
-    up: int
-    cut: int | None
-    position: int
-
-
-class Views:
-    """How to look at volumes of one grid: planes through the middle of what is bright in the fixed image.
-
-    Args:
-        fixed: ``(*S)``, 2D or 3D.
-        affine: ``(4, 4)`` voxel-to-RAS affine, or ``None`` where it is not known.
+    Attributes:
+        name: of the plane.
+        normal: array axis across the slice, None in 2D.
+        index: voxel along it.
+        axes: array axes shown to the right and upwards.
+        flips: whether each of them runs the other way on the page.
+        spacing: voxel edges in millimetres of these two axes.
+        letters: patient directions at the left, right, top and bottom edge; None where unknown.
     """
 
-    def __init__(self, fixed: np.ndarray, affine: np.ndarray | None) -> None:
-        self.spacing = (1.0,) * fixed.ndim if affine is None else spacing_of(affine, fixed.ndim)
-        self.letters = None if affine is None or fixed.ndim == 2 else nib.aff2axcodes(affine)
-        weight = fixed - fixed.min() + 1e-6
-        grids = np.meshgrid(*[np.arange(s) for s in fixed.shape], indexing="ij")
-        centre = [round(float((weight * g).sum() / weight.sum())) for g in grids]
-        axes = [(0, 1, 2), (0, 2, 1), (1, 2, 0)] if fixed.ndim == 3 else [(0, 1, None)]
-        self.planes = [Plane(a, b, c, 0 if c is None else centre[c]) for a, b, c in axes]
+    name: str
+    normal: int | None
+    index: int
+    axes: tuple[int, int]
+    flips: tuple[bool, bool]
+    spacing: tuple[float, float]
+    letters: tuple[str, str, str, str] | None
 
-    def slice(self, volume: np.ndarray, plane: Plane) -> np.ndarray:
-        """What the plane cuts out of ``(*S)``, rows going up."""
-        flat = volume if plane.cut is None else volume.take(plane.position, plane.cut)
-        return flat.T
-
-    def show(self, axis: Any, volume: np.ndarray, plane: Plane, title: str = "", **kwargs: Any) -> Any:
-        """Draw a slice with the right proportions, and letters for the directions where they are known."""
-        aspect = self.spacing[plane.up] / self.spacing[plane.across]
-        shown = axis.imshow(self.slice(volume, plane), origin="lower", aspect=aspect, **kwargs)
-        axis.set_axis_off()
-        axis.set_title(title, fontsize=10)
-        if self.letters is not None:
-            right, top = self.letters[plane.across], self.letters[plane.up]
-            style = {"transform": axis.transAxes, "color": "#ffb000", "fontsize": 8, "ha": "center", "va": "center"}
-            for x, y, letter in ((0.96, 0.5, right), (0.04, 0.5, _OPPOSITE[right]), (0.5, 0.96, top)):
-                axis.text(x, y, letter, **style)
-        return shown
+    def cut(self, volume: np.ndarray) -> np.ndarray:
+        """Slice of a volume ``(*S)``, rows upwards and columns to the right."""
+        plane = volume if self.normal is None else np.take(volume, self.index, axis=self.normal)
+        plane = plane if self.axes[0] > self.axes[1] else plane.T
+        return plane[:: -1 if self.flips[1] else 1, :: -1 if self.flips[0] else 1]
 
 
-def contrast(image: np.ndarray) -> np.ndarray:
-    """Scale between the 0.5 and 99.5 percentiles to [0, 1]."""
-    low, high = np.percentile(image, [0.5, 99.5])
-    return ((image - low) / max(high - low, 1e-12)).clip(0, 1)
+def views_of(case: Case) -> list[View]:
+    """One view in 2D, three orthogonal ones through the fixed image's centre of mass in 3D.
+
+    With an affine the views are those of radiology: the patient's right (or front) at the left, front (or head) up.
+    """
+    size = case.fixed.shape[2:]
+    n = len(size)
+    centre = [min(max(round(c), 0), s - 1) for c, s in zip(centre_of_mass(case.fixed[0, 0]), size, strict=True)]
+    if case.affine is None:
+        pairs = [(None, 0, 1)] if n == 2 else [(2, 0, 1), (1, 0, 2), (0, 1, 2)]
+        return [
+            View(
+                "slice" if k is None else f"axis {k}, voxel {centre[k]}",
+                k,
+                0 if k is None else centre[k],
+                (a, b),
+                (False, False),
+                (case.spacing[a], case.spacing[b]),
+                None,
+            )
+            for k, a, b in pairs
+        ]
+    orientation = nib.io_orientation(np.asarray(case.affine))
+    axis_of = {int(world): axis for axis, (world, _) in enumerate(orientation[:n])}
+    sign = orientation[:, 1]
+    planes = [("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2)]
+    planes = planes if n == 3 else [plane for plane in planes if plane[1] not in axis_of]
+    views = []
+    for name, normal, right, up in planes:
+        k = axis_of.get(normal)
+        a, b = axis_of[right], axis_of[up]
+        letters = ("RA"[right], "LP"[right], "RAS"[up], "LPI"[up])
+        index = 0 if k is None else centre[k]
+        title = name if k is None else f"{name}, voxel {index}"
+        flips = (bool(sign[a] > 0), bool(sign[b] < 0))
+        views.append(View(title, k, index, (a, b), flips, (case.spacing[a], case.spacing[b]), letters))
+    return views
 
 
-def images(
-    views: Views, columns: dict[str, np.ndarray], contours: dict[str, np.ndarray] | None, outline: np.ndarray | None
-) -> str:
-    """Images side by side, a row per plane; the outline of the fixed labels on all, those of ``contours`` on theirs."""
-    figure, axes = _grid(len(views.planes), len(columns))
-    for row, plane in zip(axes, views.planes, strict=True):
-        for axis, (name, volume) in zip(row, columns.items(), strict=True):
-            views.show(axis, volume, plane, name if plane is views.planes[0] else "", cmap="gray", vmin=0, vmax=1)
-            for labels, colour in ((outline, "#38bdf8"), ((contours or {}).get(name), "#f97316")):
-                if labels is not None:
-                    _outline(axis, views.slice(labels, plane), colour)
-    return png(figure)
+def _window_of(image: Tensor) -> tuple[float, float]:
+    """Grey values shown black and white: the 1st and 99.5th percentile; a span of 1 for a constant image."""
+    low, high = np.percentile(image.numpy(), [1, 99.5])
+    return float(low), float(high if high > low else low + 1)
 
 
-def differences(views: Views, columns: dict[str, np.ndarray]) -> str:
-    """Signed differences of images in [0, 1] side by side, a row per plane."""
-    figure, axes = _grid(len(views.planes), len(columns))
-    for row, plane in zip(axes, views.planes, strict=True):
-        for axis, (name, volume) in zip(row, columns.items(), strict=True):
-            title = name if plane is views.planes[0] else ""
-            shown = views.show(axis, volume, plane, title, cmap="RdBu_r", vmin=-0.6, vmax=0.6)
-    figure.colorbar(shown, ax=axes, shrink=0.6, label="fixed − moving")
-    return png(figure)
-
-
-def deformation(views: Views, warped: np.ndarray, ddf: Tensor) -> str:
-    """The deformed grid over the warped image, and the Jacobian determinant with folded cells marked."""
-    figure, axes = _grid(len(views.planes), 2)
-    field = ddf[0].numpy()
-    determinant = jacobian_determinant(ddf)[0].numpy()
-    folded = folded_cells(ddf)[0].numpy()
-    for row, plane in zip(axes, views.planes, strict=True):
-        first = plane is views.planes[0]
-        views.show(row[0], warped, plane, "deformed grid" if first else "", cmap="gray", vmin=0, vmax=1, alpha=0.6)
-        _lines(row[0], views, field, plane)
-        logarithm = np.log2(np.clip(determinant, 2.0**-4, 2.0**4))
-        title = "log2 of the Jacobian determinant" if first else ""
-        shown = views.show(row[1], logarithm, plane, title, cmap="PuOr_r", vmin=-2, vmax=2)
-        marks = np.argwhere(
-            views.slice(folded, plane) if plane.cut is None or folded.ndim == 2 else _cells(folded, plane)
-        )
-        row[1].plot(marks[:, 1] + 0.5, marks[:, 0] + 0.5, "x", color="#e11d48", markersize=5)
-    figure.colorbar(shown, ax=axes[:, 1], shrink=0.6, label="shrinks ← → grows")
-    return png(figure)
-
-
-def course(history: Sequence[Iteration]) -> str:
-    """Loss and damping over the iterations, level by level, with rejected steps marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for level in dict.fromkeys(i.level for i in history):
-        own = [(n, i) for n, i in enumerate(history) if i.level == level]
-        numbers = [n for n, _ in own]
-        axes[0].plot(
-            numbers, [i.loss for _, i in own], label=f"1/{level:g} resolution" if level > 1 else "full resolution"
-        )
-        axes[1].semilogy(numbers[1:], [i.damping for _, i in own[1:]])
-        rejected = [(n, i.loss) for n, i in own if not i.accepted]
-        axes[0].plot(*zip(*rejected, strict=True) if rejected else ([], []), "x", color="#e11d48")
-    for axis, name in zip(axes, ("dissimilarity per voxel", "damping, relative"), strict=True):
-        axis.set_xlabel("iteration")
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    return png(figure)
-
-
-def flicker(views: Views, fixed: np.ndarray, warped: np.ndarray) -> tuple[str, str]:
-    """The same plane of both images, without borders, to be shown in turn."""
-    out = []
-    for volume in (fixed, warped):
-        figure, axes = _grid(1, 1)
-        views.show(axes[0, 0], volume, views.planes[0], cmap="gray", vmin=0, vmax=1)
-        out.append(png(figure))
-    return out[0], out[1]
-
-
-def png(figure: Any) -> str:
-    """A figure as base64 PNG."""
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    return base64.b64encode(buffer.getvalue()).decode()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
-def _grid(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    from matplotlib.figure import Figure
+class _Panel:
+    """One slice as a figure that it fills to the edge, in the proportions of the patient."""
 
-    figure = Figure(figsize=(3.0 * columns, 3.0 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    def __init__(self, view: View, shape: tuple[int, int]) -> None:
+        width, height = shape[1] * view.spacing[0], shape[0] * view.spacing[1]
+        scale = _EDGE / max(width, height) / 100
+        edges = max(width * scale, 0.4), max(height * scale, 0.4)
+        self.figure = figure_class()(figsize=edges, dpi=100, facecolor="black")
+        self.axis = self.figure.add_axes((0, 0, 1, 1))
+        self.axis.set_axis_off()
+        _draw_frame(self.axis, view, shape)
 
-
-def _outline(axis: Any, labels: np.ndarray, colour: str) -> None:
-    for value in np.unique(labels)[1:12]:
-        axis.contour(labels == value, [0.5], colors=[colour], linewidths=0.8)
-
-
-def _lines(axis: Any, views: Views, field: np.ndarray, plane: Plane) -> None:
-    """Every few rows and columns of the plane, led by the field's part within it."""
-    parts = [views.slice(field[a], plane).T for a in (plane.across, plane.up)]
-    grids = np.meshgrid(*[np.arange(s) for s in parts[0].shape], indexing="ij")
-    x, y = (g + u for g, u in zip(grids, parts, strict=True))
-    step = max(1, min(x.shape) // 24)
-    for lines in ((x[::step].T, y[::step].T), (x[:, ::step], y[:, ::step])):
-        axis.plot(*lines, color="#0ea5e9", linewidth=0.5)
+    def png(self) -> bytes:
+        return _png(self.figure)
 
 
-def _cells(folded: np.ndarray, plane: Plane) -> np.ndarray:
-    """Folded cells at the plane, rows going up."""
-    assert plane.cut is not None
-    return folded.take(min(plane.position, folded.shape[plane.cut] - 1), plane.cut).T
+def _draw_frame(axis: Any, view: View, shape: tuple[int, int], size: float = 16) -> None:
+    """Limits in millimetres on the page, and the letters of orientation at the edges."""
+    axis.set_xlim(-0.5 * view.spacing[0], (shape[1] - 0.5) * view.spacing[0])
+    axis.set_ylim(-0.5 * view.spacing[1], (shape[0] - 0.5) * view.spacing[1])
+    axis.set_aspect("auto")
+    if view.letters is None:
+        return
+    places = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
+    places += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
+    box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
+    for letter, (x, y, across, along) in zip(view.letters, places, strict=True):
+        axis.text(
+            x,
+            y,
+            letter,
+            transform=axis.transAxes,
+            ha=across,
+            va=along,
+            color="white",
+            fontsize=size,
+            bbox=box,
+            zorder=9,
+        )
 
 
-def warped_by(image: Tensor, ddf: Tensor, mode: str = "bilinear") -> np.ndarray:
-    """First channel of an image ``(1, C, *S)`` after a field, ``(*S)``."""
-    out: np.ndarray = warp(image[:, :1], ddf, mode=mode)[0, 0].numpy()
+def _draw_image(axis: Any, view: View, plane: np.ndarray, colours: str, low: float, high: float) -> None:
+    """A slice under the frame."""
+    x, y = view.spacing
+    extent = (-0.5 * x, (plane.shape[1] - 0.5) * x, -0.5 * y, (plane.shape[0] - 0.5) * y)
+    smooth = "bilinear" if colours == "gray" else "nearest"
+    axis.imshow(
+        plane, cmap=colours, vmin=low, vmax=high, origin="lower", extent=extent, aspect="auto", interpolation=smooth
+    )
+
+
+def _draw_contours(axis: Any, view: View, labels: np.ndarray, colour: str) -> None:
+    """Outlines of every label of a slice."""
+    rows, columns = labels.shape
+    x, y = np.arange(columns) * view.spacing[0], np.arange(rows) * view.spacing[1]
+    for label in np.unique(labels[labels != 0]):
+        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=1.3)
+
+
+def _draw_grid(axis: Any, view: View, ddf: np.ndarray) -> None:
+    """Where every few voxels' lines of the fixed grid come to lie in the moving image, seen in the plane."""
+    right, up = (view.cut(ddf[a]) * (-1 if flip else 1) for a, flip in zip(view.axes, view.flips, strict=True))
+    rows, columns = right.shape
+    x = (np.arange(columns)[None] + right) * view.spacing[0]
+    y = (np.arange(rows)[:, None] + up) * view.spacing[1]
+    step = max(1, round(max(rows, columns) / 24))
+    style = {"color": "#7dd3fc", "linewidth": 1.0}
+    for row in range(0, rows, step):
+        axis.plot(x[row], y[row], **style)
+    for column in range(0, columns, step):
+        axis.plot(x[:, column], y[:, column], **style)
+
+
+def _draw_folds(axis: Any, view: View, cells: np.ndarray) -> None:
+    """A cross on every folded cell ``(*(S + 1))`` that touches the slice."""
+    if view.normal is not None:
+        cells = np.asarray(np.take(cells, [view.index, view.index + 1], axis=view.normal).any(view.normal))
+    plane = cells if view.axes[0] > view.axes[1] else cells.T
+    plane = plane[:: -1 if view.flips[1] else 1, :: -1 if view.flips[0] else 1]
+    rows, columns = plane.nonzero()
+    if len(rows):
+        axis.scatter((columns - 0.5) * view.spacing[0], (rows - 0.5) * view.spacing[1], s=14, c="#d400d4", marker="x")
+
+
+def jacobian_colours() -> list[str]:
+    """Stops of the Jacobian map's colours, from shrinking to growing, as CSS colours."""
+    figure_class()
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["RdBu_r"](i / 8)) for i in range(9)]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """What the pictures are cut from, ``(*S)`` arrays; see :func:`volumes_of`."""
+
+    fixed: np.ndarray
+    moving: np.ndarray
+    start: np.ndarray
+    warped: np.ndarray
+    windows: tuple[tuple[float, float], tuple[float, float]]
+    labels: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    limit: float
+
+    def difference(self, image: np.ndarray) -> np.ndarray:
+        """Fixed minus another, both in parts of their windows."""
+        (low, high), (bottom, top) = self.windows
+        return np.clip((self.fixed - low) / (high - low), 0, 1) - np.clip((image - bottom) / (top - bottom), 0, 1)
+
+
+def volumes_of(case: Case) -> Volumes:
+    """First channels, warped by the first and the last field; labels likewise; half-width of the Jacobian's scale."""
+    labels = None
+    if case.labels is not None:
+        fixed, moving = case.labels
+        labels = tuple(
+            m[0, 0].numpy()
+            for m in (fixed, warp(moving, case.start, mode="nearest"), warp(moving, case.ddf, mode="nearest"))
+        )
+    spread = [_log2_jacobian(field) for field in (case.start, case.ddf)]
+    limit = max(float(np.percentile(np.abs(values), 99.5)) for values in spread)
+    return Volumes(
+        case.fixed[0, 0].numpy(),
+        case.moving[0, 0].numpy(),
+        warp(case.moving, case.start)[0, 0].numpy(),
+        warp(case.moving, case.ddf)[0, 0].numpy(),
+        (_window_of(case.fixed[0, 0]), _window_of(case.moving[0, 0])),
+        labels,  # type: ignore[arg-type]
+        min(max(float(np.ceil(limit * 2) / 2), 0.5), 3.0),
+    )
+
+
+def _log2_jacobian(ddf: Tensor) -> np.ndarray:
+    return np.asarray(jacobian_determinant(ddf)[0].clamp(min=1e-3).log2().numpy())
+
+
+def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> None:
+    """Draw one kind of picture into axes that have their frame."""
+    grey, other = volumes.windows
+    plain = {"fixed": (volumes.fixed, grey), "moving": (volumes.moving, other)}
+    plain |= {"start": (volumes.start, other), "warped": (volumes.warped, other)}
+    if kind in plain:
+        image, window = plain[kind]
+        _draw_image(axis, view, view.cut(image), "gray", *window)
+    elif kind.startswith("difference"):
+        image = volumes.start if kind.endswith("before") else volumes.warped
+        _draw_image(axis, view, view.cut(volumes.difference(image)), "PuOr", -1, 1)
+    elif kind.startswith("labels"):
+        assert volumes.labels is not None  # for mypy
+        _draw_image(axis, view, view.cut(volumes.fixed), "gray", *grey)
+        _draw_contours(axis, view, view.cut(volumes.labels[0]), FIXED_COLOUR)
+        _draw_contours(axis, view, view.cut(volumes.labels[1 if kind.endswith("before") else 2]), MOVING_COLOUR)
+    elif kind == "grid":
+        _draw_grid(axis, view, case.ddf[0].numpy())
+    else:
+        field = case.start if kind.endswith("before") else case.ddf
+        _draw_image(axis, view, view.cut(_log2_jacobian(field)), "RdBu_r", -volumes.limit, volumes.limit)
+        _draw_folds(axis, view, folded_cells(field)[0].numpy())
+
+
+def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequence[str]) -> dict[str, list[bytes]]:
+    """Per kind of picture, a PNG of every view.
+
+    Kinds: ``fixed``, ``moving``, ``start``, ``warped``, ``difference before`` and ``after``, ``labels before`` and
+    ``after``, ``grid``, ``jacobian before`` and ``after``.
+    """
+    out: dict[str, list[bytes]] = {}
+    for kind in kinds:
+        out[kind] = []
+        for view in views:
+            panel = _Panel(view, view.cut(volumes.fixed).shape)
+            _paint(case, volumes, kind, view, panel.axis)
+            out[kind].append(panel.png())
     return out
+
+
+def levels_of(history: Sequence[Iteration]) -> list[tuple[slice, str]]:
+    """The entries of each level, the first of which is its starting point, and a text on how many were accepted."""
+    starts = [i for i, entry in enumerate(history) if i == 0 or entry.level != history[i - 1].level]
+    out = []
+    for first, last in zip(starts, [*starts[1:], len(history)], strict=True):
+        accepted = sum(entry.accepted for entry in history[first + 1 : last])
+        text = f"level 1/{history[first].level:g}: {accepted} of {last - first - 1} accepted"
+        out.append((slice(first, last), text))
+    return out
+
+
+def curves(history: Sequence[Iteration]) -> bytes:
+    """Loss, damping and accepted steps over the iterations, level after level; a PNG."""
+    figure = figure_class()(figsize=(7.2, 5.2), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
+    number = list(range(len(history)))
+    for part, share in levels_of(history):
+        first, last, steps = part.start, part.stop, history[part][1:]
+        axes[0].plot(number[part], [h.loss for h in history[part]], ".-", markersize=4, label=share)
+        axes[1].semilogy(number[part], [max(h.damping, 1e-12) for h in history[part]], ".-", markersize=4)
+        colours = ["#15803d" if h.accepted else "#dc2626" for h in steps]
+        axes[2].scatter(number[first + 1 : last], [float(h.accepted) for h in steps], c=colours, s=12)
+        for axis in axes:
+            axis.axvline(first - 0.5, color="0.85", zorder=0)
+    for axis, name in zip(axes, ("dissimilarity", "damping λ", "accepted"), strict=True):
+        axis.set_ylabel(name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[2].set_yticks([0, 1], ["no", "yes"])
+    axes[2].set_ylim(-0.5, 1.5)
+    axes[2].set_xlabel("iteration")
+    return _png(figure)
+
+
+def summary(
+    case: Case, volumes: Volumes, views: Sequence[View], heading: tuple[str, str], lines: Sequence[str]
+) -> bytes:
+    """The report in one picture: fixed, moving, warped, differences, Jacobian map; verdict above, numbers below."""
+    kinds = {"fixed": "fixed", "moving": "moving", "warped": "warped", "difference before": "difference, before"}
+    kinds |= {"difference after": "difference, after", "grid": "deformed grid", "jacobian after": "log Jacobian"}
+    if volumes.labels is not None:
+        kinds |= {"labels after": "labels, after"}
+    shapes = [view.cut(volumes.fixed).shape for view in views]
+    heights = [shape[0] * v.spacing[1] / (shape[1] * v.spacing[0]) for shape, v in zip(shapes, views, strict=True)]
+    wide = 1.35
+    tall = [min(max(h, 0.3), 3.0) * wide for h in heights]
+    figure = figure_class()(figsize=(wide * len(kinds), sum(tall) + 1.3), dpi=85, facecolor="white")
+    top = 1 - 0.75 / figure.get_figheight()
+    bottom = 0.35 / figure.get_figheight()
+    axes = figure.subplots(
+        len(views), len(kinds), squeeze=False, height_ratios=tall,
+        gridspec_kw={"left": 0.005, "right": 0.995, "top": top, "bottom": bottom, "wspace": 0.03, "hspace": 0.03},
+    )  # fmt: skip
+    for row, (view, shape) in enumerate(zip(views, shapes, strict=True)):
+        for axis, (kind, title) in zip(axes[row], kinds.items(), strict=True):
+            axis.set(xticks=[], yticks=[], facecolor="black")
+            _draw_frame(axis, view, shape, 8)
+            _paint(case, volumes, kind, view, axis)
+            axis.set_aspect("equal")
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+    for text, down, weight in zip(heading, (0.08, 0.31), ("bold", "normal"), strict=True):
+        height = 1 - down / figure.get_figheight()
+        figure.text(0.005, height, text, fontsize=10, weight=weight, va="top", parse_math=False)
+    figure.text(0.005, 0.08 / figure.get_figheight(), "   ".join(lines), fontsize=9, va="bottom")
+    return _png(figure)

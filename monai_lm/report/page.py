@@ -1,56 +1,32 @@
-"""The page of a report: words, numbers, pictures, in one file that needs nothing else."""
+"""Write the report of one refinement: a single HTML file that needs nothing beside it."""
 
 from __future__ import annotations
 
-import html
+import base64
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import monai
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 import monai_lm
-from monai_lm.evaluation import compare_labels
-from monai_lm.fields import fold_count
 from monai_lm.fileio.files import replacing
-from monai_lm.metrics import sd_log_jacobian
 from monai_lm.report import figures
+from monai_lm.report.findings import Case, FieldMetrics, measure_field, verdict, warnings_of
+from monai_lm.report.style import SCRIPT, STYLE
 from monai_lm.result import RefinementResult
-from monai_lm.space import spacing_of
+from monai_lm.space import check_affine, spacing_of
+from monai_lm.validation import check_field, check_images, check_number, plain
 
 __all__ = ["write_report"]
 
-FAR = 10.0
-"""Mean displacement in millimetres above which the page says that the images were far apart."""
-
-DICE, HD95, TRE = "Dice, mean of labels", "95 % Hausdorff distance, mm", "target registration error, mm"
-"""Names of rows of the table."""
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1e293b; --paper: #ffffff; --soft: #f1f5f9; --good: #15803d; --bad: #b91c1c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e2e8f0; --paper: #0f172a; --soft: #1e293b; --good: #4ade80;
---bad: #f87171; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
-.verdict { background: var(--soft); border-left: .4rem solid var(--good); padding: .6rem 1rem; border-radius: .4rem; }
-.verdict.warned { border-color: var(--bad); } .warning { color: var(--bad); }
-table { border-collapse: collapse; width: 100%; } td, th { padding: .3rem .5rem; text-align: right;
-border-bottom: 1px solid var(--soft); overflow-wrap: anywhere; } td:first-child, th:first-child { text-align: left; }
-.flicker { position: relative; max-width: 24rem; } .flicker img + img { position: absolute; inset: 0; }
-.flicker.on img + img { visibility: hidden; } button { font: inherit; padding: .4rem 1rem; }
-"""
-
-_SCRIPT = """
-const box = document.querySelector('.flicker'); let timer = null;
-document.querySelector('button').onclick = e => { timer = timer ? clearInterval(timer) : setInterval(
-() => box.classList.toggle('on'), 600); e.target.textContent = timer ? 'Stop' : 'Flicker'; };
-box.onclick = () => box.classList.toggle('on');
-"""
+_WORST = 10
+"""Labels that the table lists one by one."""
 
 
 def write_report(
@@ -60,213 +36,320 @@ def write_report(
     result: RefinementResult,
     *,
     prediction: Tensor | None = None,
-    affine: np.ndarray | None = None,
+    affine: Any = None,
     labels: tuple[Tensor, Tensor] | None = None,
-    measured: Mapping[str, tuple[float, float]] | None = None,
+    landmarks: tuple[Tensor, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
-    title: str = "Refinement",
-) -> None:
-    """Write a page about one pair: what got better, what to be wary of, pictures, course, settings and versions.
+    title: str = "Registration report",
+    png: str | Path | None = None,
+) -> Path:
+    """Write what a refinement brought as one self-contained HTML file, and on request as one picture.
 
     Args:
-        path: ``.html`` file; its folder is made if missing. Nothing else is needed to look at it.
-        fixed: ``(1, C, *S)`` image, 2D or 3D; the first channel is shown.
-        moving: ``(1, C, *S)`` image on the same grid.
-        result: what :func:`monai_lm.refine` returned for them.
-        prediction: ``(1, n, *S)`` field that was refined; ``None``: the identity.
-        affine: ``(4, 4)`` voxel-to-RAS affine of the grid, for proportions, millimetres and directions.
-        labels: label maps ``(1, 1, *S)`` of fixed and moving image, to show and to measure.
-        measured: rows of the table, name to values before and after, which add to or replace what is measured here.
-        settings: keyword arguments of the refinement, to be listed; ``seconds`` tells a time limit.
-        title: heading.
+        path: of the HTML file; ends in ``.html`` or ``.htm``; its folder is made if missing.
+        fixed: ``(1, C, *S)``, 2D or 3D; the first channel is shown.
+        moving: ``(1, C, *S)`` on the same grid.
+        result: of :func:`monai_lm.refine` on this pair.
+        prediction: ``(1, n, *S)`` in voxels, the field that came in; default: none, the start is the identity.
+        affine: ``(4, 4)`` voxel-to-RAS affine of the grid, for millimetres and orientation; default: that of ``fixed``
+            if it is a ``MetaTensor`` with one, else voxels count as 1 mm and no orientation is shown.
+        labels: fixed and moving label map, ``(1, 1, *S)`` whole numbers, 0 is background.
+        landmarks: fixed and moving points, ``(1, N, n)`` or ``(N, n)`` in voxels; pairs with NaN are left out.
+        settings: what the refinement was called with, shown as a table; ``seconds`` is the time budget.
+        title: of the page.
+        png: also write a summary picture to this ``.png`` file.
+
+    Returns:
+        The path of the HTML file.
 
     Raises:
-        ImportError: matplotlib is missing.
-        ValueError: shapes that do not fit, or a path that is not ``.html``.
+        TypeError: an argument of the wrong type.
+        ValueError: shapes, grids or a file's suffix that do not fit; the message names the argument.
+        ImportError: matplotlib (extra ``demo``) is not installed.
     """
-    path = Path(path)
-    if path.suffix != ".html":
-        raise ValueError(f"path must end in .html, got {path.name!r}")
-    size = tuple(fixed.shape[2:])
-    given = {"fixed": fixed, "moving": moving, "result.ddf": result.ddf}
-    given |= {} if prediction is None else {"prediction": prediction}
-    given |= {} if labels is None else {"fixed label": labels[0], "moving label": labels[1]}
-    for name, tensor in given.items():
-        if tensor.shape[0] != 1 or tuple(tensor.shape[2:]) != size or len(size) not in (2, 3):
-            raise ValueError(f"{name} must be one pair on the grid of fixed, {size}, got shape {tuple(tensor.shape)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("a report needs matplotlib: pip install 'monai_lm[demo]'") from error
-    fixed, moving, ddf = (t.detach().float().cpu() for t in (fixed, moving, result.ddf))
-    before = torch.zeros_like(ddf) if prediction is None else prediction.detach().float().cpu()
-    spacing = (1.0,) * len(size) if affine is None else spacing_of(affine, len(size))
-    table = _table(before, ddf, result, labels, spacing) | dict(measured or {})
-    warnings = _warnings(table, result, dict(settings or {}))
-    body = [
-        _verdict(title, table, result, warnings),
-        _numbers(table),
-        _pictures(fixed, moving, before, ddf, labels, affine, prediction is not None),
+    path = _checked_path("path", path, (".html", ".htm"))
+    picture = None if png is None else _checked_path("png", png, (".png",))
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a string, got {type(title).__name__}")
+    figures.figure_class()
+    case = _checked_case(fixed, moving, result, prediction, affine, labels, landmarks, settings)
+    before, after = measure_field(case, case.start), measure_field(case, case.ddf)
+    identity = before if prediction is None else measure_field(case, torch.zeros_like(case.ddf))
+    warnings = warnings_of(case, before, after)
+    state, headline = verdict(case, warnings)
+    volumes, views = figures.volumes_of(case), figures.views_of(case)
+    columns = {"not registered": identity, "prediction": before, "refined": after}
+    if prediction is None:
+        del columns["prediction"]
+    parts = [
+        _verdict_box(state, headline, warnings),
+        _image_sections(case, volumes, views),
+        _metrics_table(columns, case),
+        _curve_section(case),
+        _facts(case),
     ]
-    body.append(_figure("How it went", "Loss and damping over the iterations", figures.course(result.history[0])))
-    body.append(_facts("Settings", dict(settings or {})))
-    body.append(_facts("Versions", _versions(result)))
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(body)
-        + f"\n<script>{_SCRIPT}</script></body></html>\n"
-    )
+    html = _page(title, "\n".join(parts))
+    if picture is not None:
+        drawn = figures.summary(case, volumes, views, (title, headline), _summary_lines(before, after))
+        with replacing(picture) as temporary:
+            temporary.write_bytes(drawn)
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
+    return path
 
 
-def _table(
-    before: Tensor,
-    ddf: Tensor,
-    result: RefinementResult,
-    labels: tuple[Tensor, Tensor] | None,
-    spacing: tuple[float, ...],
-) -> dict[str, tuple[float, float]]:
-    """Metrics before and after."""
-    millimetres = torch.tensor(spacing).view(1, -1, *[1] * len(spacing))
-    rows = {
-        "dissimilarity per voxel": (float(result.initial_loss[0]), float(result.final_loss[0])),
-        "folded cells": (float(fold_count(before)), float(fold_count(ddf))),
-        "SDlogJ": (float(sd_log_jacobian(before)), float(sd_log_jacobian(ddf))),
-        "mean displacement, mm": tuple(
-            float(torch.linalg.vector_norm(u * millimetres, dim=1).mean()) for u in (before, ddf)
-        ),
-    }
-    if labels is not None:
-        fixed, moving = (label.detach().float().cpu() for label in labels)
-        scores = []
-        for field in (before, ddf):
-            warped = torch.from_numpy(figures.warped_by(moving, field, "nearest"))[None, None]
-            scores.append(compare_labels(warped, fixed, [spacing]))
-        rows |= {
-            DICE: (float(scores[0]["dice"]), float(scores[1]["dice"])),
-            HD95: (float(scores[0]["hd95"]), float(scores[1]["hd95"])),
-        }
-    return rows  # type: ignore[return-value]
+def _checked_path(name: str, path: Any, suffixes: tuple[str, ...]) -> Path:
+    if not isinstance(path, str | Path):
+        raise TypeError(f"{name} must be a path, got {type(path).__name__}")
+    if Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got {Path(path).name!r}")
+    return Path(path)
 
 
-def _warnings(
-    table: Mapping[str, tuple[float, float]], result: RefinementResult, settings: dict[str, Any]
-) -> list[str]:
-    """What a reader should be wary of, in plain words."""
-    out = []
-    loss, folds, motion = (table[k] for k in ("dissimilarity per voxel", "folded cells", "mean displacement, mm"))
-    if not loss[1] < loss[0]:
-        out.append("The images do not agree better than before: the field is the one that came in.")
-    if folds[0] > 0:
-        shift = float(result.repair_shift[0])
-        out.append(
-            f"The field that came in folded space in {folds[0]:.0f} cells. They were repaired first, which moved it by "
-            f"{shift:.3f} voxel on average."
-        )
-    if folds[1] > 0:
-        out.append(f"The refined field folds space in {folds[1]:.0f} cells. This should not happen: please report it.")
-    if motion[1] > FAR:
-        out.append(f"The images are far apart, {motion[1]:.1f} mm on average: align them affinely first.")
-    dice = table.get(DICE)
-    if dice is not None and dice[1] < dice[0]:
-        out.append(
-            f"The labels overlap less than before, Dice {dice[0]:.3f} → {dice[1]:.3f}, though the images agree more."
-        )
-    if TRE in table and table[TRE][1] > table[TRE][0]:
-        out.append(f"The landmarks are farther apart than before, {table[TRE][0]:.2f} → {table[TRE][1]:.2f} mm.")
-    limit = settings.get("seconds")
-    if limit is not None and result.seconds >= float(limit):
-        out.append(f"The time limit of {limit} s ended the refinement.")
-    return out
-
-
-def _verdict(
-    title: str, table: Mapping[str, tuple[float, float]], result: RefinementResult, warnings: list[str]
-) -> str:
-    loss = table["dissimilarity per voxel"]
-    better = 100 * (1 - loss[1] / loss[0]) if loss[0] > 0 else 0.0
-    words = [f"The dissimilarity of the images fell by {better:.0f} % in {result.seconds:.1f} s."]
-    if DICE in table:
-        dice = table[DICE]
-        words.append(f"The mean Dice of the labels went from {dice[0]:.3f} to {dice[1]:.3f}.")
-    if table["folded cells"][1] == 0:
-        words.append("The field has no folds.")
-    listed = "".join(f"<li class='warning'>{html.escape(w)}</li>" for w in warnings)
-    kind = "verdict warned" if warnings else "verdict"
-    return f"<h1>{html.escape(title)}</h1><div class='{kind}'><p>{' '.join(words)}</p><ul>{listed}</ul></div>"
-
-
-def _numbers(table: Mapping[str, tuple[float, float]]) -> str:
-    rows = "".join(f"<tr><td>{name}</td><td>{a:.4g}</td><td>{b:.4g}</td></tr>" for name, (a, b) in table.items())
-    return f"<h2>Measured</h2><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>"
-
-
-def _pictures(
+def _checked_case(
     fixed: Tensor,
     moving: Tensor,
-    before: Tensor,
-    ddf: Tensor,
-    labels: tuple[Tensor, Tensor] | None,
-    affine: np.ndarray | None,
-    predicted: bool,
-) -> str:
-    still = fixed[0, 0].numpy()
-    views = figures.Views(still, affine)
-    shown = {"fixed": still, "moving": moving[0, 0].numpy()}
-    if predicted:
-        shown["as predicted"] = figures.warped_by(moving, before)
-    shown["refined"] = figures.warped_by(moving, ddf)
-    shown = {name: figures.contrast(volume) for name, volume in shown.items()}
-    outline, contours = None, None
-    if labels is not None:
-        still_label, moved = (label.detach().float().cpu() for label in labels)
-        fields = {"moving": torch.zeros_like(ddf), "as predicted": before, "refined": ddf}
-        contours = {name: figures.warped_by(moved, field, "nearest") for name, field in fields.items()}
-        outline = still_label[0, 0].numpy()
-    note = " Blue: labels of the fixed image; orange: labels of the moving image, warped." if labels is not None else ""
-    first, second = figures.flicker(views, shown["fixed"], shown["refined"])
-    differing = {
-        "before": shown["fixed"] - shown["as predicted" if predicted else "moving"],
-        "after": shown["fixed"] - shown["refined"],
-    }
-    return "\n".join(
-        [
-            _figure(
-                "Images", "Fixed, moving and warped image." + note, figures.images(views, shown, contours, outline)
-            ),
-            "<h2>Flicker</h2><p>Fixed and refined image in turn; what jumps is not aligned. Click the picture to change"
-            " by hand. <button type='button'>Flicker</button></p>"
-            f"<div class='flicker'>{_image(first, 'fixed image')}{_image(second, 'refined image')}</div>",
-            _figure("Differences", "Fixed minus warped image", figures.differences(views, differing)),
-            _figure("Deformation", "Deformed grid and Jacobian", figures.deformation(views, shown["refined"], ddf)),
-        ]
+    result: RefinementResult,
+    prediction: Tensor | None,
+    affine: Any,
+    labels: Any,
+    landmarks: Any,
+    settings: Mapping[str, Any] | None,
+) -> Case:
+    """Everything checked once, on the CPU in float32."""
+    images = [plain(name, image).cpu() for name, image in (("fixed", fixed), ("moving", moving))]
+    check_images(*images)
+    if len(images[0]) != 1:
+        raise ValueError(f"fixed must be one pair (1, C, *S), got a batch of {len(images[0])}")
+    if not isinstance(result, RefinementResult):
+        raise TypeError(f"result must be a RefinementResult, got {type(result).__name__}")
+    size, n = images[0].shape[2:], images[0].dim() - 2
+    fields = [None if ddf is None else plain(name, ddf).cpu() for name, ddf in _fields(result, prediction)]
+    for (name, _), ddf in zip(_fields(result, prediction), fields, strict=True):
+        if ddf is not None:
+            check_field(name, ddf, 1, size, ddf.device)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise TypeError(f"settings must be a mapping, got {type(settings).__name__}")
+    if settings and settings.get("seconds") is not None:
+        check_number("settings['seconds']", settings["seconds"], 0)
+    matrix = _affine_of(affine, fixed)
+    return Case(
+        fixed=images[0],
+        moving=images[1],
+        result=result,
+        ddf=fields[0],  # type: ignore[arg-type]
+        prediction=fields[1],
+        affine=matrix,
+        spacing=(1.0,) * n if matrix is None else spacing_of(matrix, n),
+        labels=None if labels is None else _checked_labels(labels, size),
+        landmarks=None if landmarks is None else _checked_landmarks(landmarks, n),
+        settings=dict(settings or {}),
+        device=fixed.device,
     )
 
 
-def _figure(heading: str, caption: str, data: str) -> str:
+def _fields(result: RefinementResult, prediction: Tensor | None) -> list[tuple[str, Tensor | None]]:
+    return [("result.ddf", result.ddf), ("prediction", prediction)]
+
+
+def _affine_of(affine: Any, fixed: Tensor) -> Any:
+    """The affine given, or that of the fixed image; an identity that nobody gave says nothing."""
+    if affine is not None:
+        return check_affine("affine", affine)
+    if not isinstance(fixed, MetaTensor):
+        return None
+    own = fixed.affine if fixed.affine.dim() == 2 else fixed.affine[0]
+    if tuple(own.shape) != (4, 4) or torch.equal(own.double().cpu(), torch.eye(4, dtype=torch.float64)):
+        return None
+    return check_affine("affine of fixed", own)
+
+
+def _two(name: str, value: Any) -> list[Tensor]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be two tensors, (fixed, moving), got {type(value).__name__}")
+    return [plain(f"{name}[{i}]", item).cpu() for i, item in enumerate(value)]
+
+
+def _checked_labels(labels: Any, size: torch.Size) -> tuple[Tensor, Tensor]:
+    maps = _two("labels", labels)
+    for i, labelled in enumerate(maps):
+        if tuple(labelled.shape) != (1, 1, *size):
+            raise ValueError(f"labels[{i}] must be {(1, 1, *size)} on the grid of fixed, got {tuple(labelled.shape)}")
+        if not torch.equal(labelled, labelled.round()):
+            raise ValueError(f"labels[{i}] must hold whole numbers, got others")
+    return maps[0], maps[1]
+
+
+def _checked_landmarks(landmarks: Any, n: int) -> tuple[Tensor, Tensor]:
+    points = [p[None] if p.dim() == 2 else p for p in _two("landmarks", landmarks)]
+    for i, p in enumerate(points):
+        if p.dim() != 3 or p.shape[0] != 1 or p.shape[2] != n or p.shape[1] == 0 or p.shape != points[0].shape:
+            shapes = [tuple(q.shape) for q in points]
+            raise ValueError(f"landmarks[{i}] must be (N, {n}) voxels, as many in both, got shapes {shapes}")
+    return points[0], points[1]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _summary_lines(before: FieldMetrics, after: FieldMetrics) -> list[str]:
+    lines = []
+    if after.mean_dice is not None:
+        lines.append(f"mean Dice {_number(before.mean_dice, 3)} → {_number(after.mean_dice, 3)}")
+    if after.tre is not None:
+        lines.append(f"TRE {_number(before.tre, 2)} → {_number(after.tre, 2)} mm")
+    lines.append(f"SDlogJ {after.sdlogj:.3f}")
+    lines.append(f"folds {before.folds} → {after.folds}")
+    lines.append(f"mean |u| {after.displacement:.2f} mm")
+    return lines
+
+
+def _verdict_box(state: str, headline: str, warnings: Mapping[str, str]) -> str:
+    items = "".join(f'<li data-warning="{escape(k)}">{escape(text)}</li>' for k, text in warnings.items())
+    remarks = f"<ul>{items}</ul>" if warnings else "<p>No remarks.</p>"
+    return f'<section class="verdict {state}"><p class="headline">{escape(headline)}</p>{remarks}</section>'
+
+
+def _img(picture: bytes, alt: str, css: str = "") -> str:
+    data = base64.b64encode(picture).decode("ascii")
+    return f'<img class="{css}" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def _gallery(pictures: Mapping[str, list[bytes]], views: Sequence[figures.View], names: Mapping[str, str]) -> str:
+    """One row of figures per view, one figure per kind."""
+    rows = []
+    for number, view in enumerate(views):
+        cells = "".join(
+            f"<figure>{_img(pictures[kind][number], f'{name}, {view.name}')}"
+            f"<figcaption>{escape(name)}</figcaption></figure>"
+            for kind, name in names.items()
+        )
+        row = f'<div class="row" style="--n:{len(names)}">{cells}</div>'
+        rows.append(f"<div><h3>{escape(view.name)}</h3>{row}</div>")
+    return f'<div class="{"views narrow" if len(names) == 2 else "views"}">{"".join(rows)}</div>'
+
+
+def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[figures.View]) -> str:
+    start = "moving" if case.prediction is None else "moving, as predicted"
+    images = {"fixed": "fixed", "moving": "moving"}
+    images |= {} if case.prediction is None else {"start": start}
+    images |= {"warped": "moving, refined"}
+    changes = {"difference before": "difference before", "difference after": "difference after"}
+    outlines = {} if case.labels is None else {"labels before": "labels before", "labels after": "labels after"}
+    field = {"grid": "deformed grid"}
+    field |= {} if case.prediction is None else {"jacobian before": "Jacobian, prediction"}
+    field |= {"jacobian after": "Jacobian, refined"}
+    drawn = figures.pictures_of(case, volumes, views, [*images, *changes, *outlines, *field])
+    flickers = "".join(
+        f'<figure class="flicker">{_img(drawn["fixed"][i], f"fixed image, {view.name}")}'
+        f"{_img(drawn['warped'][i], f'refined moving image, {view.name}', 'over')}"
+        f"<figcaption>{escape(view.name)}: <span>fixed</span></figcaption></figure>"
+        for i, view in enumerate(views)
+    )
+    parts = [
+        f"<section><h2>Images</h2>{_gallery(drawn, views, images)}</section>",
+        "<section><h2>Fixed ↔ refined</h2><p>Structures that jump are not aligned. "
+        '<button type="button" id="flick" aria-pressed="false">Flicker</button></p>'
+        f'<div class="row single" style="--n:3">{flickers}</div></section>',
+        f"<section><h2>Difference</h2><p>Fixed minus {escape(start)}, and fixed minus refined; white is none, "
+        "violet where the fixed image is brighter, orange where it is darker. "
+        f"Images of different contrast differ even where they are aligned.</p>"
+        f"{_gallery(drawn, views, changes)}</section>",
+    ]
+    if outlines:
+        parts.append(
+            "<section><h2>Labels</h2><p>On the fixed image: outlines of "
+            f'<span class="swatch" style="background:{figures.FIXED_COLOUR}"></span> the fixed and '
+            f'<span class="swatch" style="background:{figures.MOVING_COLOUR}"></span> the moving labels.</p>'
+            f"{_gallery(drawn, views, outlines)}</section>"
+        )
+    parts.append(f"<section><h2>Field</h2>{_field_legend(volumes.limit)}{_gallery(drawn, views, field)}</section>")
+    return "\n".join(parts)
+
+
+def _field_legend(limit: float) -> str:
+    stops = ", ".join(figures.jacobian_colours())
+    ends = [f"×{2**exponent:.2g}" for exponent in (-limit, 0, limit)]
     return (
-        f"<h2>{heading}</h2><figure style='margin:0'>{_image(data, caption)}<figcaption>{caption}</figcaption></figure>"
+        "<p>The grid shows where lines of the fixed image come to lie in the moving one. The Jacobian determinant says "
+        "how much a voxel's volume (in 2D: area) changes on the way there; the scale is logarithmic. Crosses mark "
+        "folded cells that touch the slice.</p>"
+        f'<div class="scale" style="background:linear-gradient(to right, {stops})"></div>'
+        f'<div class="ticks"><span>{ends[0]} shrinks</span><span>{ends[1]}</span><span>{ends[2]} grows</span></div>'
     )
 
 
-def _image(data: str, alt: str) -> str:
-    return f"<img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'>"
+def _metrics_table(columns: Mapping[str, FieldMetrics], case: Case) -> str:
+    rows = []
+    losses = {"prediction" if case.prediction is not None else "not registered": case.result.initial_loss[0]}
+    losses["refined"] = case.result.final_loss[0]
+    loss = [f"{float(losses[name]):.4g}" if name in losses else "–" for name in columns]
+    rows.append(("dissimilarity per voxel", loss))
+    fields = list(columns.values())
+    if case.labels is not None:
+        rows.append(("mean Dice", [_number(m.mean_dice, 3) for m in fields]))
+        rows.append(("mean HD95, mm", [_number(m.mean_hd95, 2) for m in fields]))
+        last = fields[-1].dice or {}
+        worst = sorted(last, key=lambda key: (last[key], key))[:_WORST]
+        rows += [(f"Dice of label {key}", [_number((m.dice or {}).get(key), 3) for m in fields]) for key in worst]
+    if case.landmarks is not None:
+        rows.append(("TRE, mm", [_number(m.tre, 2) for m in fields]))
+    rows.append(("SD of log Jacobian", [_number(m.sdlogj, 3) for m in fields]))
+    rows.append(("folded cells", [str(m.folds) for m in fields]))
+    rows.append(("mean |u|, mm", [_number(m.displacement, 2) for m in fields]))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(v)}</td>" for v in values)}</tr>'
+        for name, values in rows
+    )
+    notes = [f"Labels: the {_WORST} with the lowest Dice."] if len(fields[-1].dice or {}) > _WORST else []
+    notes += ["The voxel size is not known: voxels count as 1 mm."] if case.affine is None else []
+    note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    table = f'<table class="metrics"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f"<section><h2>Before and after</h2>{table}{note}</section>"
 
 
-def _facts(heading: str, facts: Mapping[str, Any]) -> str:
+def _curve_section(case: Case) -> str:
+    history = case.result.history[0] if case.result.history else []
+    if not history:
+        return "<section><h2>Course</h2><p>No iterations were made.</p></section>"
+    shares = "; ".join(text for _, text in figures.levels_of(history))
+    note = f"{shares}. Levels go from coarse to fine images; values of different levels do not compare."
+    picture = _img(figures.curves(history), "Dissimilarity, damping and accepted steps over the iterations", "chart")
+    return f"<section><h2>Course</h2><p>{escape(note[0].upper() + note[1:])}</p>{picture}</section>"
+
+
+def _facts(case: Case) -> str:
+    device = str(case.device)
+    if case.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(case.device)})"
+    facts = {
+        "seconds": f"{case.result.seconds:.2f}",
+        "grid": " × ".join(str(s) for s in case.fixed.shape[2:]),
+        "voxel, mm": "unknown" if case.affine is None else " × ".join(f"{s:.3g}" for s in case.spacing),
+        "device": device,
+        "monai_lm": monai_lm.__version__,
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    settings = _pairs(case.settings) if case.settings else "<p>Not recorded.</p>"
+    return f"<section><h2>Settings</h2>{settings}</section><section><h2>Run</h2>{_pairs(facts)}</section>"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+        f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(str(v))}</td></tr>' for k, v in values.items()
     )
-    return f"<h2>{heading}</h2><table>{rows}</table>"
+    return f"<table>{rows}</table>"
 
 
-def _versions(result: RefinementResult) -> dict[str, str]:
-    import monai
-
-    return {
-        "monai_lm": monai_lm.__version__, "torch": torch.__version__, "monai": monai.__version__,
-        "python": platform.python_version(), "device": str(result.ddf.device), "seconds": f"{result.seconds:.1f}",
-    }  # fmt: skip
+def _page(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
