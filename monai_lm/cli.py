@@ -44,7 +44,7 @@ def refine(
     Args:
         fixed: image that stays.
         moving: image that is warped onto it; its grid may be another one.
-        output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json and report.html.
+        output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
         ddf: predicted field: ITK/ANTs, FSL, MONAI voxel NIfTI, or Learn2Reg .npz.
         affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
@@ -60,7 +60,7 @@ def refine(
         compile: auto, true or false.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html (needs matplotlib, pip install 'monai_lm[demo]').
+        report: write report.html and .png (needs matplotlib, pip install 'monai_lm[demo]').
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
     """

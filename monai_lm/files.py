@@ -125,7 +125,7 @@ def refine_pair(
         fixed: image that stays.
         moving: image that is warped onto it.
         output_dir: gets ``ddf``, ``inverse``, ``warped`` and, with labels, ``warped_label`` (``.nii.gz``),
-            ``metrics.json`` and ``report.html``.
+            ``metrics.json``, ``report.html`` and its summary ``report.png``.
         ddf: predicted field; ``None`` starts from the identity.
         affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree.
         labels: label maps of the fixed and the moving image, to warp and to measure.
@@ -147,7 +147,7 @@ def refine_pair(
     """
     folder, suffix = Path(output_dir), file_suffix(file_format)
     names = ["warped.nii.gz", "metrics.json", f"ddf{suffix}", f"inverse{suffix}"]
-    names += ["warped_label.nii.gz"] * bool(labels) + ["report.html"] * report
+    names += ["warped_label.nii.gz"] * bool(labels) + ["report.html", "report.png"] * report
     free(folder, names, overwrite)
     f, m = Image(fixed), Image(moving)
     if len(f.size) != len(m.size):
@@ -232,7 +232,7 @@ def _report(
     title = f"{moving.path.name} onto {fixed.path.name}"
     write_report(
         path, fixed.data, onto, result, prediction=predicted, affine=fixed.affine, labels=labels, landmarks=points,
-        settings=dict(settings), title=title,
+        settings=dict(settings), title=title, png=path.with_suffix(".png"),
     )  # fmt: skip
 
 
