@@ -12,7 +12,7 @@ from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, scaling, speed
 from benchmarks.profile import profile
-from benchmarks.training import brain_bundle, knee, supervision
+from benchmarks.training import knee, supervision
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from monai.bundle import ConfigParser
 from monai.networks.nets import VoxelMorphUNet
-from monai.transforms import ScaleIntensityRangePercentiles
 
 import monai_lm
-from benchmarks.data import BUNDLE, brain_image, data_root, hippocampus_network, hippocampus_pairs
+from benchmarks.data import BUNDLE, data_root, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
 from monai_lm.fields import fold_count
 from monai_lm.training import PairDataModule, RegistrationModule
@@ -117,59 +114,3 @@ def knee(
         if json_file:
             with Path(json_file).open("a") as file:
                 file.write(json.dumps(row | {"ratio": ratio}) + "\n")
-
-
-def brain_bundle(part: str = "test", pairs: int = 2, weights: str | None = None, json_file: str | None = None) -> None:
-    """The brain bundle's network, its refinement, and LM from the identity with the full schedule, at 1 mm.
-
-    Args:
-        part: of the bundle's split: fixed subjects; ``validation`` takes training subjects as moving ones.
-        pairs: how many, each fixed subject with the next one as moving.
-        weights: other weights of the network.
-        json_file: write one line per pair here, as it goes.
-    """
-    bundle = BUNDLE.parent / "brain_mri_registration"
-    config = ConfigParser()
-    config.read_config(bundle / "configs" / "inference.json")
-    config["device"] = "cpu"
-    network, inferer = config.get_parsed_content("network"), config.get_parsed_content("inferer")
-    network.load_state_dict(torch.load(weights or bundle / "models" / "model.pt", weights_only=True))
-    network.eval()
-    split = json.loads((bundle / "configs" / "split.json").read_text())
-    subjects = split[part]
-    test = [*itertools.pairwise(subjects)]
-    chosen = test if part == "test" else [(subjects[0], m) for m in split["train"]]
-    scale = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
-    print(f"brain bundle, {part}, torch {torch.__version__}, {torch.get_num_threads()} threads; {dict(inferer.refine)}")
-    print(f"{'fixed':<7}{'moving':<8}{'method':<26}{'Dice':>8}{'folds':>7}{'seconds':>9}", flush=True)
-    for f, m in chosen[:pairs]:
-        still, moving = (torch.as_tensor(scale(brain_image(s, "t1")[0]))[None] for s in (f, m))
-        labels = brain_image(f, "seg"), brain_image(m, "seg")
-        rows: list[tuple[str, float, int, float]] = [("start", mean_dice(labels[0], labels[1]), 0, 0.0)]
-        started = time.perf_counter()
-        with torch.no_grad():
-            ddf = inferer.predict(torch.cat([moving, still], 1), network)
-        predicted = time.perf_counter() - started
-        rows.append(("network", mean_dice(labels[0], labels[1], ddf), int(fold_count(ddf)), predicted))
-        runs: dict[str, tuple[Any, dict[str, Any]]] = {
-            "network + LM, as bundled": (ddf, dict(inferer.refine)),
-            "same LM, no network": (None, dict(inferer.refine)),
-            "LM, full schedule": (None, {"scales": (4, 2, 1), "iterations": (100, 50, 25)}),
-        }
-        for name, (start, settings) in runs.items():
-            monai_lm.refine(still, moving, start, **settings | {"seconds": 1e-3})  # loads the kernels
-            result = monai_lm.refine(still, moving, start, **settings)
-            folds = int(fold_count(result.ddf))
-            rows.append(
-                (
-                    name,
-                    mean_dice(labels[0], labels[1], result.ddf),
-                    folds,
-                    result.seconds + (predicted if start is ddf else 0),
-                )
-            )
-        for name, dice, folds, seconds in rows:
-            print(f"{f:<7}{m:<8}{name:<26}{dice:8.4f}{folds:7d}{seconds:9.1f}", flush=True)
-        if json_file:
-            with Path(json_file).open("a") as file:
-                file.write(json.dumps({"fixed": f, "moving": m, "rows": rows}) + "\n")

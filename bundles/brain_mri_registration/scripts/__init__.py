@@ -1,1 +1,0 @@
-"""Data and synthesis of the brain registration bundle."""
