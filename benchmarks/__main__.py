@@ -27,6 +27,5 @@ if __name__ == "__main__":
         profile,
         knee,
         supervision,
-        brain_bundle,
     ]
     auto_cli(commands, as_positional=False)
