@@ -155,13 +155,14 @@ def refine_pair(
     maps = [Image(path).check_labels() for path in labels] if labels else None
     landmarks = [torch.from_numpy(read_points(path)) for path in points] if points else None
     initial = None if affine is None else read_affine(affine)
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = _device(device)
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m).ddf
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, initial))
     onto = resample_moving(m.data, start, f.affine, m.affine, initial)
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found before the work
     start_on_device = None if predicted is None else predicted.to(chosen)
     result = refine(f.data.to(chosen), onto.to(chosen), start_on_device, **keywords)
     refined = result.ddf.cpu()
@@ -442,8 +443,19 @@ def _numeric(row: Sequence[str]) -> bool:
 
 
 def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Make the folder; FileExistsError if one of the names is taken there and must not be replaced."""
+    """FileExistsError if one of the names is taken in the folder and must not be replaced."""
     taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise FileExistsError(f"{', '.join(str(folder / n) for n in taken)} exists; --overwrite replaces it")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _device(name: str) -> torch.device:
+    """A device that is there; ``"auto"`` is a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be auto or one that torch has here, got {name!r}: {error}") from error
+    return device
