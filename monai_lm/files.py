@@ -9,7 +9,6 @@ points of the fixed to points of the moving image, affine included.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,89 +19,15 @@ from torch import Tensor
 
 from monai_lm.evaluation import compare_labels
 from monai_lm.fields import compose, fold_count, invert, sample_points
-from monai_lm.fileio import read_affine, read_ddf, write_ddf
-from monai_lm.fileio.files import label_type, load_nifti, replacing, save_nifti
-from monai_lm.fileio.formats import file_suffix
+from monai_lm.fileio import file_suffix, read_ddf, read_points, write_ddf
+from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.metrics import sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
 from monai_lm.space import fixed_to_moving, from_space, resample_moving, spacing_of, through_affine, to_voxel, to_world
+from monai_lm.volumes import Field, Image, Pair, load_pair
 
-__all__ = ["Image", "apply_field", "compose_fields", "convert_field", "evaluate_field", "invert_field", "refine_pair"]
-
-
-class Image:
-    """A 2D or 3D image or label map from a file.
-
-    Args:
-        path: NIfTI file of one volume.
-
-    Attributes:
-        data: ``(1, 1, *S)`` float32.
-        affine: ``(4, 4)`` voxel-to-RAS affine.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, or has a singular affine.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        values, self.affine, _ = load_nifti(path)
-        shape = values.shape
-        while len(shape) > 2 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) not in (2, 3) or min(shape) < 2:
-            raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
-        self.path = Path(path)
-        self.data = torch.from_numpy(values.reshape(shape).astype(np.float32))[None, None]
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Voxel counts."""
-        return tuple(self.data.shape[2:])
-
-    def check_labels(self) -> Image:
-        """Itself, if it holds whole numbers of at least 0; else ValueError."""
-        if bool((self.data != self.data.round()).any()) or float(self.data.min()) < 0:
-            raise ValueError(f"{self.path} must hold labels, whole numbers of at least 0, got other values")
-        return self
-
-
-class Field:
-    """A displacement field from a file, seen from a fixed to a moving grid.
-
-    Args:
-        path: the file.
-        fixed: image on the grid the field lives on; ``None`` takes the grid from the file.
-        moving: image the field leads to; ``None``: the same grid.
-        file_format: see :func:`monai_lm.fileio.read_ddf`.
-    """
-
-    def __init__(
-        self, path: str | Path, fixed: Image | None = None, moving: Image | None = None, file_format: str = "auto"
-    ) -> None:
-        moving_affine = fixed.affine if fixed and not moving else moving.affine if moving else None
-        size = None if fixed is None else fixed.size
-        moving_size = moving.size if moving else size
-        values, affine = read_ddf(path, file_format, size=size, moving_affine=moving_affine, moving_size=moving_size)
-        if affine is None and fixed is None:
-            raise ValueError(f"{path} does not say where it lies: an image on its grid must be given")
-        self.affine = affine if affine is not None else fixed.affine  # type: ignore[union-attr]
-        self.moving_affine = self.affine if moving_affine is None else moving_affine
-        self.ddf = torch.from_numpy(np.ascontiguousarray(values))[None].float()
-        if fixed is not None:
-            self._check_grid(path, fixed)
-
-    def _check_grid(self, path: str | Path, fixed: Image) -> None:
-        size = tuple(self.ddf.shape[2:])
-        corners = np.array([[0, 0, 0, 1], [*(s - 1 for s in size), *[0] * (3 - len(size)), 1]])
-        apart = np.abs(corners @ (self.affine - fixed.affine).T).max()
-        if size != fixed.size or apart > 0.1 * min(spacing_of(fixed.affine)):
-            hint = "" if size != fixed.size else f"; affines\n{self.affine}\nand\n{fixed.affine}"
-            raise ValueError(
-                f"{path} must lie on the grid of the fixed image {fixed.path}, {fixed.size} voxels, got {size}{hint}\n"
-                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
-            )
+__all__ = ["apply_field", "compose_fields", "convert_field", "evaluate_field", "invert_field", "refine_pair"]
 
 
 def refine_pair(
@@ -129,7 +54,7 @@ def refine_pair(
         ddf: predicted field; ``None`` starts from the identity.
         affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree.
         labels: label maps of the fixed and the moving image, to warp and to measure.
-        points: landmarks in the fixed and the moving image, to measure; see :func:`read_points`.
+        points: landmarks in the fixed and the moving image, to measure; see :func:`monai_lm.fileio.read_points`.
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``.
@@ -149,73 +74,59 @@ def refine_pair(
     names = ["warped.nii.gz", "metrics.json", f"ddf{suffix}", f"inverse{suffix}"]
     names += ["warped_label.nii.gz"] * bool(labels) + ["report.html", "report.png"] * report
     free(folder, names, overwrite)
-    f, m = Image(fixed), Image(moving)
-    if len(f.size) != len(m.size):
-        raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
-    maps = [Image(path).check_labels() for path in labels] if labels else None
-    landmarks = [torch.from_numpy(read_points(path)) for path in points] if points else None
-    initial = None if affine is None else read_affine(affine)
+    pair = load_pair(fixed, moving, affine, labels, points)
+    f, m = pair.fixed, pair.moving
     chosen = _device(device)
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m).ddf
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
-        predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, initial))
-    onto = resample_moving(m.data, start, f.affine, m.affine, initial)
+        start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
+    onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found before the work
     start_on_device = None if predicted is None else predicted.to(chosen)
     result = refine(f.data.to(chosen), onto.to(chosen), start_on_device, **keywords)
     refined = result.ddf.cpu()
-    before = _measure(start if predicted is None else predicted, f, m, initial, maps, landmarks)
-    after = _measure(refined, f, m, initial, maps, landmarks)
+    before, after = _measure(start, pair), _measure(refined, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
     metrics |= {
         "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
     }  # fmt: skip
-    _write_pair(folder, suffix, file_format, f, m, maps, initial, refined)
+    _write_fields(folder, suffix, file_format, pair, refined)
+    _write_warped(folder, pair, refined)
     if report:
-        _report(folder / "report.html", f, m, onto, maps, landmarks, initial, result, predicted, keywords)
+        _report(folder / "report.html", pair, onto, result, predicted, keywords)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
-def _write_pair(
-    folder: Path,
-    suffix: str,
-    file_format: str,
-    fixed: Image,
-    moving: Image,
-    maps: Sequence[Image] | None,
-    initial: np.ndarray | None,
-    ddf: Tensor,
-) -> None:
-    whole = through_affine(ddf, fixed.affine, moving.affine, initial)
+def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
+    f, m = pair.fixed, pair.moving
+    whole = through_affine(ddf, f.affine, m.affine, pair.initial)
     write_ddf(
-        folder / f"ddf{suffix}", whole[0].numpy(), fixed.affine, file_format,
-        moving_affine=moving.affine, moving_size=moving.size,
-    )  # fmt: skip
-    back = _inverse(ddf, fixed.affine, moving.affine, initial, moving.size)
+        folder / f"ddf{suffix}", whole[0].numpy(), f.affine, file_format, moving_affine=m.affine, moving_size=m.size
+    )
+    back = _inverse(ddf, f.affine, m.affine, pair.initial, m.size)
     write_ddf(
-        folder / f"inverse{suffix}", back[0].numpy(), moving.affine, file_format,
-        moving_affine=fixed.affine, moving_size=fixed.size,
-    )  # fmt: skip
-    warped = resample_moving(moving.data, ddf, fixed.affine, moving.affine, initial)
-    save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), fixed.affine, "none")
-    if maps:
-        label = resample_moving(maps[1].data, ddf, fixed.affine, maps[1].affine, initial, "nearest", "zeros")
-        save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), fixed.affine, "none", label_type(label.numpy()))
+        folder / f"inverse{suffix}", back[0].numpy(), m.affine, file_format, moving_affine=f.affine, moving_size=f.size
+    )
+
+
+def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
+    warped = pair.brought(pair.moving, ddf)
+    save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), pair.fixed.affine, "none")
+    if pair.labels:
+        label = pair.brought(pair.labels[1], ddf)
+        kind = label_type(label.numpy())
+        save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
 
 
 def _report(
     path: Path,
-    fixed: Image,
-    moving: Image,
+    pair: Pair,
     onto: Tensor,
-    maps: Sequence[Image] | None,
-    landmarks: Sequence[Tensor] | None,
-    initial: np.ndarray | None,
     result: RefinementResult,
     predicted: Tensor | None,
     settings: Mapping[str, Any],
@@ -223,44 +134,29 @@ def _report(
     """The page shows, and measures, what has been brought onto the fixed grid."""
     from monai_lm.report import write_report
 
-    labels, points = None, None
-    if maps:
-        still = torch.zeros_like(result.ddf).cpu()
-        label = resample_moving(maps[1].data, still, fixed.affine, maps[1].affine, initial, "nearest", "zeros")
-        labels = (maps[0].data, label)
-    if landmarks and initial is None:
-        points = (to_voxel(landmarks[0], fixed.affine), to_voxel(landmarks[1], fixed.affine))
-    title = f"{moving.path.name} onto {fixed.path.name}"
+    labels, points, affine = None, None, pair.fixed.affine
+    if pair.labels:
+        labels = (pair.labels[0].data, pair.brought(pair.labels[1], torch.zeros_like(result.ddf).cpu()))
+    if pair.points and pair.initial is None:
+        points = (to_voxel(pair.points[0], affine), to_voxel(pair.points[1], affine))
     write_report(
-        path, fixed.data, onto, result, prediction=predicted, affine=fixed.affine, labels=labels, landmarks=points,
-        settings=dict(settings), title=title, png=path.with_suffix(".png"),
+        path, pair.fixed.data, onto, result, prediction=predicted, affine=affine, labels=labels, landmarks=points,
+        settings=dict(settings), title=f"{pair.moving.path.name} onto {pair.fixed.path.name}",
+        png=path.with_suffix(".png"),
     )  # fmt: skip
 
 
-def _measure(
-    ddf: Tensor,
-    fixed: Image,
-    moving: Image,
-    initial: np.ndarray | None,
-    maps: Sequence[Image] | None,
-    landmarks: Sequence[Tensor] | None,
-) -> dict[str, float]:
+def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
     """Metrics of a field on the fixed grid, with the affine after it."""
     out = {"folds": float(fold_count(ddf)), "sdlogj": float(sd_log_jacobian(ddf))}
-    if maps:
-        if maps[0].size != fixed.size:
-            raise ValueError(f"{maps[0].path} must lie on the grid {fixed.size} of its image, got {maps[0].size}")
-        label = resample_moving(maps[1].data, ddf, fixed.affine, maps[1].affine, initial, "nearest", "zeros")
-        spacing = spacing_of(fixed.affine, len(fixed.size))
-        out |= {key: float(value) for key, value in compare_labels(label, maps[0].data, [spacing]).items()}
-    if landmarks:
-        if landmarks[0].shape != landmarks[1].shape:
-            shapes = [tuple(points.shape) for points in landmarks]
-            raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
-        moved = _move(
-            landmarks[0], through_affine(ddf, fixed.affine, moving.affine, initial), fixed.affine, moving.affine
-        )
-        out["tre"] = float(torch.linalg.vector_norm(moved - landmarks[1], dim=1).mean())
+    if pair.labels:
+        label = pair.brought(pair.labels[1], ddf)
+        spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
+        out |= {key: float(value) for key, value in compare_labels(label, pair.labels[0].data, [spacing]).items()}
+    if pair.points:
+        whole = through_affine(ddf, pair.fixed.affine, pair.moving.affine, pair.initial)
+        moved = _move(pair.points[0], whole, pair.fixed.affine, pair.moving.affine)
+        out["tre"] = float(torch.linalg.vector_norm(moved - pair.points[1], dim=1).mean())
     return out
 
 
@@ -395,51 +291,10 @@ def evaluate_field(
     file_format: str = "auto",
 ) -> dict[str, float]:
     """Folds and SDlogJ of a field and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
-    f, m = Image(fixed), Image(moving)
-    field = Field(ddf, f, m, file_format)
-    inner = from_space(field.ddf, np.eye(4), fixed_to_moving(f.affine, m.affine))
-    maps = [Image(path).check_labels() for path in labels] if labels else None
-    landmarks = [torch.from_numpy(read_points(path)) for path in points] if points else None
-    return _measure(inner, f, m, None, maps, landmarks)
-
-
-def read_points(path: str | Path) -> np.ndarray:
-    """Landmarks ``(N, n)`` in RAS millimetres, float64.
-
-    ``.csv``: a line per point, after a header or not, in RAS millimetres. ``.fcsv``: Slicer's, in the coordinate system
-    that it says (LPS or RAS).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold points.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    signs, columns = np.ones(3), slice(None)
-    if path.suffix == ".fcsv":
-        system = next((line.split("=")[1].strip() for line in lines if line.startswith("# CoordinateSystem")), "")
-        if system not in ("LPS", "RAS", "0", "1"):
-            raise ValueError(f"{path} must say its CoordinateSystem, LPS or RAS, got {system!r}")
-        signs = np.array([-1.0, -1.0, 1.0]) if system in ("LPS", "1") else signs
-        lines, columns = [line for line in lines if not line.startswith("#")], slice(1, 4)
-    rows = [line.split(",")[columns] for line in lines]
-    try:
-        values = [[float(v) for v in row] for row in (rows if not rows or _numeric(rows[0]) else rows[1:])]
-        points = np.array(values, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError(f"{path} must hold points, numbers separated by commas: {error}") from error
-    if points.ndim != 2 or points.shape[1] not in (2, 3) or not np.isfinite(points).all():
-        raise ValueError(f"{path} must hold points of 2 or 3 finite coordinates, got shape {points.shape}")
-    return points * signs[: points.shape[1]]
-
-
-def _numeric(row: Sequence[str]) -> bool:
-    try:
-        return all(math.isfinite(float(value)) for value in row)
-    except ValueError:
-        return False
+    pair = load_pair(fixed, moving, None, labels, points)
+    field = Field(ddf, pair.fixed, pair.moving, file_format)
+    inner = from_space(field.ddf, np.eye(4), fixed_to_moving(pair.fixed.affine, pair.moving.affine))
+    return _measure(inner, pair)
 
 
 def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:

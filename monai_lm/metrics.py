@@ -1,13 +1,33 @@
-"""Metrics of displacement fields: regularity and landmarks."""
+"""Metrics of displacement fields: folds, regularity, landmarks, the inverse; as functions and as MONAI's metrics.
+
+A metric of MONAI gathers values batch by batch, across processes too::
+
+    metric = FoldCountMetric()
+    metric(ddf)              # (B, 1), kept
+    metric.aggregate()       # mean over all pairs that have a value
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from monai.metrics import CumulativeIterationMetric
+from monai.metrics.utils import do_metric_reduction
+from monai.utils import MetricReduction
 from torch import Tensor
 
-from monai_lm.fields import jacobian_determinant, sample_points
+from monai_lm.fields import compose, fold_count, jacobian_determinant, sample_points
 
-__all__ = ["sd_log_jacobian", "target_registration_error"]
+__all__ = [
+    "FoldCountMetric",
+    "InverseConsistencyMetric",
+    "SDLogJacobianMetric",
+    "TargetRegistrationErrorMetric",
+    "inverse_consistency",
+    "sd_log_jacobian",
+    "target_registration_error",
+]
 
 
 def sd_log_jacobian(ddf: Tensor, floor: float = 1e-3) -> Tensor:
@@ -39,6 +59,90 @@ def target_registration_error(ddf: Tensor, fixed_points: Tensor, moving_points: 
 
     Returns:
         ``(B, N)`` in millimetres.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
+    if fixed_points.shape != moving_points.shape or fixed_points.shape[::2] != ddf.shape[:2]:
+        raise ValueError(
+            f"fixed_points and moving_points must be (B, N, n) for a ddf (B, n, *S), got {tuple(fixed_points.shape)}, "
+            f"{tuple(moving_points.shape)} and {tuple(ddf.shape)}"
+        )
     error = fixed_points + sample_points(ddf, fixed_points) - moving_points
     return torch.linalg.vector_norm(error * spacing[:, None], dim=2)
+
+
+def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
+    """Mean distance in voxels by which a field and the field back miss the identity, from voxels that stay inside.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels.
+        inverse: ``(B, n, *S)`` in voxels, on the same grid: first ``ddf`` is followed, then ``inverse``.
+
+    Returns:
+        ``(B,)``; NaN where every voxel is led out of the grid.
+    """
+    if ddf.shape != inverse.shape:
+        raise ValueError(f"inverse must have the shape of ddf, {tuple(ddf.shape)}, got {tuple(inverse.shape)}")
+    missed = torch.linalg.vector_norm(compose(inverse, ddf), dim=1)
+    inside = torch.ones_like(missed, dtype=torch.bool)
+    for axis, size in enumerate(ddf.shape[2:]):
+        voxels = torch.arange(size, device=ddf.device, dtype=ddf.dtype)
+        target = ddf[:, axis] + voxels.view([-1 if a == axis else 1 for a in range(ddf.dim() - 2)])
+        inside &= (target >= 0) & (target <= size - 1)
+    return missed.masked_fill(~inside, torch.nan).flatten(1).nanmean(1)
+
+
+class _FieldMetric(CumulativeIterationMetric):
+    """A value per pair, gathered and reduced as MONAI's metrics are.
+
+    Args:
+        reduction: of all pairs' values, see :class:`monai.utils.MetricReduction`.
+        get_not_nans: :meth:`aggregate` also returns how many pairs had a value.
+    """
+
+    def __init__(self, reduction: MetricReduction | str = MetricReduction.MEAN, get_not_nans: bool = False) -> None:
+        super().__init__()
+        self.reduction, self.get_not_nans = reduction, get_not_nans
+
+    def aggregate(self, reduction: MetricReduction | str | None = None) -> Any:
+        """The reduced value, with the number of pairs that have one if ``get_not_nans``."""
+        value, count = do_metric_reduction(self.get_buffer(), reduction or self.reduction)
+        return (value, count) if self.get_not_nans else value
+
+
+class FoldCountMetric(_FieldMetric):
+    """Folded cells of fields ``(B, n, *S)``, see :func:`monai_lm.fields.fold_count`."""
+
+    def _compute_tensor(self, y_pred: Tensor, *_: Any, **__: Any) -> Tensor:
+        return fold_count(y_pred).float()[:, None]
+
+
+class SDLogJacobianMetric(_FieldMetric):
+    """:func:`sd_log_jacobian` of fields ``(B, n, *S)``."""
+
+    def _compute_tensor(self, y_pred: Tensor, *_: Any, **__: Any) -> Tensor:
+        return sd_log_jacobian(y_pred)[:, None]
+
+
+class TargetRegistrationErrorMetric(_FieldMetric):
+    """Mean :func:`target_registration_error` of a pair's landmarks, in millimetres.
+
+    ``metric(ddf, moving_points, fixed_points=..., spacing=...)``; spacing ``(B, n)``, default 1.
+    """
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if y is None or "fixed_points" not in kwargs:
+            raise ValueError("moving points (y) and fixed_points must be given for a target registration error")
+        spacing = kwargs.get("spacing")
+        spacing = y_pred.new_ones(y_pred.shape[:2]) if spacing is None else spacing
+        return target_registration_error(y_pred, kwargs["fixed_points"], y, spacing).nanmean(1, keepdim=True)
+
+
+class InverseConsistencyMetric(_FieldMetric):
+    """:func:`inverse_consistency` in voxels: ``metric(ddf, inverse)``."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
+        if y is None:
+            raise ValueError("the inverse field (y) must be given for its consistency")
+        return inverse_consistency(y_pred, y)[:, None]

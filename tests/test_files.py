@@ -9,8 +9,8 @@ import torch
 
 from monai_lm import files
 from monai_lm.fields import fold_count, gaussian_smooth
-from monai_lm.fileio import read_ddf, write_itk_ddf
-from monai_lm.space import resample_moving
+from monai_lm.fileio import read_ddf, read_points, write_itk_ddf
+from monai_lm.space import through_affine
 
 QUICK = {"scales": (2, 1), "iterations": (40, 20), "compile": False}
 FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
@@ -62,8 +62,8 @@ def _refine(pair, folder, **kwargs):
 def test_two_grids_are_registered_in_the_world(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
     assert metrics["tre_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)
-    assert metrics["tre"] < 0.3 * metrics["tre_before"]
-    assert metrics["dice"] > metrics["dice_before"] + 0.1
+    assert metrics["tre"] < 0.12 * metrics["tre_before"]
+    assert metrics["dice"] > 0.85 > 0.75 > metrics["dice_before"]
     assert metrics["folds"] == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     warped = nib.load(tmp_path / "out" / "warped.nii.gz")
@@ -114,9 +114,10 @@ def test_the_inverse_leads_back(pair, tmp_path):
     there, back = tmp_path / "there.csv", tmp_path / "back.csv"
     files.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["points"][0], there, moving=pair["moving"])
     files.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
-    np.testing.assert_allclose(files.read_points(back), files.read_points(pair["points"][0]), atol=0.05)
+    np.testing.assert_allclose(read_points(back), read_points(pair["points"][0]), atol=0.05)
     inverse = tmp_path / "inverse.nii.gz"
-    assert files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]) < 0.3
+    missed = files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"])
+    assert missed < 0.25  # in a grid this small, the border is near
     ours, kept = (nib.load(p).get_fdata() for p in (inverse, tmp_path / "out" / "inverse.nii.gz"))
     inside = (slice(6, -6),) * 3
     np.testing.assert_allclose(ours[inside], kept[inside], atol=0.05)
@@ -141,24 +142,19 @@ def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
 
 def test_composed_fields_do_one_after_the_other(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    grids = {"a": ((12, 13, 11), FIXED), "b": ((20, 22, 16), MOVING)}
-    moving = torch.from_numpy(_scene(_world((20, 22, 16), MOVING)).astype(np.float32))[None, None]
-    noise = {
-        k: gaussian_smooth(torch.randn(1, 3, *size, generator=generator), 3.0) * 10 for k, (size, _) in grids.items()
-    }
-    first = noise["a"]  # on grid a, then the step to grid b
-    from monai_lm.space import through_affine
-
-    write_itk_ddf(tmp_path / "first.nii.gz", through_affine(first, FIXED, MOVING)[0].numpy(), FIXED, MOVING)
+    grids = {"a": (12, 13, 11), "b": (20, 22, 16)}
+    noise = {k: gaussian_smooth(torch.randn(1, 3, *s, generator=generator), 3.0) * 10 for k, s in grids.items()}
+    first = through_affine(noise["a"], FIXED, MOVING)  # on grid a, then the step to grid b
+    write_itk_ddf(tmp_path / "first.nii.gz", first[0].numpy(), FIXED, MOVING)
     write_itk_ddf(tmp_path / "second.nii.gz", noise["b"][0].numpy(), MOVING)
     files.compose_fields(tmp_path / "first.nii.gz", tmp_path / "second.nii.gz", tmp_path / "both.nii.gz")
-    _save(tmp_path / "moving.nii.gz", moving[0, 0].numpy(), MOVING)
-    files.apply_field(tmp_path / "both.nii.gz", tmp_path / "moving.nii.gz", tmp_path / "at_once.nii.gz")
-    once = resample_moving(moving, noise["b"], MOVING, MOVING)
-    twice = resample_moving(once, first, FIXED, MOVING)
-    at_once = nib.load(tmp_path / "at_once.nii.gz").get_fdata()
-    inside = (slice(4, -4),) * 3
-    assert np.corrcoef(twice[0, 0].numpy()[inside].ravel(), at_once[inside].ravel())[0, 1] > 0.99
+    voxels = np.array([[5, 6, 4], [6, 7, 5], [4, 5, 6], [7, 5, 5]], dtype=float)  # nodes: nothing is interpolated twice
+    np.savetxt(tmp_path / "start.csv", voxels @ FIXED[:3, :3].T + FIXED[:3, 3], delimiter=",")
+    for field, source, target in (("first", "start", "half"), ("second", "half", "end"), ("both", "start", "at_once")):
+        files.apply_field(tmp_path / f"{field}.nii.gz", tmp_path / f"{source}.csv", tmp_path / f"{target}.csv")
+    start, end, at_once = (read_points(tmp_path / f"{name}.csv") for name in ("start", "end", "at_once"))
+    np.testing.assert_allclose(at_once, end, atol=1e-3)
+    assert np.abs(end - start).max() > 1
 
 
 @pytest.mark.parametrize("to", ["fsl", "voxel", "learn2reg"])
@@ -170,14 +166,6 @@ def test_converting_there_and_back_changes_nothing(tmp_path, to):
     files.convert_field(tmp_path / "a.nii.gz", middle, to, fixed=image, moving=image)
     files.convert_field(middle, tmp_path / "c.nii.gz", "itk", fixed=image, moving=image, file_format=to)
     np.testing.assert_allclose(read_ddf(tmp_path / "c.nii.gz")[0], ddf, atol=2e-3 if to == "learn2reg" else 1e-5)
-
-
-def test_slicers_points_are_read_in_the_system_they_say(tmp_path):
-    header = "# Markups fiducial file version = 4.11\n# CoordinateSystem = {}\n# columns = id,x,y,z,ow\n"
-    row = "vtkMRML_0,1.5,-2.0,3.0,0,0,0,1,1,1,0,F-1,,\n"
-    for system, expected in (("LPS", [-1.5, 2.0, 3.0]), ("RAS", [1.5, -2.0, 3.0])):
-        (tmp_path / "p.fcsv").write_text(header.format(system) + row)
-        np.testing.assert_allclose(files.read_points(tmp_path / "p.fcsv"), [expected])
 
 
 def test_nothing_is_replaced_unless_asked(pair, tmp_path):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.metrics import sd_log_jacobian, target_registration_error
+from monai_lm.fields import fold_count, gaussian_smooth, invert
+from monai_lm.metrics import (
+    FoldCountMetric,
+    InverseConsistencyMetric,
+    SDLogJacobianMetric,
+    TargetRegistrationErrorMetric,
+    inverse_consistency,
+    sd_log_jacobian,
+    target_registration_error,
+)
 
 
 def test_sd_log_jacobian_is_that_of_a_known_map():
@@ -35,3 +44,53 @@ def test_target_registration_error_is_a_distance_in_millimetres():
     assert error[0, 0].item() == pytest.approx(2.0 * 1.0)  # 4 + 2.5 = 6.5 against 5.5, voxels of 2 mm
     assert error[0, 1].isnan()
     assert error[0, 2].item() == pytest.approx(3.0)
+
+
+def test_inverse_consistency_of_shifts_and_of_an_inverse():
+    shift = torch.zeros(2, 2, 9, 8)
+    shift[:, 0], shift[1, 1] = 1.5, 20.0  # the second pair is led out of the grid everywhere
+    missed = inverse_consistency(shift, -0.5 * shift)
+    assert float(missed[0]) == pytest.approx(0.75)
+    assert missed[1].isnan()
+    ddf = gaussian_smooth(torch.randn(1, 3, 16, 15, 14, generator=torch.Generator().manual_seed(0)), 3.0) * 20
+    for axis, size in enumerate(ddf.shape[2:]):  # at rest on the border, beyond which an inverse is a guess
+        ddf *= torch.linspace(0, torch.pi, size).sin().view([-1 if a == axis else 1 for a in range(3)])
+    assert float(ddf.abs().max()) > 1
+    assert int(fold_count(ddf)) == 0
+    assert float(inverse_consistency(ddf, invert(ddf)[0])) < 0.02
+    with pytest.raises(ValueError, match="inverse must have the shape of ddf"):
+        inverse_consistency(ddf, ddf[..., 1:])
+
+
+def test_metrics_of_monai_gather_what_the_functions_say():
+    ddf = torch.randn(3, 3, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    points = torch.full((3, 2, 3), 2.0)
+    points[1, 0] = points[2] = torch.nan
+    spacing = torch.tensor([[1.0, 2.0, 0.5]]).expand(3, 3)
+    error = target_registration_error(ddf, points, points, spacing).nanmean(1)
+    for metric, arguments, keywords, expected in (
+        (FoldCountMetric(), (), {}, fold_count(ddf).float()),
+        (SDLogJacobianMetric(), (), {}, sd_log_jacobian(ddf)),
+        (InverseConsistencyMetric(), (-ddf,), {}, inverse_consistency(ddf, -ddf)),
+        (TargetRegistrationErrorMetric(), (points,), {"fixed_points": points, "spacing": spacing}, error),
+    ):
+        for part in (slice(0, 2), slice(2, 3)):
+            given = {key: value[part] for key, value in keywords.items()}
+            metric(ddf[part], *[value[part] for value in arguments], **given)
+        assert float(metric.aggregate()) == pytest.approx(float(expected.nanmean()))
+        np.testing.assert_allclose(metric.get_buffer()[:, 0], expected)
+        metric.reset()
+        assert metric.get_buffer() is None
+    counted = TargetRegistrationErrorMetric(get_not_nans=True)
+    counted(ddf, points, fixed_points=points)
+    assert int(counted.aggregate()[1]) == 2  # the third pair has no landmark
+
+
+def test_metrics_say_what_they_lack():
+    ddf = torch.zeros(1, 2, 4, 4)
+    with pytest.raises(ValueError, match="fixed_points must be given"):
+        TargetRegistrationErrorMetric()(ddf, torch.zeros(1, 1, 2))
+    with pytest.raises(ValueError, match="inverse field"):
+        InverseConsistencyMetric()(ddf)
+    with pytest.raises(ValueError, match=r"must be \(B, N, n\) for a ddf"):
+        target_registration_error(ddf, torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), torch.ones(1, 2))

@@ -1,9 +1,10 @@
-"""Fields and affines in files."""
+"""Fields, affines and landmarks in files."""
 
 from monai_lm.fileio.affine import read_affine
 from monai_lm.fileio.formats import FORMATS, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.fileio.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.fileio.itk import read_itk_ddf, write_itk_ddf
+from monai_lm.fileio.points import read_points
 from monai_lm.fileio.voxel import read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "read_fsl_ddf",
     "read_itk_ddf",
     "read_learn2reg_ddf",
+    "read_points",
     "read_voxel_ddf",
     "write_ddf",
     "write_fsl_ddf",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.metrics import compute_hausdorff_distance
 from torch import Tensor
 
+from monai_lm.evaluation import label_overlap
 from monai_lm.fields import fold_count, warp
 from monai_lm.metrics import sd_log_jacobian, target_registration_error
 from monai_lm.result import RefinementResult
@@ -82,10 +82,13 @@ class FieldMetrics:
         return sum(self.dice.values()) / len(self.dice) if self.dice else None
 
     @property
-    def mean_hd95(self) -> float | None:
-        """Mean over the labels that both maps have."""
-        values = [v for v in (self.hd95 or {}).values() if v == v]  # NaN is not itself
-        return sum(values) / len(values) if values else None
+    def surfaces(self) -> set[int]:
+        """Labels that have a distance: those that both maps have."""
+        return {label for label, value in (self.hd95 or {}).items() if value == value}  # NaN is not itself
+
+    def mean_hd95(self, labels: Collection[int]) -> float | None:
+        """Mean over some of the labels."""
+        return sum((self.hd95 or {})[label] for label in labels) / len(labels) if labels else None
 
 
 def centre_of_mass(image: Tensor) -> tuple[float, ...]:
@@ -99,7 +102,10 @@ def centre_of_mass(image: Tensor) -> tuple[float, ...]:
 def measure_field(case: Case, ddf: Tensor) -> FieldMetrics:
     """All values of a field ``(1, n, *S)`` that the case has something for."""
     edges = torch.tensor(case.spacing).view(1, -1, *[1] * len(case.spacing))
-    dice, hd95 = _overlap(case, ddf) if case.labels is not None else (None, None)
+    dice, hd95 = None, None
+    if case.labels is not None:
+        warped = warp(case.labels[1], ddf, mode="nearest")
+        dice, hd95 = label_overlap(warped[0, 0], case.labels[0][0, 0], case.spacing)
     return FieldMetrics(
         dice=dice,
         hd95=hd95,
@@ -116,28 +122,6 @@ def _tre(case: Case, ddf: Tensor) -> float | None:
     error = target_registration_error(ddf, *case.landmarks, torch.tensor([case.spacing]))
     value = float(error.nanmean())
     return value if value == value else None
-
-
-def _overlap(case: Case, ddf: Tensor) -> tuple[dict[int, float], dict[int, float]]:
-    """Dice and HD95 per label; background (0) does not count."""
-    assert case.labels is not None  # for mypy
-    fixed, moving = case.labels
-    warped = warp(moving, ddf, mode="nearest")
-    dice, hd95 = {}, {}
-    for label in torch.cat([fixed.unique(), moving.unique()]).unique().tolist():
-        if label == 0:
-            continue
-        masks = warped == label, fixed == label
-        sizes = int(masks[0].sum()), int(masks[1].sum())
-        dice[int(label)] = 2 * int((masks[0] & masks[1]).sum()) / max(sum(sizes), 1)
-        hd95[int(label)] = float("nan")
-        if min(sizes) > 0:
-            warped_mask, fixed_mask = (mask.float() for mask in masks)
-            distance = compute_hausdorff_distance(
-                warped_mask, fixed_mask, include_background=True, percentile=95, spacing=list(case.spacing)
-            )
-            hd95[int(label)] = float(distance)
-    return dice, hd95
 
 
 def _misalignment(case: Case) -> tuple[float, float]:

@@ -289,7 +289,8 @@ def _metrics_table(columns: Mapping[str, FieldMetrics], case: Case) -> str:
     fields = list(columns.values())
     if case.labels is not None:
         rows.append(("mean Dice", [_number(m.mean_dice, 3) for m in fields]))
-        rows.append(("mean HD95, mm", [_number(m.mean_hd95, 2) for m in fields]))
+        shared = set.intersection(*(m.surfaces for m in fields))  # every column of the same labels
+        rows.append(("mean HD95, mm", [_number(m.mean_hd95(shared), 2) for m in fields]))
         last = fields[-1].dice or {}
         worst = sorted(last, key=lambda key: (last[key], key))[:_WORST]
         rows += [(f"Dice of label {key}", [_number((m.dice or {}).get(key), 3) for m in fields]) for key in worst]

@@ -1,0 +1,166 @@
+"""Images, fields and pairs from files, checked, with where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_lm.fileio import read_affine, read_ddf, read_points
+from monai_lm.fileio.files import load_nifti
+from monai_lm.space import resample_moving, spacing_of
+
+__all__ = ["Field", "Image", "Pair", "load_pair"]
+
+
+class Image:
+    """A 2D or 3D image or label map from a file.
+
+    Args:
+        path: NIfTI file of one volume.
+
+    Attributes:
+        path: where it came from.
+        data: ``(1, 1, *S)`` float32.
+        affine: ``(4, 4)`` voxel-to-RAS affine.
+        is_label: whether it was checked to hold labels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, or has a singular affine.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        values, self.affine, _ = load_nifti(path)
+        shape = values.shape
+        while len(shape) > 2 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) not in (2, 3) or min(shape) < 2:
+            raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
+        self.path, self.is_label = Path(path), False
+        self.data = torch.from_numpy(values.reshape(shape).astype(np.float32))[None, None]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Voxel counts."""
+        return tuple(self.data.shape[2:])
+
+    def check_labels(self) -> Image:
+        """Itself, if it holds whole numbers of at least 0; else ValueError."""
+        if bool((self.data != self.data.round()).any()) or float(self.data.min()) < 0:
+            raise ValueError(f"{self.path} must hold labels, whole numbers of at least 0, got other values")
+        self.is_label = True
+        return self
+
+
+class Field:
+    """A displacement field from a file, seen from a fixed to a moving grid.
+
+    Args:
+        path: the file.
+        fixed: image on the grid the field lives on; ``None`` takes the grid from the file.
+        moving: image the field leads to; ``None``: the same grid.
+        file_format: see :func:`monai_lm.fileio.read_ddf`.
+
+    Attributes:
+        ddf: ``(1, n, *S)`` float32, from voxels of its grid to voxels of the moving grid.
+        affine: ``(4, 4)`` voxel-to-RAS affine of its grid.
+        moving_affine: that of the moving grid.
+    """
+
+    def __init__(
+        self, path: str | Path, fixed: Image | None = None, moving: Image | None = None, file_format: str = "auto"
+    ) -> None:
+        moving_affine = fixed.affine if fixed and not moving else moving.affine if moving else None
+        size = None if fixed is None else fixed.size
+        moving_size = moving.size if moving else size
+        values, affine = read_ddf(path, file_format, size=size, moving_affine=moving_affine, moving_size=moving_size)
+        if affine is None:
+            if fixed is None:
+                raise ValueError(f"{path} does not say where it lies: an image on its grid must be given")
+            affine = fixed.affine
+        self.affine = affine
+        self.moving_affine = self.affine if moving_affine is None else moving_affine
+        self.ddf = torch.from_numpy(np.ascontiguousarray(values))[None].float()
+        if fixed is not None:
+            self._check_grid(path, fixed)
+
+    def _check_grid(self, path: str | Path, fixed: Image) -> None:
+        size = tuple(self.ddf.shape[2:])
+        if _voxels_apart(fixed, size, self.affine) > 0.1:
+            hint = "" if size != fixed.size else f"; affines\n{self.affine}\nand\n{fixed.affine}"
+            raise ValueError(
+                f"{path} must lie on the grid of the fixed image {fixed.path}, {fixed.size} voxels, got {size}{hint}\n"
+                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed and a moving image, where the one lies to the other, and what there is to measure; :func:`load_pair`.
+
+    Attributes:
+        fixed: image that stays.
+        moving: image that is warped onto it.
+        initial: ``(4, 4)`` affine in RAS millimetres from fixed to moving points; ``None``: the world spaces agree.
+        labels: label maps of the fixed and of the moving image.
+        points: landmarks ``(N, n)`` in RAS millimetres in the fixed and in the moving image.
+    """
+
+    fixed: Image
+    moving: Image
+    initial: np.ndarray | None = None
+    labels: tuple[Image, Image] | None = None
+    points: tuple[Tensor, Tensor] | None = None
+
+    def brought(self, image: Image, ddf: Tensor) -> Tensor:
+        """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``."""
+        mode, outside = ("nearest", "zeros") if image.is_label else ("bilinear", "border")
+        return resample_moving(image.data, ddf, self.fixed.affine, image.affine, self.initial, mode, outside)
+
+
+def load_pair(
+    fixed: str | Path,
+    moving: str | Path,
+    affine: str | Path | None = None,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+) -> Pair:
+    """Load a pair and what is known of it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be used, or that does not fit the others.
+    """
+    f, m = Image(fixed), Image(moving)
+    if len(f.size) != len(m.size):
+        raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
+    maps = (Image(labels[0]).check_labels(), Image(labels[1]).check_labels()) if labels else None
+    if maps and _voxels_apart(f, maps[0].size, maps[0].affine) > 0.1:
+        raise ValueError(
+            f"{maps[0].path} must lie on the grid of its image {f.path}, {f.size} voxels, got {maps[0].size}; affines\n"
+            f"{f.affine}\nand\n{maps[0].affine}"
+        )
+    landmarks = (_points(points[0], f), _points(points[1], m)) if points else None
+    if landmarks and landmarks[0].shape != landmarks[1].shape:
+        shapes = [tuple(p.shape) for p in landmarks]
+        raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
+    return Pair(f, m, None if affine is None else read_affine(affine), maps, landmarks)
+
+
+def _points(path: str | Path, image: Image) -> Tensor:
+    points = torch.from_numpy(read_points(path))
+    if points.shape[1] != len(image.size):
+        raise ValueError(f"{path} must hold points of {len(image.size)} coordinates, got {points.shape[1]}")
+    return points
+
+
+def _voxels_apart(image: Image, size: tuple[int, ...], affine: np.ndarray) -> float:
+    """Largest distance, along an axis and in the image's shortest edge, of the corners of a grid; inf for another."""
+    if size != image.size:
+        return float("inf")
+    corners = np.array([[0, 0, 0, 1], [*(s - 1 for s in size), *[0] * (3 - len(size)), 1]])
+    return float(np.abs(corners @ (affine - image.affine).T).max()) / min(spacing_of(image.affine))

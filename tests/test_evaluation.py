@@ -1,0 +1,97 @@
+"""What a field is worth on a batch, against brute force."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy.ndimage import binary_erosion
+from scipy.spatial.distance import cdist
+
+from monai_lm.evaluation import compare_labels, images_of, label_overlap, measure, spacing_of, tensor_of
+from monai_lm.fields import fold_count
+from monai_lm.metrics import sd_log_jacobian
+
+SPACING = (1.0, 0.5, 2.0)
+
+
+@pytest.fixture
+def labels():
+    """Two label maps ``(2, 1, 9, 10, 8)`` of boxes: value 1 moved, 2 the same, 3 only in the first, 200 in both."""
+    first, second = torch.zeros(2, 2, 1, 9, 10, 8)
+    first[:, 0, 1:4, 2:6, 2:5], second[:, 0, 2:5, 2:6, 3:6] = 1, 1
+    first[:, 0, 6:8, 6:9, 4:7] = second[:, 0, 6:8, 6:9, 4:7] = 2
+    first[:, 0, 0, 0, 0] = 3
+    first[1, 0, 5, 1:3, 1:3], second[1, 0, 5, 1:4, 1:3] = 200, 200
+    return first, second
+
+
+def brute_hd95(first, second):
+    surfaces = [np.argwhere(mask & ~binary_erosion(mask)) * SPACING for mask in (first, second)]
+    distances = cdist(*surfaces)
+    return max(np.percentile(distances.min(axis), 95) for axis in (0, 1))
+
+
+def test_overlap_per_label_is_that_of_brute_force(labels):
+    first, second = (maps[1, 0] for maps in labels)
+    dice, hd95 = label_overlap(first, second, SPACING)
+    assert list(dice) == list(hd95) == [1, 2, 3, 200]
+    for value in (1, 2, 200):
+        a, b = (maps.numpy() == value for maps in (first, second))
+        assert dice[value] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert hd95[value] == pytest.approx(brute_hd95(a, b))
+    assert dice[3] == 0
+    assert np.isnan(hd95[3])
+    assert label_overlap(first, second) == (dice, {})
+
+
+def test_means_are_over_the_labels_of_each_pair(labels):
+    out = compare_labels(*labels, [SPACING, SPACING])
+    for pair in range(2):
+        dice, hd95 = label_overlap(labels[0][pair, 0], labels[1][pair, 0], SPACING)
+        assert float(out["dice"][pair]) == pytest.approx(np.mean(list(dice.values())))
+        assert float(out["hd95"][pair]) == pytest.approx(np.nanmean(list(hd95.values())))
+    nothing = torch.zeros(1, 1, 4, 4)
+    assert compare_labels(nothing, nothing)["dice"].isnan().all()
+
+
+def test_a_known_shift_is_measured_as_what_it_is():
+    fixed, moving = torch.zeros(2, 1, 1, 12, 10)
+    fixed[..., 4:8, 3:7], moving[..., 6:10, 3:7] = 1, 1
+    ddf = torch.zeros(1, 2, 12, 10)
+    ddf[:, 0] = 2
+    image = MetaTensor(fixed, affine=torch.diag(torch.tensor([3.0, 1.0, 1.0, 1.0])))
+    points = torch.tensor([[[4.0, 3.0], [7.0, 6.0]]])
+    batch = {"fixed": image, "moving": moving, "fixed_label": fixed, "moving_label": moving}
+    batch |= {"fixed_points": points, "moving_points": points + torch.tensor([2.0, 0.0])}
+    before, after = measure(batch, torch.zeros_like(ddf), surfaces=True), measure(batch, ddf, surfaces=True)
+    assert float(before["dice"]) == pytest.approx(0.5)
+    assert float(before["hd95"]) == pytest.approx(6.0)
+    assert float(before["tre"]) == pytest.approx(6.0)
+    assert {key: float(value) for key, value in after.items()} == {
+        "folds": 0, "sdlogj": 0, "dice": 1, "hd95": 0, "tre": 0,
+    }  # fmt: skip
+
+
+def test_only_what_there_is_is_measured():
+    ddf = torch.randn(2, 2, 7, 6, generator=torch.Generator().manual_seed(0))
+    out = measure({"fixed": torch.zeros(2, 1, 7, 6)}, ddf)
+    assert set(out) == {"folds", "sdlogj"}
+    torch.testing.assert_close(out["folds"], fold_count(ddf).float())
+    torch.testing.assert_close(out["sdlogj"], sd_log_jacobian(ddf))
+
+
+def test_spacing_of_every_pair_of_a_batch():
+    affines = torch.stack([torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0])), torch.eye(4)])
+    image = MetaTensor(torch.zeros(2, 1, 4, 4, 4), affine=affines)
+    assert spacing_of(image) == (2.0, 3.0, 4.0)
+    assert spacing_of(image, 1) == (1.0, 1.0, 1.0)
+    assert spacing_of(torch.zeros(1, 1, 4, 4)) == (1.0, 1.0)
+
+
+def test_a_batch_that_lacks_something_is_named():
+    image = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    assert images_of({"fixed": image, "moving": image + 1})[0, :, 0, 0].tolist() == [1.0, 0.0]
+    with pytest.raises(KeyError, match=r"a batch must have 'moving' .*\['fixed'\]"):
+        tensor_of({"fixed": image}, "moving")
+    with pytest.raises(ValueError, match="fixed and moving must be"):
+        images_of({"fixed": image, "moving": image[..., 1:]})

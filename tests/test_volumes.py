@@ -1,0 +1,89 @@
+"""Files as images, fields and pairs: what is read, and what is refused."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.fileio import write_itk_ddf, write_voxel_ddf
+from monai_lm.volumes import Field, Image, load_pair
+
+AFFINE = np.array([[0, -1.2, 0, 34.0], [1.3, 0, 0, -2.0], [0, 0, 1.8, 1.0], [0, 0, 0, 1]])
+SIZE = (5, 6, 7)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save values as a NIfTI file in the temporary folder."""
+
+    def _save(name, values, affine=AFFINE):
+        nib.save(nib.Nifti1Image(np.asarray(values, dtype=np.float32), affine), tmp_path / name)
+        return tmp_path / name
+
+    return _save
+
+
+def test_an_image_has_its_values_and_place(save):
+    values = np.arange(210, dtype=np.float32).reshape(SIZE)
+    image = Image(save("a.nii", values))
+    np.testing.assert_array_equal(image.data[0, 0], values)
+    np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
+    assert image.size == SIZE
+    assert Image(save("flat.nii", values[..., :1])).size == SIZE[:2]
+
+
+def test_labels_are_whole_numbers(save):
+    assert not Image(save("a.nii", np.ones(SIZE))).is_label
+    assert Image(save("a.nii", np.ones(SIZE))).check_labels().is_label
+    for value in (0.5, -1):
+        with pytest.raises(ValueError, match=r"b.nii must hold labels, whole numbers of at least 0"):
+            Image(save("b.nii", np.full(SIZE, value))).check_labels()
+
+
+def test_a_field_takes_its_grid_from_the_file_or_an_image(save, tmp_path):
+    ddf = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0)).numpy()
+    write_itk_ddf(tmp_path / "itk.nii.gz", ddf, AFFINE)
+    field = Field(tmp_path / "itk.nii.gz")
+    np.testing.assert_allclose(field.ddf[0], ddf, atol=1e-5)
+    np.testing.assert_allclose(field.moving_affine, AFFINE, atol=1e-5)
+    write_voxel_ddf(tmp_path / "voxel.nii.gz", ddf, AFFINE)
+    again = Field(tmp_path / "voxel.nii.gz", Image(save("a.nii", np.zeros(SIZE))), file_format="voxel")
+    np.testing.assert_allclose(again.ddf[0], ddf, atol=1e-5)
+
+
+def test_a_field_of_another_grid_is_refused(save, tmp_path):
+    write_itk_ddf(tmp_path / "f.nii.gz", np.zeros((3, *SIZE), np.float32), AFFINE)
+    moved = AFFINE.copy()
+    moved[0, 3] += 0.5
+    for name, size, affine in (("small.nii", (5, 6, 6), AFFINE), ("moved.nii", SIZE, moved)):
+        with pytest.raises(ValueError, match=rf"f.nii.gz must lie on the grid of the fixed image .*{name}"):
+            Field(tmp_path / "f.nii.gz", Image(save(name, np.zeros(size), affine)))
+
+
+def test_a_pair_brings_images_smoothly_and_labels_whole(save):
+    values = np.random.default_rng(0).integers(0, 3, SIZE)
+    file = save("a.nii", values)
+    pair = load_pair(file, file, labels=(file, file))
+    ddf = torch.zeros(1, 3, *SIZE)
+    ddf[:, 0] = 0.4
+    np.testing.assert_array_equal(pair.brought(pair.labels[1], ddf)[0, 0], values)
+    expected = 0.6 * values[:-1] + 0.4 * values[1:]
+    np.testing.assert_allclose(pair.brought(pair.moving, ddf)[0, 0, :-1], expected, atol=1e-5)
+
+
+def test_what_does_not_fit_together_is_refused(save, tmp_path):
+    image, flat = save("a.nii", np.zeros(SIZE)), save("flat.nii", np.zeros((*SIZE[:2], 1)))
+    moved = AFFINE.copy()
+    moved[1, 3] += 1.0
+    elsewhere = save("elsewhere.nii", np.ones(SIZE), moved)
+    for name, text in (("one", "1,2,3\n"), ("two", "1,2,3\n4,5,6\n"), ("plane", "1,2\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    one, two, plane = (tmp_path / f"{name}.csv" for name in ("one", "two", "plane"))
+    for moving, extra, message in (
+        (flat, {}, "fixed and moving must both be 2D or 3D"),
+        (image, {"labels": (elsewhere, image)}, r"elsewhere.nii must lie on the grid of its image"),
+        (image, {"points": (one, two)}, "points must be as many in the fixed as in the moving image"),
+        (image, {"points": (one, plane)}, r"plane.csv must hold points of 3 coordinates, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pair(image, moving, **extra)
