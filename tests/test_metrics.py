@@ -55,7 +55,7 @@ def test_inverse_consistency_of_shifts_and_of_an_inverse():
     ddf = gaussian_smooth(torch.randn(1, 3, 16, 15, 14, generator=torch.Generator().manual_seed(0)), 3.0) * 20
     for axis, size in enumerate(ddf.shape[2:]):  # at rest on the border, beyond which an inverse is a guess
         ddf *= torch.linspace(0, torch.pi, size).sin().view([-1 if a == axis else 1 for a in range(3)])
-    assert float(ddf.abs().max()) > 1
+    assert float(ddf.abs().max()) > 0.5
     assert int(fold_count(ddf)) == 0
     assert float(inverse_consistency(ddf, invert(ddf)[0])) < 0.02
     with pytest.raises(ValueError, match="inverse must have the shape of ddf"):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from monai_lm.fields import compose, warp
 from monai_lm.space import (
@@ -17,12 +18,8 @@ from monai_lm.space import (
 )
 
 
-def rotation(axis: int, degrees: float) -> np.ndarray:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    a, b = [i for i in range(3) if i != axis]
-    out = np.eye(3)
-    out[a, a], out[a, b], out[b, a], out[b, b] = c, -s, s, c
-    return out
+def rotation(axes: str, degrees) -> np.ndarray:
+    return Rotation.from_euler(axes, degrees, degrees=True).as_matrix()
 
 
 def affine(matrix, origin=(7.0, -20.0, 30.0)) -> np.ndarray:
@@ -31,12 +28,12 @@ def affine(matrix, origin=(7.0, -20.0, 30.0)) -> np.ndarray:
     return out
 
 
-OBLIQUE = affine(rotation(0, 20) @ rotation(1, -35) @ rotation(2, 50) @ np.diag([0.7, -1.3, 3.0]))
+OBLIQUE = affine(rotation("XYZ", (20, -35, 50)) @ np.diag([0.7, -1.3, 3.0]))
 LAS = affine(np.diag([-0.7, 1.3, 3.0]))
-WORLD = affine(rotation(2, 8) @ np.diag([1.05, 0.9, 1.0]) + 0.02, (1.0, 2.0, -1.5))
-PLANE = affine(rotation(2, 30) @ np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0))
+WORLD = affine(rotation("z", 8) @ np.diag([1.05, 0.9, 1.0]) + 0.02, (1.0, 2.0, -1.5))
+PLANE = affine(rotation("z", 30) @ np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0))
 PLANE_LP = affine(np.diag([-2.0, -1.1, 1.0]), (3.0, 4.0, 0.0))
-TURN = affine(rotation(2, 12), (1.0, -2.0, 0.0))
+TURN = affine(rotation("z", 12), (1.0, -2.0, 0.0))
 
 
 def of(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.fileio import read_itk_ddf, write_itk_ddf
@@ -13,12 +14,8 @@ from monai_lm.fileio import read_itk_ddf, write_itk_ddf
 sitk = pytest.importorskip("SimpleITK")
 
 
-def rotation(axis: int, degrees: float) -> np.ndarray:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    a, b = [i for i in range(3) if i != axis]
-    out = np.eye(3)
-    out[a, a], out[a, b], out[b, a], out[b, b] = c, -s, s, c
-    return out
+def rotation(axes: str, degrees) -> np.ndarray:
+    return Rotation.from_euler(axes, degrees, degrees=True).as_matrix()
 
 
 def affine(matrix: np.ndarray, origin=(7.0, -20.0, 30.0)) -> np.ndarray:
@@ -27,7 +24,7 @@ def affine(matrix: np.ndarray, origin=(7.0, -20.0, 30.0)) -> np.ndarray:
     return out
 
 
-OBLIQUE = rotation(0, 20) @ rotation(1, -35) @ rotation(2, 50)
+OBLIQUE = rotation("XYZ", (20, -35, 50))
 AFFINES = {
     "identity": np.eye(4),
     "RAS isotropic": affine(np.diag([2.0, 2.0, 2.0])),
@@ -44,7 +41,7 @@ PLANES = {
     "anisotropic": affine(np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
     "LA": affine(np.diag([-0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
     "LP": affine(np.diag([-2.0, -1.3, 1.0]), (7.0, -20.0, 0.0)),
-    "rotated": affine(rotation(2, 30) @ np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
+    "rotated": affine(rotation("z", 30) @ np.diag([0.7, 1.3, 1.0]), (7.0, -20.0, 0.0)),
 }
 GRIDS = [
     *((name, a, (14, 12, 10)) for name, a in AFFINES.items()),

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from monai_lm.fields import gaussian_smooth
 from monai_lm.fileio import read_affine, read_fsl_ddf, read_itk_ddf, write_fsl_ddf, write_itk_ddf
@@ -24,12 +25,8 @@ SHAPE, OTHER = (26, 24, 20), (30, 25, 28)
 CENTRE = np.array([7.0, -20.0, 30.0])
 
 
-def rotation(axis: int, degrees: float) -> np.ndarray:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    a, b = [i for i in range(3) if i != axis]
-    out = np.eye(3)
-    out[a, a], out[a, b], out[b, a], out[b, b] = c, -s, s, c
-    return out
+def rotation(axes: str, degrees) -> np.ndarray:
+    return Rotation.from_euler(axes, degrees, degrees=True).as_matrix()
 
 
 def about_centre(matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -40,7 +37,7 @@ def about_centre(matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-OBLIQUE = rotation(0, 20) @ rotation(1, -35) @ rotation(2, 50)
+OBLIQUE = rotation("XYZ", (20, -35, 50))
 SPACES = {
     "RAS isotropic": np.diag([2.0, 2.0, 2.0]),
     "RAS anisotropic": np.diag([1.5, 1.8, 2.6]),
@@ -78,7 +75,7 @@ def coordinates(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def world_affine():
     """A turn, a stretch and a shift about ``CENTRE``, as a transform of SimpleITK."""
     transform = sitk.AffineTransform(3)
-    transform.SetMatrix((rotation(2, 9) @ rotation(0, -5) @ np.diag([1.05, 0.95, 1.0])).ravel().tolist())
+    transform.SetMatrix((rotation("z", 9) @ rotation("x", -5) @ np.diag([1.05, 0.95, 1.0])).ravel().tolist())
     transform.SetTranslation((2.0, -3.0, 1.5))
     transform.SetCenter((-CENTRE[0] + 3, -CENTRE[1], CENTRE[2]))
     return transform

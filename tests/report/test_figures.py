@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from monai_lm.report.figures import View, _draw_folds, _draw_grid, _paint, figure_class, views_of, volumes_of
-from monai_lm.report.findings import Case, centre_of_mass
+from monai_lm.report.findings import Case
 
 
 def case_of(size, make_result, affine):
@@ -17,13 +17,6 @@ def case_of(size, make_result, affine):
     image[(0, 0, *[s // 3 for s in size])] = 1
     ddf = torch.zeros(1, len(size), *size)
     return Case(image, image, make_result(ddf), ddf, None, affine, (1.0,) * len(size), None, None, {}, image.device)
-
-
-def test_centre_of_mass_is_that_of_the_foreground():
-    image = torch.full((5, 7), -3.0)
-    image[1:3, 4] = 10
-    assert centre_of_mass(image) == (1.5, 4.0)
-    assert centre_of_mass(torch.ones(5, 7)) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])

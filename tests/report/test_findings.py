@@ -1,0 +1,62 @@
+"""What a report says: values of known fields, the same labels in every mean, and the verdict."""
+
+import pytest
+import torch
+
+from monai_lm.report.findings import Case, FieldMetrics, centre_of_mass, measure_field, verdict, warnings_of
+
+
+@pytest.fixture
+def shifted(case):
+    """The case with its true field, as the report's own functions take it."""
+    ddf = case["result"].ddf
+    spacing = (2.0, 1.0, 3.0)[: ddf.shape[1]]
+    labels, landmarks = case["labels"], tuple(points[None] for points in case["landmarks"])
+    return Case(
+        case["fixed"], case["moving"], case["result"], ddf, None, case["affine"], spacing, labels, landmarks, {},
+        torch.device("cpu"),
+    )  # fmt: skip
+
+
+def test_centre_of_mass_is_that_of_the_foreground():
+    image = torch.full((5, 7), -3.0)
+    image[1:3, 4] = 10
+    assert centre_of_mass(image) == (1.5, 4.0)
+    assert centre_of_mass(torch.ones(5, 7)) == (2.0, 3.0)
+
+
+def test_a_shift_of_two_voxels_is_measured_in_millimetres(shifted):
+    before, after = measure_field(shifted, shifted.start), measure_field(shifted, shifted.ddf)
+    assert before.dice[1] < 0.7 < 1 == after.dice[1] == after.mean_dice
+    assert before.hd95[1] == pytest.approx(4.0)
+    assert after.hd95 == {1: 0, 2: 0}
+    assert (before.tre, after.tre) == (pytest.approx(4.0), pytest.approx(0.0))
+    assert (before.displacement, after.displacement) == (0, pytest.approx(4.0))
+    assert (after.folds, after.sdlogj) == (0, pytest.approx(0.0, abs=1e-6))
+
+
+def test_a_mean_is_over_the_labels_asked_for():
+    nan = float("nan")
+    first = FieldMetrics({1: 0.5, 2: 0.7, 3: 0.0}, {1: 2.0, 2: 4.0, 3: nan}, None, 0.0, 0, 0.0)
+    second = FieldMetrics({1: 0.0, 2: 0.9, 3: 0.9}, {1: nan, 2: 3.0, 3: 1.0}, None, 0.0, 0, 0.0)
+    assert first.mean_dice == pytest.approx(0.4)
+    shared = first.surfaces & second.surfaces
+    assert shared == {2}
+    assert (first.mean_hd95(shared), second.mean_hd95(shared)) == (4.0, 3.0)
+    assert first.mean_hd95(first.surfaces) == 3.0
+    empty = FieldMetrics(None, None, None, 0.0, 0, 0.0)
+    assert (empty.mean_dice, empty.surfaces, empty.mean_hd95([])) == (None, set(), None)
+
+
+def test_the_verdict_follows_from_the_remarks(shifted):
+    good = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 0, 0.0)
+    worse = FieldMetrics({1: 0.8}, None, 2.0, 0.1, 0, 0.0)
+    folds = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 3, 0.0)
+    for before, after, expected, state in (
+        (worse, good, set(), "good"),
+        (good, worse, {"dice", "tre"}, "check"),
+        (good, folds, {"folds"}, "bad"),
+    ):
+        found = warnings_of(shifted, before, after)
+        assert set(found) == expected
+        assert verdict(shifted, found)[0] == state
