@@ -42,7 +42,7 @@ class _AdamEngine(Engine):
         def step(window: Window) -> Tensor:
             self._note(window, better, keep)
             v = self._run(_adam_step, window.of(self.first), window.of(self.second), corrections, floor, self.step)
-            return self._run(compose, self.residual, v, window.first_row(self.unit))
+            return self._run(compose, self.residual, v, window.origin(self.unit))
 
         overwrite(self.smooth, windows(self.residual, 3, 0), step)
         for window in windows(self.residual, 3, self.elastic_halo):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import platform
 import sys
 from pathlib import Path
@@ -234,7 +233,7 @@ def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] |
 
 def _show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json_module.dumps(values, indent=1))
+        print(files.as_json(values))
         return
     for key, value in values.items():
         print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")

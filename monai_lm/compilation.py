@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["Ledger", "compiled", "compiler_found", "compiling", "piece"]
+__all__ = ["Ledger", "compiled", "compiler_found", "compiling", "many_shapes", "piece"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class _Compiled:
         if self.call is self.eager:
             return self.eager(*args)
         try:
-            with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
-                return self.call(*args)
+            return self.call(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             logger.warning("compiling %s failed, running it eagerly: %s", self.eager.__name__, error)
             self.call = self.eager
@@ -100,6 +99,14 @@ class _Compiled:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled version of a module-level function of tensors, one per process (shapes are static within it)."""
     return _Compiled(function)
+
+
+def many_shapes() -> AbstractContextManager[Any]:
+    """A context in which one function may be compiled for many shapes: levels, devices, images of a cohort.
+
+    Entering it takes as long as calling a small compiled kernel: it is for whole refinements.
+    """
+    return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
 
 
 _COMPILING: ContextVar[bool] = ContextVar("monai_lm_compiling", default=False)

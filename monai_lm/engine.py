@@ -4,8 +4,9 @@ All passes go window by window (:mod:`monai_lm.streaming`) over the level's volu
 that is the same compiled and not. In V, the size of one image in float32, :class:`Engine` keeps, beside the two images
 and a prediction, which are the caller's: the residual 3, the best residual 3, the smoothed gradient 3, the warped image
 and the derivative 2, and for LNCC the fixed image with its local means and variances 3. :class:`LeanEngine` keeps the
-residual 3 and the best one in half precision 1.5, and computes the rest anew in every window. Filters and LNCC are
-compiled piece by piece, so that a window needs some 12 intermediate images at a time, not all of them.
+residual 3 and the best one in half precision 1.5, :class:`HalfEngine` both in half precision; both compute the rest in
+every window anew. Filters and LNCC are compiled piece by piece, so that a window needs some 12 intermediate images at a
+time, not all of them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level
 from monai_lm.similarity import Similarity
-from monai_lm.similarity.base import Range, normalized
-from monai_lm.streaming import Window, assembled, give_back_freed_memory, narrowed, overwrite, windows
+from monai_lm.similarity.base import Range, line_sums, normalized
+from monai_lm.streaming import Window, assembled, give_back_freed_memory, narrowed, overwrite, tiles, windows
 
-__all__ = ["Engine", "LeanEngine"]
+__all__ = ["Engine", "HalfEngine", "LeanEngine"]
 
 
 class Engine:
@@ -126,17 +127,23 @@ class Engine:
         for window in windows(self.warped, 2 * self.warped.shape[1], self.similarity.halo):
             reference = narrowed(self.reference, window)
             run = self._run_pieces if self.similarity.in_pieces else self._run
-            rows, derivative = run(_measure_rows, window.of(self.warped), reference, self.similarity)
+            lines, derivative = run(_measure_lines, window.of(self.warped), reference, self.similarity)
             window.right(self.derivative).copy_(window.cut(derivative))
-            total = total + window.cut(rows, 1).sum(1)
+            total = total + window.cut(lines, 1).sum((1, 2))
         return total
 
     def _run(self, kernel: Callable[..., Any], *args: Any) -> Any:
         """A kernel, compiled as a whole if this level's are."""
-        return self._run_pieces(piece, kernel, *args)
+        with compiling(self.fuse):
+            return piece(kernel, *args)
 
     def _run_pieces(self, kernel: Callable[..., Any], *args: Any) -> Any:
-        """A kernel, compiled piece by piece if this level's are: fewer intermediate results live at the same time."""
+        """A kernel, compiled piece by piece if this level's are: fewer intermediate results live at the same time.
+
+        On a small level that is no matter, and calling the pieces would take longer than what they do.
+        """
+        if self.voxels <= _SMALL:
+            return self._run(kernel, *args)
         with compiling(self.fuse):
             return kernel(*args)
 
@@ -144,8 +151,8 @@ class Engine:
         """Window of the moving image warped by the prediction after a residual, shifted and scaled."""
         inner = window.of(self.residual)
         inner = torch.zeros_like(inner) if residual is None else window.of(residual)
-        first_row = window.first_row(self.unit)
-        return self._run(_warped, self.moving, self.moving_range, self.prediction, inner, first_row)
+        origin = window.origin(self.unit)
+        return self._run(_warped, self.moving, self.moving_range, self.prediction, inner, origin)
 
     def gradients(self) -> Iterator[Tensor]:
         """The smoothed gradient in the metric of the step, ``(B, n, rows, …)`` after ``(B, n, rows, …)``."""
@@ -181,18 +188,18 @@ class Engine:
         def kernel(window: Window) -> Tensor:
             nonlocal expected
             self._note(window, better, keep)
-            moved, rows = self._moved(window, trust)
-            expected = expected + window.cut(rows, 1).sum(1)
+            moved, lines = self._moved(window, trust)
+            expected = expected + window.cut(lines, 1).sum((1, 2))
             return self._relaxed(window, moved, trust) if relax else moved
 
         overwrite(volume, cut, kernel)
         return expected if self.keep_gradient else torch.full_like(expected, float("nan"))
 
     def _moved(self, window: Window, trust: Trust) -> tuple[Tensor, Tensor]:
-        """Window of the residual after the step, not smoothed, and the decrease that each row of it promises."""
+        """Window of the residual after the step, not smoothed, and the decrease that each line of it promises."""
         smooth, gradient = self._look(window)
-        v, rows = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
-        return self._run(compose, self.residual, v, window.first_row(self.unit)), rows
+        v, lines = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
+        return self._run(compose, self.residual, v, window.origin(self.unit)), lines
 
     def _relaxed(self, window: Window, moved: Tensor, trust: Trust) -> Tensor:
         return self._run_pieces(levenberg.relaxed, moved, window.of(self.residual), trust, self.elastic)
@@ -209,13 +216,17 @@ class Engine:
         rows = window.right(self.residual)
         if better is not None:
             if self.best is None:
-                self.best = torch.zeros_like(self.residual, dtype=self.best_type)
+                self.best = self._room_for_best()
             best = window.right(self.best)
             best.copy_(torch.where(per_voxel(better, best), rows, best))
         if keep:
             if self.kept is None:
                 self.kept = torch.empty_like(self.residual)
             window.right(self.kept).copy_(rows)
+
+    def _room_for_best(self) -> Tensor:
+        """Zeros for the best residual."""
+        return torch.zeros_like(self.residual, dtype=self.best_type)
 
     def retract(self, accepted: Tensor) -> None:
         """Return the pairs that are not ``accepted`` ``(B,)`` to the residual that :meth:`advance` kept."""
@@ -242,17 +253,15 @@ class Engine:
     def displacement(self, better: Tensor) -> Tensor:
         """Field of ``(id + u0) ∘ (id + r)``, for pairs that are not ``better`` ``(B,)`` that of ``r = 0``; float32.
 
-        The residual is given up for it: where it is float32, the field takes its place.
+        The field takes the place of the residual, which is given up for it.
         """
-        wide = torch.promote_types(self.residual.dtype, torch.float32)
-        out = self.residual if self.residual.dtype == wide else torch.empty_like(self.residual, dtype=wide)
         for window in windows(self.residual, self.residual.shape[1], 0, self.last_bytes):
-            rows = window.right(self.residual).to(wide)
+            rows = window.right(self.residual)
             rows = torch.where(per_voxel(better, rows), rows, torch.zeros_like(rows))
             if self.prediction is not None:
-                rows = compose(self.prediction, rows, rows.new_full((), float(window.first)))
-            window.right(out).copy_(rows)
-        return out
+                rows = compose(self.prediction, rows, window.inner().origin(rows))
+            window.right(self.residual).copy_(rows)
+        return self.residual
 
 
 class LeanEngine(Engine):
@@ -268,7 +277,6 @@ class LeanEngine(Engine):
                 f"{type(self.similarity).__name__}"
             )
         self.look_halo = self.similarity.halo
-        self.lean_bytes = 4 * self.residual.numel() * _LEAN_SHARE
 
     def evaluate(self) -> Tensor:
         """Loss ``(B,)`` at the residual."""
@@ -277,9 +285,9 @@ class LeanEngine(Engine):
     def loss(self, residual: Tensor | None) -> Tensor:
         """Loss ``(B,)`` at a residual, ``None`` for zero."""
         total = self.unit.new_zeros(self.residual.shape[0])
-        for window in windows(self.residual, self.residual.shape[1], self.look_halo, self.lean_bytes):
-            rows, _ = self._measure(window, self._warp(window, residual))
-            total = total + window.cut(rows, 1).sum(1)
+        for window in tiles(self.residual, self.look_halo, _SHARE):
+            lines, _ = self._measure(window, self._warp(window, residual))
+            total = total + window.cut(lines, 1).sum((1, 2))
         give_back_freed_memory(self.residual.device)
         return total
 
@@ -289,7 +297,7 @@ class LeanEngine(Engine):
             yield window.cut(self._look(window)[0] * self.unit)
 
     def _measure(self, window: Window, warped: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss per row and derivative."""
+        """Loss per line and derivative."""
         fixed = window.of(self.fixed)
         run = self._run_pieces if self.similarity.in_pieces else self._run
         return run(_measure_anew, warped, fixed, self.fixed_range, self.similarity)
@@ -311,11 +319,42 @@ class LeanEngine(Engine):
     def _step_windows(self) -> list[Window]:
         reach = self.window // 2 + max(1, math.ceil(self.step))  # of the Hessian's window, and of composing the step
         halo = self.look_halo + self.slope_halo + self.elastic_halo + reach
-        return windows(self.residual, self.residual.shape[1], halo, self.lean_bytes, least=3)
+        return tiles(self.residual, halo, _SHARE)
 
 
-_LEAN_SHARE = 0.12
-"""Part of a level's rows that a window of the lean engine holds at most, unless its halo asks for more."""
+class HalfEngine(LeanEngine):
+    """The lean engine with its residual in half precision.
+
+    It takes ``(2, B, n, *S)``: the residual to start from, and room for the best one. Together they have the size of a
+    field in float32, which takes their place in the end.
+    """
+
+    def _allocate(self) -> None:
+        self.storage, self.residual = self.residual, self.residual[0]
+        super()._allocate()
+
+    def _room_for_best(self) -> Tensor:
+        return self.storage[1].zero_()
+
+    def displacement(self, better: Tensor) -> Tensor:
+        """The field, see :meth:`Engine.displacement`."""
+        flat = self.storage.view(-1)
+        wide, count = flat.view(torch.float32), flat.numel() // 2
+        for stop in range(count, 0, -_AT_A_TIME):  # from the end: what is written lies behind what is still to be read
+            some = slice(max(stop - _AT_A_TIME, 0), stop)
+            wide[some] = flat[some].float()
+        self.residual = wide.view(self.storage.shape[1:])
+        return super().displacement(better)
+
+
+_SMALL = 2**18
+"""Voxels of a level whose kernels are compiled as a whole."""
+
+_AT_A_TIME = 2**20
+"""Values that are converted together."""
+
+_SHARE = 0.04
+"""Part of a level that a tile of the lean engine holds: the smaller, the more of it is halo, computed for nothing."""
 
 
 # --- kernels: pure functions, compiled one by one: fused into one, they would compute some things several times
@@ -326,26 +365,26 @@ def _eagerly(kernel: Callable[..., Any], *args: Any) -> Any:
 
 
 def _warped(
-    moving: Tensor, moving_range: Range, prediction: Tensor | None, residual: Tensor, first_row: Tensor
+    moving: Tensor, moving_range: Range, prediction: Tensor | None, residual: Tensor, origin: tuple[Tensor, ...]
 ) -> Tensor:
     """Window of the moving image, warped by the prediction after a window of the residual, shifted and scaled."""
-    ddf = residual.to(first_row.dtype)
+    ddf = residual.to(origin[0].dtype)
     if prediction is not None:
-        ddf = compose(prediction, ddf, first_row)
-    return normalized(warp(moving, ddf, first_row=first_row), moving_range)
+        ddf = compose(prediction, ddf, origin)
+    return normalized(warp(moving, ddf, origin=origin), moving_range)
 
 
 def _measure(warped: Tensor, reference: tuple[Any, ...], similarity: Similarity) -> tuple[Tensor, Tensor]:
     return similarity.evaluate(warped, reference)
 
 
-def _measure_rows(warped: Tensor, reference: tuple[Any, ...], similarity: Similarity) -> tuple[Tensor, Tensor]:
-    return similarity.evaluate_rows(warped, reference)
+def _measure_lines(warped: Tensor, reference: tuple[Any, ...], similarity: Similarity) -> tuple[Tensor, Tensor]:
+    return similarity.evaluate_lines(warped, reference)
 
 
 def _measure_anew(warped: Tensor, fixed: Tensor, fixed_range: Range, similarity: Similarity) -> tuple[Tensor, Tensor]:
     # the reference is nobody else's, so that the measure can give it up
-    return similarity.evaluate_rows(warped, similarity.reference(piece(_normalized, fixed, fixed_range)))
+    return similarity.evaluate_lines(warped, similarity.reference(piece(_normalized, fixed, fixed_range)))
 
 
 def _normalized(image: Tensor, range_: Range) -> Tensor:
@@ -356,8 +395,8 @@ def _normalized(image: Tensor, range_: Range) -> Tensor:
 def _direction(
     smooth: Tensor, gradient: Tensor | None, trust: Trust, unit: Tensor, step: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """The step ``(B, n, rows, …)`` in voxels, and the decrease that each row of it promises ``(B, rows)``."""
+    """The step ``(B, n, rows, …)`` in voxels, and the decrease that each line promises ``(B, rows, columns)``."""
     v = levenberg.direction(smooth * unit, trust, step, window) * unit
     if gradient is None:
-        return v, v.new_zeros(v.shape[0], v.shape[2])
-    return v, -(gradient * v).sum(1).flatten(2).sum(2)
+        return v, v.new_zeros(v.shape[0], *v.shape[2:4])
+    return v, -line_sums(gradient * v)

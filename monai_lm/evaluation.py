@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,9 +61,13 @@ def label_overlap(
         if spacing is not None:
             distance = float("nan")
             if all(mask.any() for mask in masks):
-                distance = float(
-                    compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=list(spacing))
-                )
+                with warnings.catch_warnings():  # MONAI's about a deprecated argument of its own
+                    warnings.simplefilter("ignore", FutureWarning)
+                    distance = float(
+                        compute_hausdorff_distance(
+                            *masks, include_background=True, percentile=95, spacing=list(spacing)
+                        )
+                    )
             hd95[int(value)] = distance
     return dice, hd95
 

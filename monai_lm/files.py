@@ -9,7 +9,9 @@ points of the fixed to points of the moving image, affine included.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,22 @@ from torch import Tensor
 
 from monai_lm.evaluation import compare_labels
 from monai_lm.fields import compose, fold_count, invert, sample_points
-from monai_lm.fileio import file_suffix, read_ddf, read_points, write_ddf
+from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.metrics import sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
-from monai_lm.space import fixed_to_moving, from_space, resample_moving, spacing_of, through_affine, to_voxel, to_world
-from monai_lm.volumes import Field, Image, Pair, load_pair
+from monai_lm.space import (
+    fixed_to_moving,
+    from_space,
+    resample_moving,
+    spacing_of,
+    through_affine,
+    to_space,
+    to_voxel,
+    to_world,
+)
+from monai_lm.volumes import Field, Image, Pair, load_pair, load_points
 
 __all__ = ["apply_field", "compose_fields", "convert_field", "evaluate_field", "invert_field", "refine_pair"]
 
@@ -76,6 +87,7 @@ def refine_pair(
     free(folder, names, overwrite)
     pair = load_pair(fixed, moving, affine, labels, points)
     f, m = pair.fixed, pair.moving
+    file_suffix(file_format, len(f.size))
     chosen = _device(device)
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m).ddf
@@ -83,9 +95,9 @@ def refine_pair(
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found before the work
     start_on_device = None if predicted is None else predicted.to(chosen)
-    result = refine(f.data.to(chosen), onto.to(chosen), start_on_device, **keywords)
+    with _made(folder):  # what cannot be written to is found before the work
+        result = refine(f.data.to(chosen), onto.to(chosen), start_on_device, **keywords)
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
@@ -98,8 +110,32 @@ def refine_pair(
     if report:
         _report(folder / "report.html", pair, onto, result, predicted, keywords)
     with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+        temporary.write_text(as_json(metrics) + "\n")
     return metrics
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """JSON, which knows no NaN: null in its place."""
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}, indent=1
+    )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder that is there, and gone again if it was not and the work fails."""
+    new = next((parent for parent in (*reversed(folder.parents), folder) if not parent.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"output_dir must be a folder, got the file {folder}") from error
+    try:
+        yield
+    except BaseException:
+        while new is not None and folder != new.parent and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+        raise
 
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
@@ -154,16 +190,17 @@ def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
         spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
         out |= {key: float(value) for key, value in compare_labels(label, pair.labels[0].data, [spacing]).items()}
     if pair.points:
-        whole = through_affine(ddf, pair.fixed.affine, pair.moving.affine, pair.initial)
-        moved = _move(pair.points[0], whole, pair.fixed.affine, pair.moving.affine)
+        moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
         out["tre"] = float(torch.linalg.vector_norm(moved - pair.points[1], dim=1).mean())
     return out
 
 
-def _move(points: Tensor, ddf: Tensor, fixed_affine: np.ndarray, moving_affine: np.ndarray) -> Tensor:
-    """Points ``(N, n)`` in RAS millimetres, led by a field from the fixed to the moving grid."""
-    voxels = to_voxel(points.double(), fixed_affine)
-    return to_world(voxels + sample_points(ddf.double(), voxels[None])[0], moving_affine)
+def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray | None = None) -> Tensor:
+    """Points ``(N, n)`` in RAS millimetres, led by a field on the fixed grid, then by an affine in RAS millimetres."""
+    voxels = to_voxel(points.double(), affine)
+    return to_world(
+        voxels + sample_points(ddf.double(), voxels[None])[0], affine if initial is None else initial @ affine
+    )
 
 
 def _inverse(
@@ -203,21 +240,24 @@ def apply_field(
     """
     output = Path(output)
     free(output.parent, [output.name], overwrite)
-    grid = None if fixed is None else Image(fixed)
-    if Path(source).suffix in (".csv", ".fcsv"):
-        field = Field(ddf, grid, None if moving is None else Image(moving), file_format)
-        points = torch.from_numpy(read_points(source))
-        moved = _move(points, field.ddf, field.affine, field.moving_affine)
+    grid, target = (None if path is None else Image(path) for path in (fixed, moving))
+    if Path(source).suffix.lower() in (".csv", ".fcsv"):
+        if output.suffix != ".csv":
+            raise ValueError(f"output must end in .csv for points, got {output.name!r}")
+        field = Field(ddf, grid, target, file_format)
+        points = load_points(source, field.ddf.shape[1])
+        moved = _move(points, field.inner(), field.affine)
         with replacing(output) as temporary:
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
     image = Image(source)
+    if not output.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
     if label:
         image.check_labels()
-    field = Field(ddf, grid, image, file_format)
+    field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
-    inner = from_space(field.ddf, np.eye(4), fixed_to_moving(field.affine, image.affine))
-    warped = resample_moving(image.data, inner, field.affine, image.affine, None, mode, outside)
+    warped = resample_moving(image.data, field.inner(), field.affine, image.affine, None, mode, outside)
     save_nifti(output, warped[0, 0].numpy(), field.affine, "none", label_type(warped.numpy()) if label else np.float32)
 
 
@@ -231,22 +271,27 @@ def invert_field(
     """Write the inverse of a field, on the grid of the ``moving`` image (default: the field's own).
 
     Returns:
-        Largest distance in voxels that inverse and field together miss the identity by, where the grids overlap.
+        Largest distance in voxels that inverse and field together miss the identity by, an eighth of the grid away from
+        its border and where the field leads into the grid of the inverse; NaN where it does nowhere.
     """
     output = Path(output)
     free(output.parent, [output.name], overwrite)
     image = None if moving is None else Image(moving)
     field = Field(ddf, None, image)
     size = tuple(field.ddf.shape[2:]) if image is None else image.size
-    inner = from_space(field.ddf, np.eye(4), fixed_to_moving(field.affine, field.moving_affine))
-    inverse = _inverse(inner, field.affine, field.moving_affine, None, size)
+    inverse = _inverse(field.inner(), field.affine, field.moving_affine, None, size)
     write_ddf(
         output, inverse[0].numpy(), field.moving_affine, file_format,
         moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
     )  # fmt: skip
     missed = torch.linalg.vector_norm(compose(inverse, field.ddf), dim=1)[0]
-    inside = [slice(s // 8, s - s // 8) for s in missed.shape]
-    return float(missed[tuple(inside)].max())
+    shown = torch.zeros_like(missed, dtype=torch.bool)
+    shown[tuple(slice(s // 8, s - s // 8) for s in missed.shape)] = True
+    for axis, length in enumerate(size):  # voxels that are led out of the inverse's grid are none of its
+        voxels = torch.arange(missed.shape[axis]).view([-1 if a == axis else 1 for a in range(missed.dim())])
+        target = field.ddf[0, axis] + voxels
+        shown &= (target >= 0) & (target <= length - 1)
+    return float(missed[shown].max()) if bool(shown.any()) else float("nan")
 
 
 def compose_fields(first: str | Path, second: str | Path, output: str | Path, overwrite: bool = False) -> None:
@@ -258,7 +303,8 @@ def compose_fields(first: str | Path, second: str | Path, output: str | Path, ov
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
         raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")
-    whole = compose(outer.ddf, inner)  # from voxels of the first grid to voxels of the second, where the second leads
+    # on from voxels of the second grid to voxels of the grid that the second field leads to
+    whole = to_space(compose(outer.inner(), inner), np.eye(4), fixed_to_moving(outer.affine, outer.moving_affine))
     write_ddf(output, whole[0].numpy(), affine, "itk", moving_affine=outer.affine)
 
 
@@ -293,8 +339,7 @@ def evaluate_field(
     """Folds and SDlogJ of a field and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
     pair = load_pair(fixed, moving, None, labels, points)
     field = Field(ddf, pair.fixed, pair.moving, file_format)
-    inner = from_space(field.ddf, np.eye(4), fixed_to_moving(pair.fixed.affine, pair.moving.affine))
-    return _measure(inner, pair)
+    return _measure(field.inner(), pair)
 
 
 def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:

@@ -135,6 +135,7 @@ class RegistrationInferer(Inferer):
         if not isinstance(prediction, Tensor) or prediction.dim() != n + 2 or prediction.shape[1] != n:
             got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
             raise ValueError(f"network must return a {self.prediction} (B, {n}, *P), got {got}")
+        check_finite(f"the network's {self.prediction}", prediction)
         with torch.autocast(prediction.device.type, enabled=False):
             field = prediction.float()
             if self.prediction == "velocity":

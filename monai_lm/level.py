@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from monai_lm import levenberg
 from monai_lm.compilation import Ledger
-from monai_lm.engine import Engine, LeanEngine
+from monai_lm.engine import Engine, HalfEngine, LeanEngine
 from monai_lm.fields import resample
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust
@@ -80,14 +80,17 @@ class LevelRun:
         if prediction is not None and prediction.shape[2:] != level.size:
             prediction = resample(prediction, level.size)
             repair_in_place(prediction)
-        if residual is None:
-            residual = fixed.new_zeros(fixed.shape[0], len(level.size), *level.size, dtype=torch.float32)
-        elif residual.shape[2:] != level.size:  # folds that resampling makes are repaired
-            residual = resample(residual, level.size)
-            repair_in_place(residual, prediction)
-        if lean and settings.memory == "half":
-            residual = residual.half()
-        self.engine = (LeanEngine if lean else self.engine_type)(
+        half = lean and settings.memory == "half"
+        if residual is None or half or residual.shape[2:] != level.size:
+            shape = (fixed.shape[0], len(level.size), *level.size)
+            kept = ((2, *shape), torch.half) if half else (shape, torch.float32)
+            room = torch.zeros(kept[0], dtype=kept[1], device=fixed.device)
+            if residual is not None:  # folds that resampling makes are repaired
+                resample(residual, level.size, room[0] if half else room)
+                repair_in_place(room[0] if half else room, prediction)
+            residual = room
+        kind = HalfEngine if half else LeanEngine if lean else self.engine_type
+        self.engine = kind(
             level=level,
             fixed=shrink(fixed, level.size),
             moving=shrink(moving, level.size),

@@ -50,9 +50,9 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
                 f"data must be a folder, a file, a list or a dictionary of lists, got {str(path)!r}, missing"
             )
         elif path.suffix == ".json":
-            source = json.loads(path.read_text())
+            source = read_json("data", path)
         elif path.suffix == ".csv":
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
                 source = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
         else:
             raise ValueError(f"data must be a .csv or .json file, got {path.name!r}")
@@ -68,7 +68,17 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
         whole = {k: str(Path(root or ".", v).absolute()) if k in FILES else v for k, v in entry.items()}
         part = str(whole.pop("part", ""))
         out.setdefault(SYNONYMS.get(part, part), []).append(whole)
+    if unknown := sorted(set(out) - {"", *PARTS}):
+        raise ValueError(f"data must name parts among {PARTS}, got {unknown}")
     return out
+
+
+def read_json(argument: str, path: str | Path) -> Any:
+    """What a JSON file holds; ValueError that names the argument and the file if it is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{argument} must be a JSON file, got {path}: {error}") from error
 
 
 def _entry(entry: Any) -> Entry:
@@ -112,7 +122,7 @@ def split_subjects(
         ValueError: a subject in two parts, a subject that is not there, or fractions that do not sum to 1.
     """
     subjects = sorted({subject_of(entry) for entry in entries})
-    listed = json.loads(Path(split).read_text()) if isinstance(split, str | Path) else split
+    listed = read_json("split", split) if isinstance(split, str | Path) else split
     if isinstance(listed, Mapping):
         parts = {SYNONYMS.get(part, part): [str(name) for name in names] for part, names in listed.items()}
     else:
@@ -204,8 +214,14 @@ def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid:
             problems += [f"{pair['moving']}: {reason}" for reason in _differences(fixed, moving, same_grid)]
         for role in ("fixed", "moving"):
             image, label = headers[pair[role]], headers.get(pair.get(f"{role}_label", ""))
-            if image is not None and label is not None and image.shape[:3] != label.shape[:3]:
+            if image is None or label is None:
+                continue
+            if image.shape[:3] != label.shape[:3]:
                 problems.append(f"{pair[f'{role}_label']}: shape {label.shape}, but its image has {image.shape}")
+            elif (codes := nib.aff2axcodes(label.affine)) != (expected := nib.aff2axcodes(image.affine)):
+                problems.append(
+                    f"{pair[f'{role}_label']}: orientation {''.join(codes)}, but its image has {''.join(expected)}"
+                )
     _raise(list(dict.fromkeys(problems)), "data")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from monai_lm.compilation import many_shapes
 from monai_lm.fields import fold_count, repair
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.level import LevelRun, Settings
@@ -136,6 +137,7 @@ def refine(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
+        many_shapes(),
         nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
@@ -214,8 +216,9 @@ def _finish(
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
         warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=4)
     better = (loss <= initial) & ~constant
+    rounded = engine.residual.dtype == torch.half
     ddf = engine.displacement(better)
-    if engine.residual.dtype != ddf.dtype:  # what was rounded may fold
+    if rounded:  # what was rounded may fold
         repair_in_place(ddf)
     folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
     if predicted is not None:

@@ -1,7 +1,7 @@
-"""Windows along the first axis of a volume: what a kernel gets to see, and which of its rows are right.
+"""Windows of a volume, along its first axis or its first two: what a kernel gets to see, and where it comes out right.
 
-A kernel that looks ``halo`` rows around itself is right everywhere in a window but near the window's ends, unless they
-are the volume's: there it treats the end as it would in the whole volume. So kernels need not know about windows.
+A kernel that looks ``halo`` voxels around itself is right everywhere in a window but near the window's ends, unless
+they are the volume's: there it treats the end as it would in the whole volume. So kernels need not know about windows.
 All windows of a volume have one shape, for compilers.
 """
 
@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Span",
     "Window",
     "assembled",
     "give_back_freed_memory",
@@ -26,6 +28,7 @@ __all__ = [
     "narrowed",
     "overwrite",
     "sparing_memory",
+    "tiles",
     "windows",
 ]
 
@@ -85,60 +88,98 @@ def _libc(name: str) -> Callable[..., int] | None:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Rows ``start … start + rows`` of a volume, of which ``first … last`` come out right."""
+class Span:
+    """Indices ``start … start + length`` of an axis, of which ``first … last`` come out right."""
 
     start: int
-    rows: int
+    length: int
     first: int
     last: int
 
+
+@dataclass(frozen=True)
+class Window:
+    """A span of each of the first axes of a volume; whole along the others."""
+
+    spans: tuple[Span, ...]
+
     def of(self, volume: Tensor) -> Tensor:
-        """View of the window's rows of a volume ``(B, C, *S)``."""
-        return volume.narrow(2, self.start, self.rows)
+        """View of the window of a volume ``(B, C, *S)``."""
+        for dim, span in enumerate(self.spans, start=2):
+            volume = volume.narrow(dim, span.start, span.length)
+        return volume
 
     def right(self, volume: Tensor) -> Tensor:
-        """View of the rows of a volume ``(B, C, *S)`` that come out right."""
-        return volume.narrow(2, self.first, self.last - self.first)
+        """View of the part of a volume ``(B, C, *S)`` that comes out right."""
+        for dim, span in enumerate(self.spans, start=2):
+            volume = volume.narrow(dim, span.first, span.last - span.first)
+        return volume
 
     def cut(self, out: Tensor, dim: int = 2) -> Tensor:
-        """View of the right rows of what a kernel returned for the window."""
-        return out.narrow(dim, self.first - self.start, self.last - self.first)
+        """View of the right part of what a kernel returned for the window; ``dim``: of the first axis."""
+        for axis, span in enumerate(self.spans, start=dim):
+            out = out.narrow(axis, span.first - span.start, span.last - span.first)
+        return out
 
-    def first_row(self, like: Tensor) -> Tensor:
-        """The window's first row as a tensor, so that compiled kernels serve every window.
+    def inner(self) -> Window:
+        """The window of the right part alone."""
+        return Window(tuple(Span(s.first, s.last - s.first, s.first, s.last) for s in self.spans))
 
-        It is filled on the device: copying a number there would make the host wait.
+    def origin(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Index of the window's first voxel along each of its axes, as tensors, so that a compiled kernel serves all.
+
+        They are filled on the device: copying a number there would make the host wait.
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.full((), float(self.start), dtype=wide, device=like.device)
+        return tuple(torch.full((), float(span.start), dtype=wide, device=like.device) for span in self.spans)
 
 
-def windows(
-    volume: Tensor, channels: int, halo: int, bytes_at_a_time: float | None = None, least: int = 6
-) -> list[Window]:
-    """Cut the rows of a volume into windows for a kernel.
+def windows(volume: Tensor, channels: int, halo: int, bytes_at_a_time: float | None = None) -> list[Window]:
+    """Cut a volume into slabs along its first axis, for kernels that shall be fast.
 
     Args:
         volume: ``(B, C, *S)``; its shape and device matter.
         channels: of the kernel's largest intermediate result.
-        halo: how many rows a kernel looks around itself.
+        halo: how far a kernel looks around itself; a slab is no thinner than six, most of it for something.
         bytes_at_a_time: size of that intermediate result, in float32; by default what suits the device.
-        least: a window is no shorter than this many halos, at least 3: the halo's rows are computed for nothing.
 
     Returns:
-        Windows of equal length whose right rows tile the volume from the first row to the last.
+        Windows of one shape whose right parts tile the volume in order.
     """
     size, plane = volume.shape[2], volume[0, 0, 0].numel() * volume.shape[0]
     limit = _BYTES.get(volume.device.type, _BYTES["cuda"]) if bytes_at_a_time is None else bytes_at_a_time
-    rows = max(int(limit / (4 * channels * plane)), least * halo, 4)
-    if rows >= size:
-        return [Window(0, size, 0, size)]
+    return [Window((span,)) for span in _spans(size, max(int(limit / (4 * channels * plane)), 6 * halo, 4), halo)]
+
+
+def tiles(volume: Tensor, halo: int, share: float, least: int = 2**19) -> list[Window]:
+    """Cut a volume along its first two axes, for kernels whose intermediate results shall be small.
+
+    Args:
+        volume: ``(B, C, *S)``; its shape matters.
+        halo: how far a kernel looks around itself. A tile is no thinner than three along the first axis and five along
+            the second one.
+        share: of a volume's voxels that a tile has, or
+        least: as many voxels, whichever is more.
+
+    Returns:
+        Windows of one shape whose right parts tile the volume, strip after strip.
+    """
+    rows, columns = volume.shape[2:4]
+    area = max(least / volume[0, 0, 0, 0].numel() / volume.shape[0], share * rows * columns)
+    height = min(max(round((0.65 * area) ** 0.5), 3 * halo, 4), rows)  # what is done with a strip waits for the next
+    width = max(round(area / height), 5 * halo, 4)
+    return [Window(spans) for spans in product(_spans(rows, height, halo), _spans(columns, width, halo))]
+
+
+def _spans(size: int, length: int, halo: int) -> list[Span]:
+    """Spans of one length whose right parts tile an axis."""
+    if length >= size:
+        return [Span(0, size, 0, size)]
     cut, first = [], 0
     while first < size:
-        start = min(max(first - halo, 0), size - rows)
-        last = size if start + rows == size else start + rows - halo
-        cut.append(Window(start, rows, first, last))
+        start = min(max(first - halo, 0), size - length)
+        last = size if start + length == size else start + length - halo
+        cut.append(Span(start, length, first, last))
         first = last
     return cut
 
@@ -151,7 +192,7 @@ def narrowed(tensors: Any, window: Window) -> Any:
 
 
 def assembled(rows: int, cut: list[Window], kernel: Callable[[Window], Any]) -> Any:
-    """Whole volumes, in nested tuples, of what a kernel returns for each window: ``(B, C, rows, …)`` in such tuples."""
+    """Whole volumes, in nested tuples, of what a kernel returns for each slab: ``(B, C, rows, …)`` in such tuples."""
     whole: Any = None
     for window in cut:
         part = kernel(window)
@@ -177,22 +218,29 @@ def _fill(whole: Any, part: Any, window: Window) -> None:
 def overwrite(volume: Tensor, cut: list[Window], kernel: Callable[[Window], Tensor]) -> None:
     """Replace a volume by what a kernel makes of it, window by window.
 
-    A window's rows are written when the kernel is through with the next window, so that it still finds the old rows
-    within its halo.
+    A strip, windows with the same rows, is written when the kernel is through with the next strip, so that it still
+    finds the old values within its halo.
 
     Args:
         volume: ``(B, C, *S)``, written in place.
-        cut: windows at least twice as long as the halo is wide.
+        cut: windows at least three times as long along the first axis as the halo is wide.
         kernel: returns ``(B, C, rows, …)`` for a window.
     """
-    pending: Iterator[tuple[Window, Tensor]] = iter(())
-    for window in cut:
-        out = kernel(window)
-        for written, rows in pending:
-            written.right(volume).copy_(rows)
-        right = window.cut(out)
-        # mostly halo: a copy, so that the rest is not kept while the next window is worked on
-        pending = iter([(window, right.clone() if 2 * right.shape[2] < out.shape[2] else right)])
-        del out, right
-    for written, rows in pending:
-        written.right(volume).copy_(rows)
+    waiting: list[tuple[Window, Tensor]] = []
+    for _, strip in groupby(cut, key=lambda window: window.spans[0]):
+        done = []
+        for window in strip:
+            out = kernel(window)
+            right = window.cut(out).to(volume.dtype)
+            if 2 * right.numel() < out.numel():  # mostly halo: a copy, so that the rest is not kept
+                right = right.clone()
+            done.append((window, right))
+            del out, right
+        _write(volume, waiting)
+        waiting = done
+    _write(volume, waiting)
+
+
+def _write(volume: Tensor, parts: list[tuple[Window, Tensor]]) -> None:
+    for window, part in parts:
+        window.right(volume).copy_(part)

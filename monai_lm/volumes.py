@@ -11,9 +11,9 @@ from torch import Tensor
 
 from monai_lm.fileio import read_affine, read_ddf, read_points
 from monai_lm.fileio.files import load_nifti
-from monai_lm.space import resample_moving, spacing_of
+from monai_lm.space import fixed_to_moving, from_space, resample_moving, spacing_of
 
-__all__ = ["Field", "Image", "Pair", "load_pair"]
+__all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
 
 class Image:
@@ -52,6 +52,10 @@ class Image:
         """Itself, if it holds whole numbers of at least 0; else ValueError."""
         if bool((self.data != self.data.round()).any()) or float(self.data.min()) < 0:
             raise ValueError(f"{self.path} must hold labels, whole numbers of at least 0, got other values")
+        if float(self.data.max()) > 2**24:
+            raise ValueError(
+                f"{self.path} must hold labels up to {2**24}, which float32 can tell apart, got larger ones"
+            )
         self.is_label = True
         return self
 
@@ -85,8 +89,16 @@ class Field:
         self.affine = affine
         self.moving_affine = self.affine if moving_affine is None else moving_affine
         self.ddf = torch.from_numpy(np.ascontiguousarray(values))[None].float()
+        if moving is not None and len(moving.size) != self.ddf.shape[1]:
+            raise ValueError(
+                f"{moving.path} must have as many axes as the field {path}, {self.ddf.shape[1]}, got {moving.size}"
+            )
         if fixed is not None:
             self._check_grid(path, fixed)
+
+    def inner(self) -> Tensor:
+        """The field in voxels of its own grid alone: continued beyond it, that means the same for any moving grid."""
+        return from_space(self.ddf, np.eye(4), fixed_to_moving(self.affine, self.moving_affine))
 
     def _check_grid(self, path: str | Path, fixed: Image) -> None:
         size = tuple(self.ddf.shape[2:])
@@ -144,17 +156,18 @@ def load_pair(
             f"{maps[0].path} must lie on the grid of its image {f.path}, {f.size} voxels, got {maps[0].size}; affines\n"
             f"{f.affine}\nand\n{maps[0].affine}"
         )
-    landmarks = (_points(points[0], f), _points(points[1], m)) if points else None
+    landmarks = (load_points(points[0], len(f.size)), load_points(points[1], len(m.size))) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
     return Pair(f, m, None if affine is None else read_affine(affine), maps, landmarks)
 
 
-def _points(path: str | Path, image: Image) -> Tensor:
+def load_points(path: str | Path, n: int) -> Tensor:
+    """Landmarks ``(N, n)`` in RAS millimetres, float64; ValueError for another number of coordinates."""
     points = torch.from_numpy(read_points(path))
-    if points.shape[1] != len(image.size):
-        raise ValueError(f"{path} must hold points of {len(image.size)} coordinates, got {points.shape[1]}")
+    if points.shape[1] != n:
+        raise ValueError(f"{path} must hold points of {n} coordinates, got {points.shape[1]}")
     return points
 
 

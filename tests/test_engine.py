@@ -5,12 +5,12 @@ import torch
 
 from monai_lm import engine as engine_module
 from monai_lm import levenberg, streaming
-from monai_lm.engine import Engine, LeanEngine
+from monai_lm.engine import Engine, HalfEngine, LeanEngine
 from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.levenberg import initial_trust_of
 from monai_lm.pyramid import make_level
 from monai_lm.similarity import LNCC, MSE, NCC, Combined
-from monai_lm.streaming import windows
+from monai_lm.streaming import tiles, windows
 
 SIZE = (90, 9, 10)
 SPACING = (1.0, 1.0, 2.0)
@@ -25,14 +25,14 @@ MEASURES = pytest.mark.parametrize(
 def build(random_tensor):
     """``build(Engine, measure)`` on two smooth images, from a prediction and a residual that are not zero."""
 
-    def make(kind, measure, control=False, window=1, dtype=torch.float32):
+    def make(kind, measure, control=False, window=1):
         channels = sum(getattr(measure, "channels", [1]))
         fixed, moving = (gaussian_smooth(random_tensor((2, channels, *SIZE), s).float(), 1.0) + 3 for s in (0, 1))
         prediction, residual = (8 * gaussian_smooth(random_tensor((2, 3, *SIZE), s).float(), 3.0) for s in (2, 3))
         level = make_level(SIZE, SPACING, 1)
-        return kind(
-            level, fixed, moving, prediction, residual.to(dtype), measure, 1.0, 0.5, 0.5, window, control, False
-        )
+        if kind is HalfEngine:  # and room for the best one
+            residual = torch.stack([residual, torch.zeros_like(residual)]).half()
+        return kind(level, fixed, moving, prediction, residual, measure, 1.0, 0.5, 0.5, window, control, False)
 
     return make
 
@@ -41,7 +41,7 @@ def build(random_tensor):
 def small_windows(monkeypatch):
     """Windows as small as their halos allow."""
     monkeypatch.setitem(streaming._BYTES, "cpu", 1)
-    monkeypatch.setattr(engine_module, "_LEAN_SHARE", 0.0)
+    monkeypatch.setattr(engine_module, "tiles", lambda volume, halo, _: tiles(volume, halo, 0.0, least=1))
 
 
 def run(engine, steps=3):
@@ -61,10 +61,10 @@ def test_lean_and_full_agree_and_windows_do_not_matter(measure, window, build, m
     whole = run(build(Engine, measure, control=True, window=window))
     assert whole[2].isfinite().all()
     monkeypatch.setitem(streaming._BYTES, "cpu", 1)  # windows as small as the halos allow
-    monkeypatch.setattr(engine_module, "_LEAN_SHARE", 0.0)
+    monkeypatch.setattr(engine_module, "tiles", lambda volume, halo, _: tiles(volume, halo, 0.0, least=1))
     for kind in (Engine, LeanEngine):
         engine = build(kind, measure, control=True, window=window)
-        assert len(windows(engine.residual, 3, 6)) > 1
+        assert len(windows(engine.residual, 3, 6)) > 1 < len(tiles(engine.residual, 6, 0.0, least=1))
         for got, expected in zip(run(engine), whole, strict=True):
             tolerance = 1e-5 if got.dtype == torch.float32 else 4e-3  # the best of the lean engine is rounded
             assert (got - expected).abs().max() <= tolerance * expected.abs().max()
@@ -92,7 +92,7 @@ def test_measures_of_the_whole_image_are_for_the_full_engine(build):
         build(LeanEngine, NCC())
 
 
-@pytest.mark.parametrize("kind", [Engine, LeanEngine])
+@pytest.mark.parametrize("kind", [Engine, LeanEngine, HalfEngine])
 def test_best_and_kept_residuals_come_back(kind, build):
     engine = build(kind, MSE())
     start = engine.residual.clone()
@@ -108,12 +108,13 @@ def test_best_and_kept_residuals_come_back(kind, build):
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_displacement_composes_for_the_better_pairs_only(dtype, build):
-    engine = build(LeanEngine, MSE(), dtype=dtype)
+@pytest.mark.parametrize("kind", [Engine, LeanEngine, HalfEngine])
+def test_displacement_composes_for_the_better_pairs_only(kind, build, monkeypatch):
+    monkeypatch.setattr(engine_module, "_AT_A_TIME", 1000)  # of the values that are converted
+    engine = build(kind, MSE())
     residual, prediction = engine.residual.float().clone(), engine.prediction
     ddf = engine.displacement(torch.tensor([True, False]))
     assert ddf.dtype == torch.float32
     torch.testing.assert_close(ddf[0], compose(prediction, residual)[0])
     assert torch.equal(ddf[1], prediction[1])
-    assert (ddf is engine.residual) == (dtype == torch.float32)
+    assert ddf is engine.residual  # in whose place it is

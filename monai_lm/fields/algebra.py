@@ -13,18 +13,18 @@ from monai_lm.fields.sampling import warp
 __all__ = ["compose", "integrate", "invert", "resample"]
 
 
-def compose(outer: Tensor, inner: Tensor, first_row: Tensor | None = None) -> Tensor:
+def compose(outer: Tensor, inner: Tensor, origin: Sequence[Tensor] = ()) -> Tensor:
     """Compose two fields: the displacement of ``(id + outer) ∘ (id + inner)``, i.e. ``inner(x) + outer(x + inner(x))``.
 
     Args:
         outer: ``(B, n, *M)`` in voxels; extended by its border value.
         inner: ``(B, n, *S)`` in voxels of the grid of ``outer``.
-        first_row: index of the first row of ``inner`` where it holds some rows only; see :func:`warp`.
+        origin: index of the first voxel of ``inner`` where it holds a window only; see :func:`warp`.
 
     Returns:
         ``(B, n, *S)`` displacement in voxels.
     """
-    return inner + warp(outer, inner, first_row=first_row)
+    return inner + warp(outer, inner, origin=origin)
 
 
 def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
@@ -51,7 +51,7 @@ def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
     return ddf
 
 
-def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
+def resample(ddf: Tensor, size: Sequence[int], out: Tensor | None = None) -> Tensor:
     """Resample a field onto another grid that spans the same space (corner voxels coincide), units included.
 
     A grid twice as fine holds displacements of twice as many voxels: channel ``a`` is multiplied by
@@ -60,9 +60,10 @@ def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
     Args:
         ddf: ``(B, n, *S)`` in voxels of its own grid.
         size: ``n`` voxel counts of the new grid, each at least 2.
+        out: ``(B, n, *size)`` to write to, channel by channel, in a precision of its own; for fields that are large.
 
     Returns:
-        ``(B, n, *size)`` in voxels of the new grid; the same tensor if the size is unchanged.
+        ``(B, n, *size)`` in voxels of the new grid; the same tensor if the size is unchanged and there is no ``out``.
 
     Raises:
         ValueError: another number of axes, or an axis, old or new, of fewer than 2 voxels.
@@ -73,8 +74,13 @@ def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
             f"size must be {len(old)} voxel counts of at least 2 for a field of {tuple(old)} voxels, got {tuple(size)}"
         )
     if tuple(old) == tuple(size):
-        return ddf
+        return ddf if out is None else out.copy_(ddf)
     mode = "bilinear" if ddf.shape[1] == 2 else "trilinear"
+    if out is not None:
+        for axis, (new, previous) in enumerate(zip(size, old, strict=True)):
+            channel = F.interpolate(ddf[:, axis : axis + 1], size=tuple(size), mode=mode, align_corners=True)
+            out[:, axis : axis + 1] = channel.mul_((new - 1) / (previous - 1))
+        return out
     out = F.interpolate(ddf, size=tuple(size), mode=mode, align_corners=True)
     factor = [(new - 1) / (previous - 1) for new, previous in zip(size, old, strict=True)]
     return out.mul_(out.new_tensor(factor).view(1, -1, *[1] * len(old)))  # in place: a field is large

@@ -6,6 +6,7 @@ and no coordinate grid is stored. Autograd through it gives the exact derivative
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -24,7 +25,7 @@ def warp(
     ddf: Tensor,
     mode: str = "bilinear",
     padding_mode: str = "border",
-    first_row: Tensor | None = None,
+    origin: Sequence[Tensor] = (),
 ) -> Tensor:
     """Sample an image at displaced positions, ``warped(x) = image(x + ddf(x))``.
 
@@ -35,8 +36,8 @@ def warp(
         ddf: ``(B, n, *S)`` displacement in voxels of ``image``, ``n = len(M) = len(S)``.
         mode: ``"bilinear"`` (trilinear in 3D) or ``"nearest"`` (for label maps).
         padding_mode: what lies outside the image: ``"border"`` extends the edge voxels, ``"zeros"`` is zero.
-        first_row: where ``ddf`` holds only some rows (indices along the first axis) of its grid, the index of its first
-            row, a tensor of one number in the dtype of ``ddf``; ``None`` is 0.
+        origin: where ``ddf`` holds a window of its grid only, the index of its first voxel along the first axes, each a
+            tensor of one number in the dtype of ``ddf``; 0 along the others.
 
     Returns:
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
@@ -56,8 +57,8 @@ def warp(
             f"len(S), got shapes {tuple(image.shape)} and {tuple(ddf.shape)}"
         )
     voxels = [torch.arange(length, device=ddf.device, dtype=ddf.dtype) for length in ddf.shape[2:]]
-    if first_row is not None:
-        voxels[0] = voxels[0] + first_row
+    for axis, first in enumerate(origin):
+        voxels[axis] = voxels[axis] + first
     position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
     flat = image.reshape(image.shape[0], image.shape[1], -1)
     # channel by channel, a compiler computes indices and weights once for all, in one loop

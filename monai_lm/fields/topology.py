@@ -117,7 +117,7 @@ def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) 
         start, stop = max(first - 1, 0), min(last, rows)
         slab = ddf[:, :, start:stop].to(torch.promote_types(ddf.dtype, torch.float32))
         if outer is not None:
-            slab = compose(outer, slab, slab.new_tensor(start))
+            slab = compose(outer, slab, (slab.new_tensor(start),))
         pads = [1, 1] * (ddf.dim() - 3) + [start - first + 1, last - stop]
         folded[:, first:last] = _folded(F.pad(slab, pads, mode="replicate"), margin)
     return folded
@@ -189,13 +189,9 @@ def repair_in_place(ddf: Tensor, outer: Tensor | None = None, margin: float = MA
 
 def _repair_pairs(ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
     """Repair the pairs that fold, in place; one by one: a pair must not depend on its batch."""
-    wide = torch.promote_types(ddf.dtype, torch.float32)
     for index in folded.flatten(1).any(1).nonzero().flatten().tolist():
         pair = slice(index, index + 1)
-        field = ddf[pair].to(wide)
-        _unfold(field, folded[pair], None if outer is None else outer[pair], margin, rounds)
-        if field.dtype != ddf.dtype:
-            ddf[pair] = field
+        _unfold(ddf[pair], folded[pair], None if outer is None else outer[pair], margin, rounds)
 
 
 def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
@@ -205,6 +201,7 @@ def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
     """
     reach = max(1, round(sigma))
     margin = max(2 * reach + 1, len(gaussian_taps(sigma)) - 1)
+    wide = torch.promote_types(field.dtype, torch.float32)
     tiles = []
     for tile in _tiles_near(folded, 2 * reach):
         core, box = [], []
@@ -214,7 +211,7 @@ def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
         around = (slice(None), slice(None), *(slice(first, last) for first, last in box))
         cells = (slice(None), *(slice(first, last + 1) for first, last in box))
         inner = (slice(None), slice(None), *(slice(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)))
-        values, weight = field[around], _near(folded[cells], reach)
+        values, weight = field[around].to(wide), _near(folded[cells], reach)
         smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
         target = (slice(None), slice(None), *(slice(first, last) for first, last in core))
         tiles.append((target, smooth[inner].clone()))
@@ -235,7 +232,7 @@ def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
 
 
 def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
-    """Repair one pair ``(1, n, *S)`` whose folded cells are given, in place."""
+    """Repair one pair ``(1, n, *S)`` whose folded cells are given, in place; what is looked at is what was rounded."""
     sigma, fewest = 1.0, None
     for _ in range(rounds):
         count = int(folded.sum())
@@ -246,7 +243,8 @@ def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, 
         fewest = count if fewest is None else min(fewest, count)
         _smooth_near(field, folded, sigma)
         folded = folded_cells(field, margin, outer)
-    mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True)
+    wide = torch.promote_types(field.dtype, torch.float32)
+    mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True, dtype=wide)
     for _ in range(50):
         if not bool(folded_cells(field, margin, outer).any()):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,19 @@ def open_nifti(path: str | Path) -> Any:
     return image
 
 
+def _check_place(path: str | Path, header: Any) -> None:
+    """ValueError for units other than millimetres; warn where programs disagree about where the image lies."""
+    if (unit := header.get_xyzt_units()[0]) not in ("mm", "unknown"):
+        raise ValueError(f"{path} must be in millimetres, got {unit}")
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if codes == (0, 0):
+        warnings.warn(
+            f"{path} does not say where it lies: it is centred at the origin, ITK puts a corner there", stacklevel=4
+        )
+    elif min(codes) > 0 and not np.allclose(header.get_sform(), header.get_qform(), rtol=1e-3, atol=1e-2):
+        warnings.warn(f"{path} has two affines that differ: its sform is used, ITK may use its qform", stacklevel=4)
+
+
 def label_type(label: np.ndarray) -> type[np.generic]:
     """Smallest unsigned type that holds the labels."""
     return next(t for t in (np.uint8, np.uint16, np.uint32) if float(label.max()) <= np.iinfo(t).max)
@@ -111,6 +125,7 @@ def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
         ValueError: it is no NIfTI file, is cut off, does not hold finite real numbers, or its affine is singular.
     """
     image = open_nifti(path)
+    _check_place(path, image.header)
     with _errors_of(path):
         data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "fiu":

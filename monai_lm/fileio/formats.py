@@ -113,9 +113,11 @@ def write_ddf(
         write_learn2reg_ddf(path, ddf)
 
 
-def file_suffix(file_format: str) -> str:
-    """``.npz`` for Learn2Reg's files, else ``.nii.gz``; ValueError for an unknown format."""
+def file_suffix(file_format: str, axes: int = 3) -> str:
+    """``.npz`` for Learn2Reg's files, else ``.nii.gz``; ValueError for an unknown format, or one not for 2D."""
     _check_format(file_format)
+    if axes == 2 and file_format in ("fsl", "learn2reg"):
+        raise ValueError(f"file_format must be 'itk' or 'voxel' for 2D fields, got {file_format!r}")
     return ".npz" if file_format == "learn2reg" else ".nii.gz"
 
 

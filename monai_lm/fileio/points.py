@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +22,23 @@ def read_points(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")  # spreadsheets put a mark before the first number
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     signs, columns = np.ones(3), slice(None)
-    if path.suffix == ".fcsv":
+    if path.suffix.lower() == ".fcsv":
         system = next((line.split("=")[1].strip() for line in lines if line.startswith("# CoordinateSystem")), "")
         if system not in ("LPS", "RAS", "0", "1"):
             raise ValueError(f"{path} must say its CoordinateSystem, LPS or RAS, got {system!r}")
         signs = np.array([-1.0, -1.0, 1.0]) if system in ("LPS", "1") else signs
-        lines, columns = [line for line in lines if not line.startswith("#")], slice(1, 4)
-    rows = [line.split(",")[columns] for line in lines]
+        columns = slice(1, 4)
+    rows = [line.split(",")[columns] for line in lines if not line.startswith("#")]
+    if rows and not any(_numeric(value) for value in rows[0]):  # a header
+        del rows[0]
     try:
-        values = [[float(v) for v in row] for row in (rows if not rows or _numeric(rows[0]) else rows[1:])]
+        values = [[float(v) for v in row] for row in rows]
         points = np.array(values, dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"{path} must hold points, numbers separated by commas: {error}") from error
@@ -43,8 +47,9 @@ def read_points(path: str | Path) -> np.ndarray:
     return points * signs[: points.shape[1]]
 
 
-def _numeric(row: Sequence[str]) -> bool:
+def _numeric(value: str) -> bool:
     try:
-        return all(math.isfinite(float(value)) for value in row)
+        float(value)
     except ValueError:
         return False
+    return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LocalSimilarity", "Range", "Similarity", "normalized", "row_sums", "standard_range", "standardize"]
+__all__ = ["LocalSimilarity", "Range", "Similarity", "line_sums", "normalized", "standard_range", "standardize"]
 
 _SLAB = 2**20
 """Voxels of an image that are looked at together."""
@@ -32,7 +32,7 @@ class Similarity(ABC):
     """Whether images are shifted and scaled to zero mean and unit variance first; the measure must not care."""
 
     in_pieces = False
-    """Whether ``reference`` and ``evaluate_rows`` are made of pieces that are compiled one by one."""
+    """Whether ``reference`` and ``evaluate_lines`` are made of pieces that are compiled one by one."""
 
     halo: int | None = None
     """How far away from a voxel its loss and derivative look, in voxels; ``None``: at the whole image."""
@@ -73,10 +73,10 @@ class Similarity(ABC):
             The loss ``(B,)``, summed over voxels, and its derivative with respect to ``warped``, ``(B, C, *S)``.
         """
 
-    def evaluate_rows(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """As :meth:`evaluate`, with the loss summed over each row (index of the first axis) only: ``(B, rows)``.
+    def evaluate_lines(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """As :meth:`evaluate`, with the loss summed over each line only: ``(B, rows, columns)``, the first two axes.
 
-        Measures with a ``halo`` have it; the engine calls it on windows of rows.
+        Measures with a ``halo`` have it; the engine calls it on windows.
         """
         raise NotImplementedError(f"{type(self).__name__} looks at the whole image at once")
 
@@ -98,18 +98,18 @@ class Similarity(ABC):
 class LocalSimilarity(Similarity):
     """A measure whose loss and derivative at a voxel depend on nothing farther away than ``halo`` voxels.
 
-    The engine evaluates it window by window along the first axis, which is faster and needs less memory.
+    The engine evaluates it window by window, which is faster and needs less memory.
     """
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
-        rows, derivative = self.evaluate_rows(warped, reference)
-        return rows.sum(1), derivative
+        lines, derivative = self.evaluate_lines(warped, reference)
+        return lines.sum((1, 2)), derivative
 
 
-def row_sums(values: Tensor) -> Tensor:
-    """Sum ``(B, C, rows, …)`` over everything but pairs and rows, ``(B, rows)``."""
-    return values.sum((1, *range(3, values.dim())))
+def line_sums(values: Tensor) -> Tensor:
+    """Sum ``(B, C, rows, columns, …)`` over everything but pairs, rows and columns."""
+    return values.sum((1, *range(4, values.dim())))
 
 
 def normalized(image: Tensor, range_: Range) -> Tensor:

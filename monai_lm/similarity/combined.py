@@ -77,10 +77,10 @@ class Combined(Similarity):
         groups = zip(self.measures, self._split(warped), reference, strict=True)
         return self._sum([measure.evaluate(w, r) for measure, w, r in groups])
 
-    def evaluate_rows(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``, where all measures are local."""
+    def evaluate_lines(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``, where all measures are local."""
         groups = zip(self.measures, self._split(warped), reference, strict=True)
-        return self._sum([measure.evaluate_rows(w, r) for measure, w, r in groups])
+        return self._sum([measure.evaluate_lines(w, r) for measure, w, r in groups])
 
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""

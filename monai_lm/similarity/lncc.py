@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monai_lm.compilation import piece
 from monai_lm.fields.smoothing import box_sum, inverse_window_counts
-from monai_lm.similarity.base import LocalSimilarity, row_sums
+from monai_lm.similarity.base import LocalSimilarity, line_sums
 
 __all__ = ["LNCC"]
 
@@ -45,8 +45,8 @@ class LNCC(LocalSimilarity):
         sums = box_sum(piece(_moments, fixed), self.radius)
         return fixed, *piece(_mean_and_variance, sums, self.radius, self.epsilon)
 
-    def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
+    def evaluate_lines(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
         fixed, mean, variance = reference
         sums = [box_sum(piece(_moments, warped, fixed), self.radius)]  # lists give up what nobody needs any more
         loss, *parts = piece(_correlation, sums.pop(), mean, variance, self.radius, self.epsilon)
@@ -79,7 +79,7 @@ def _correlation(
     ratio = covariance / (variance * fixed_variance)
     a = 2 * ratio * weight
     b = a * covariance / variance
-    return row_sums(1 - covariance * ratio) / mean.shape[1], torch.cat([a, b, a * fixed_mean - b * mean], 1)
+    return line_sums(1 - covariance * ratio) / mean.shape[1], torch.cat([a, b, a * fixed_mean - b * mean], 1)
 
 
 def _derivative(warped: Tensor, fixed: Tensor, sums: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monai_lm.similarity.base import LocalSimilarity, Range, row_sums
+from monai_lm.similarity.base import LocalSimilarity, Range, line_sums
 
 __all__ = ["MSE"]
 
@@ -29,8 +29,8 @@ class MSE(LocalSimilarity):
         factor = (1 / largest).expand(-1, channels, *[-1] * (fixed.dim() - 2))
         return (torch.zeros_like(factor), factor), (torch.zeros_like(factor), factor)
 
-    def evaluate_rows(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per row ``(B, rows)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
+    def evaluate_lines(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
         (fixed,) = reference
         difference = (warped - fixed) / warped.shape[1]
-        return row_sums(difference * (warped - fixed)), 2 * difference
+        return line_sums(difference * (warped - fixed)), 2 * difference

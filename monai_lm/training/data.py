@@ -23,7 +23,7 @@ from monai.transforms import (
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import Dataset, get_worker_info
 
-from monai_lm.pairs import PARTS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
+from monai_lm.pairs import PARTS, SYNONYMS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
 
 __all__ = ["PairDataModule", "PairDataset"]
 
@@ -84,7 +84,14 @@ class PairDataModule(pl.LightningDataModule):
         super().__init__()
         if predict not in PARTS:
             raise ValueError(f"predict must be one of {PARTS}, got {predict!r}")
-        self.source, self.root, self.split, self.pairing, self.counts = data, root, split, pairing, pairs
+        if isinstance(pairs, Mapping) and (
+            unknown := sorted({SYNONYMS.get(part, part) for part in pairs} - set(PARTS))
+        ):
+            raise ValueError(f"pairs must name parts among {PARTS}, got {unknown}")
+        if grid is not None and (isinstance(grid, str) or len(grid) not in (2, 3) or min(grid) < 2):
+            raise ValueError(f"grid must be 2 or 3 voxel counts of at least 2, got {grid!r}")
+        self.source, self.root, self.split, self.pairing = data, root, split, pairing
+        self.counts = {SYNONYMS.get(k, k): v for k, v in pairs.items()} if isinstance(pairs, Mapping) else pairs
         self.predict_part, self.grid, self.cache, self.seed = predict, grid, cache, seed
         self.values = range(1, labels) if isinstance(labels, int) else labels
         self.transform, self.augmentation = transform, augmentation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.training.data import PairDataModule
 
 __all__ = ["FieldWriter"]
-
-logger = logging.getLogger(__name__)
 
 
 class FieldWriter(BasePredictionWriter):
@@ -55,7 +53,11 @@ class FieldWriter(BasePredictionWriter):
         if stage == "predict" and not self.overwrite and isinstance(datamodule, PairDataModule):
             skipped = datamodule.skip(self.complete)
             if skipped:
-                logger.info("%d pairs are complete in %s and left out", skipped, self.output_dir)
+                warnings.warn(
+                    f"{skipped} pairs are complete in {self.output_dir} and left out, whatever network or settings "
+                    "they are of; overwrite=True computes them again",
+                    stacklevel=2,
+                )
             trainer.strategy.barrier("FieldWriter.setup")  # nobody writes before everybody has looked
 
     def write_on_batch_end(

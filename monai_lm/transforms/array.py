@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +265,14 @@ class SaveDDF(Transform):
         self.output_postfix = output_postfix
         self.file_format = file_format
         self.suffix = file_suffix(file_format)
+        self.written: set[Path] = set()
 
     def __call__(self, ddf: NdarrayOrTensor, name: str = "pair") -> NdarrayOrTensor:
         """Write ``ddf`` ``(n, *S)`` in voxels, with its affine (identity if it has none); returns it unchanged.
 
         ``meta["moving_affine"]``, which :class:`RefineDDF` and :class:`LoadDDF` set, is the affine of the moving image
-        if that is another, ``meta["moving_size"]`` its voxel counts.
+        if that is another, ``meta["moving_size"]`` its voxel counts. A file that is there is replaced; with a warning,
+        if this transform wrote it: two pairs of one fixed image need names of their own.
         """
         affine, moving_affine, moving_size = np.eye(4), None, None
         if isinstance(ddf, MetaTensor):
@@ -277,7 +280,13 @@ class SaveDDF(Transform):
             moving_size = ddf.meta.get("moving_size")
             if (moving := ddf.meta.get("moving_affine")) is not None:
                 moving_affine = torch.as_tensor(moving).cpu().numpy()
-        array = convert_to_tensor(ddf, track_meta=False).detach().cpu().numpy()
+        if Path(name).name != name:
+            raise ValueError(f"name must do as part of a file's name, got {name!r}")
         path = self.output_dir / f"{name}_{self.output_postfix}{self.suffix}"
+        if path in self.written:
+            warnings.warn(f"{path} is replaced: this transform wrote a field of that name before", stacklevel=2)
+        self.written.add(path)
+        tensor = convert_to_tensor(ddf, track_meta=False).detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         write_ddf(path, array, affine, self.file_format, moving_affine=moving_affine, moving_size=moving_size)
         return ddf
