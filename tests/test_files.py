@@ -132,6 +132,39 @@ def test_applying_the_field_is_what_refine_wrote(pair, tmp_path):
     assert ours.get_data_dtype() == np.uint8
 
 
+def test_a_voxel_field_leads_to_the_grid_that_is_given(pair, tmp_path):
+    """Not to that of the image it is applied to, which may be stored in another orientation."""
+    _refine(pair, tmp_path / "out")
+    voxels = {"fixed": pair["fixed"], "moving": pair["moving"]}
+    files.convert_field(tmp_path / "out" / "ddf.nii.gz", tmp_path / "voxel.nii.gz", "voxel", **voxels)
+    stored = nib.load(pair["moving"])
+    turned = stored.as_reoriented(nib.orientations.axcodes2ornt(("P", "I", "R")))
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    files.apply_field(
+        tmp_path / "voxel.nii.gz", tmp_path / "turned.nii.gz", tmp_path / "w.nii.gz", **voxels, file_format="voxel"
+    )
+    warped, expected = (nib.load(p).get_fdata() for p in (tmp_path / "w.nii.gz", tmp_path / "out" / "warped.nii.gz"))
+    np.testing.assert_allclose(warped, expected, atol=2e-3)
+
+
+def test_how_the_moving_image_is_stored_does_not_matter(pair, tmp_path):
+    """Points outside the fixed grid, the metrics of a field and the miss of its inverse are of the world."""
+    _refine(pair, tmp_path / "out")
+    points = np.array([[9.0, 10.0, 12.0], [-4.0, 8.0, 10.0], [15.0, 40.0, 30.0]])
+    np.savetxt(tmp_path / "fp.csv", points, delimiter=",")
+    np.savetxt(tmp_path / "mp.csv", points + pair["shift"], delimiter=",")
+    stored, found = nib.load(pair["moving"]), []
+    for number, axes in enumerate(("RAS", "PIR", "LPS")):
+        moving = tmp_path / f"m{number}.nii.gz"
+        nib.save(stored.as_reoriented(nib.orientations.axcodes2ornt(tuple(axes))), moving)
+        field, output = tmp_path / "out" / "ddf.nii.gz", tmp_path / f"p{number}.csv"
+        files.apply_field(field, tmp_path / "fp.csv", output, moving=moving)
+        metrics = files.evaluate_field(field, pair["fixed"], moving, points=(tmp_path / "fp.csv", tmp_path / "mp.csv"))
+        missed = files.invert_field(field, tmp_path / f"i{number}.nii.gz", moving)
+        found.append([*read_points(output).ravel(), metrics["tre"], missed])
+    np.testing.assert_allclose(found[1:], found[:1] * 2, atol=2e-3)
+
+
 def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
     again = files.evaluate_field(
@@ -192,11 +225,43 @@ def test_bad_files_are_named_and_nothing_is_written(pair, tmp_path):
         ({}, {"device": "cuda:99"}, ValueError, "device must be auto or one that torch has here, got 'cuda:99'"),
         ({}, {"device": "toaster"}, ValueError, "got 'toaster'"),
         ({}, {"points": (tmp_path / "words.csv", pair["points"][1])}, ValueError, "words.csv must hold points"),
+        ({}, {"settings": QUICK | {"similarity": "love"}}, ValueError, "similarity must be"),
+        ({}, {"labels": (pair["labels"][1], pair["labels"][1])}, ValueError, "ml.nii.gz must lie on the grid"),
     ]
     for images, extra, error, message in cases:
         with pytest.raises(error, match=message):
             _refine(pair | images, tmp_path / "out", **extra)
         assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_another_kind_is_refused(pair, tmp_path):
+    write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 18, 17, 14), np.float32), FIXED)
+    for source, output, message in (
+        (pair["points"][0], "points.nii.gz", r"output must end in \.csv for points, got 'points\.nii\.gz'"),
+        (pair["fixed"], "image.csv", r"output must end in \.nii or \.nii\.gz for an image, got 'image\.csv'"),
+        (tmp_path / "flat.csv", "moved.csv", r"flat\.csv must hold points of 3 coordinates, got 2"),
+    ):
+        (tmp_path / "flat.csv").write_text("1,2\n")
+        with pytest.raises(ValueError, match=message):
+            files.apply_field(tmp_path / "ddf.nii.gz", source, tmp_path / output)
+        assert not (tmp_path / output).exists()
+
+
+def test_a_folder_that_failed_work_made_goes_and_one_that_was_there_stays(pair, tmp_path):
+    for there in (False, True):
+        folder = tmp_path / "a" / "b"
+        if there:
+            folder.mkdir(parents=True)
+        with pytest.raises(ValueError, match="step must be"):
+            _refine(pair, folder, settings=QUICK | {"step": -1})
+        assert (tmp_path / "a").exists() == there
+    with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
+        _refine(pair, pair["fixed"])
+
+
+def test_json_has_no_nan():
+    text = files.as_json({"a": float("nan"), "b": 1.5, "c": 2, "d": float("inf")})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": 1.5, "c": 2, "d": None}
 
 
 def test_two_dimensions_work_too(tmp_path):
@@ -205,6 +270,11 @@ def test_two_dimensions_work_too(tmp_path):
     moving = _save(tmp_path / "m.nii.gz", image[:-1, :, None], np.eye(4))
     metrics = files.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
     assert metrics["loss"] < 0.2 * metrics["loss_before"]
+    for file_format in ("fsl", "learn2reg"):
+        with pytest.raises(
+            ValueError, match=f"file_format must be 'itk' or 'voxel' for 2D fields, got '{file_format}'"
+        ):
+            files.refine_pair(fixed, moving, tmp_path / "no", file_format=file_format)
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert int(fold_count(torch.from_numpy(ddf)[None])) == 0

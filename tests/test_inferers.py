@@ -306,12 +306,14 @@ def test_bad_settings_are_found_when_the_inferer_is_made():
         RegistrationInferer(features="labels")
 
 
-def test_a_prediction_that_is_not_finite():
+@pytest.mark.parametrize("kind", ["displacement", "velocity"])
+def test_a_prediction_that_is_not_finite(kind):
     inputs, _ = inputs_and_field((20, 22))
     prediction = smooth((20, 22), 0.5)
     prediction[0, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match="the network's displacement must be finite, got 1 NaN"):
-        RegistrationInferer("displacement", refine={})(inputs, Constant(prediction))
+    for settings in ({}, None):
+        with pytest.raises(ValueError, match=f"the network's {kind} must be finite, got 1 NaN"):
+            RegistrationInferer(kind, refine=settings)(inputs, Constant(prediction))
 
 
 def test_features_are_padded_like_the_networks_input_and_keep_their_values():

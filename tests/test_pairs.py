@@ -24,6 +24,21 @@ def test_a_csv_of_pairs_starts_at_its_own_folder_and_says_the_part(tmp_path):
     assert parts["test"][0]["fixed_label"] == str(tmp_path / "e.nii")
 
 
+def test_a_csv_of_a_spreadsheet_is_read(tmp_path):
+    (tmp_path / "pairs.csv").write_text("fixed,moving\na.nii,b.nii\n", "utf-8-sig")
+    assert read_list(tmp_path / "pairs.csv")[""][0]["fixed"] == str(tmp_path / "a.nii")
+
+
+def test_parts_and_json_that_are_wrong_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data must name parts among .*, got \['trian'\]"):
+        read_list([{"image": "a.nii", "part": "trian"}])
+    (tmp_path / "list.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data must be a JSON file, got .*list\.json"):
+        read_list(tmp_path / "list.json")
+    with pytest.raises(ValueError, match=r"split must be a JSON file, got .*list\.json"):
+        split_subjects([{"image": "a.nii"}], tmp_path / "list.json", 0)
+
+
 def test_a_monai_datalist_is_read_by_part(tmp_path):
     datalist = {"name": "x", "training": [{"image": "a.nii", "label": "b.nii"}], "validation": ["c.nii"]}
     (tmp_path / "datalist.json").write_text(json.dumps(datalist))
@@ -105,10 +120,12 @@ def test_files_are_checked_all_at_once(tmp_path):
         {"fixed": fixed, "moving": save("short.nii", (4, 5, 5)), "fixed_label": save("seven.nii", (4, 5, 6), values=7)},
         {"fixed": fixed, "moving": fixed, "moving_label": save("small.nii", (4, 5, 3))},
     ]
-    with pytest.raises(ValueError, match="data has 8 problem") as caught:
+    pairs.append(pairs[6] | {"moving_label": save("turned.nii", (4, 5, 6), np.diag([-1.0, -1, 1, 1]))})
+    with pytest.raises(ValueError, match="data has 9 problem") as caught:
         check_files(pairs, values=(1, 2), same_grid=True)
     lines = str(caught.value).splitlines()[1:]
     reasons = ["no such file", "cannot be read", "one 2D or 3D", "label values must be among [0, 1, 2], got [7.0",
-               "orientation LAS", "spacing [2.0, 1.0, 1.0]", "shape (4, 5, 5)", "shape (4, 5, 3)"]  # fmt: skip
+               "orientation LAS", "spacing [2.0, 1.0, 1.0]", "shape (4, 5, 5)", "shape (4, 5, 3)",
+               "orientation LPS, but its image has RAS"]  # fmt: skip
     assert all(any(reason in line for line in lines) for reason in reasons)
     check_files(pairs[5:6], values=None, same_grid=False)

@@ -1,5 +1,7 @@
 """Files as images, fields and pairs: what is read, and what is refused."""
 
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,6 +12,12 @@ from monai_lm.volumes import Field, Image, load_pair
 
 AFFINE = np.array([[0, -1.2, 0, 34.0], [1.3, 0, 0, -2.0], [0, 0, 1.8, 1.0], [0, 0, 0, 1]])
 SIZE = (5, 6, 7)
+
+
+def _shift(x):
+    out = np.zeros((4, 4))
+    out[0, 3] = x
+    return out
 
 
 @pytest.fixture
@@ -35,6 +43,8 @@ def test_an_image_has_its_values_and_place(save):
 def test_labels_are_whole_numbers(save):
     assert not Image(save("a.nii", np.ones(SIZE))).is_label
     assert Image(save("a.nii", np.ones(SIZE))).check_labels().is_label
+    with pytest.raises(ValueError, match=r"big.nii must hold labels up to 16777216"):
+        Image(save("big.nii", np.full(SIZE, 2.0**25))).check_labels()
     for value in (0.5, -1):
         with pytest.raises(ValueError, match=r"b.nii must hold labels, whole numbers of at least 0"):
             Image(save("b.nii", np.full(SIZE, value))).check_labels()
@@ -58,6 +68,35 @@ def test_a_field_of_another_grid_is_refused(save, tmp_path):
     for name, size, affine in (("small.nii", (5, 6, 6), AFFINE), ("moved.nii", SIZE, moved)):
         with pytest.raises(ValueError, match=rf"f.nii.gz must lie on the grid of the fixed image .*{name}"):
             Field(tmp_path / "f.nii.gz", Image(save(name, np.zeros(size), affine)))
+
+
+def test_a_moving_image_has_the_axes_of_the_field(save, tmp_path):
+    write_itk_ddf(tmp_path / "f.nii.gz", np.zeros((3, *SIZE), np.float32), AFFINE)
+    with pytest.raises(ValueError, match=r"flat.nii must have as many axes as the field .*f.nii.gz, 3, got \(5, 6\)"):
+        Field(tmp_path / "f.nii.gz", moving=Image(save("flat.nii", np.zeros((*SIZE[:2], 1)))))
+
+
+def test_where_programs_disagree_about_the_place_is_told(tmp_path):
+    image = nib.Nifti1Image(np.zeros(SIZE, np.float32), AFFINE)
+    image.set_sform(AFFINE, 2)
+    image.set_qform(AFFINE, 1)
+    nib.save(image, tmp_path / "both.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Image(tmp_path / "both.nii")
+    image.set_sform(AFFINE + _shift(3.0), 2)
+    nib.save(image, tmp_path / "differ.nii")
+    with pytest.warns(UserWarning, match=r"differ.nii has two affines that differ: its sform is used"):
+        np.testing.assert_allclose(Image(tmp_path / "differ.nii").affine, AFFINE + _shift(3.0), atol=1e-5)
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, tmp_path / "nowhere.nii")
+    with pytest.warns(UserWarning, match=r"nowhere.nii does not say where it lies"):
+        Image(tmp_path / "nowhere.nii")
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "micron.nii")
+    with pytest.raises(ValueError, match=r"micron.nii must be in millimetres, got micron"):
+        Image(tmp_path / "micron.nii")
 
 
 def test_a_pair_brings_images_smoothly_and_labels_whole(save):

@@ -73,6 +73,20 @@ def test_landmarks_follow_their_image_onto_the_grid(cohort, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"pairs": {"trian": 2}}, r"pairs must name parts among .*, got \['trian'\]"),
+        ({"grid": (48,)}, r"grid must be 2 or 3 voxel counts of at least 2, got \(48,\)"),
+        ({"grid": "48"}, "grid must be 2 or 3 voxel counts"),
+        ({"grid": (48, -64, 48)}, "grid must be 2 or 3 voxel counts"),
+    ],
+)
+def test_wrong_settings_are_found_at_once(cohort, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        PairDataModule(cohort, **keywords)
+
+
 def test_a_subject_in_two_parts_is_refused(cohort):
     images = [str(cohort / "images" / f"s{i}.nii.gz") for i in range(3)]
     pairs = {"train": [{"fixed": images[0], "moving": images[1]}], "test": [{"fixed": images[1], "moving": images[2]}]}

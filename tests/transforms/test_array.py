@@ -279,6 +279,16 @@ def test_fields_with_a_graph_can_be_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["pair_ddf.nii.gz"]
 
 
+def test_a_field_that_replaces_another_pair_s_is_told(tmp_path):
+    save, field = SaveDDF(tmp_path), torch.zeros(2, 4, 5)
+    save(field, "a")
+    save(field.bfloat16(), "b")
+    with pytest.warns(UserWarning, match=r"a_ddf\.nii\.gz is replaced"):
+        save(field, "a")
+    with pytest.raises(ValueError, match=r"name must do as part of a file's name, got '\.\./evil'"):
+        save(field, "../evil")
+
+
 def test_a_batch_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"ddf must be \(n, \*S\)"):
         SaveDDF(tmp_path)(torch.zeros(1, 3, 4, 5, 6))
