@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,7 +52,7 @@ class LevelRun:
         fixed: ``(B, C, *S)`` on the finest grid.
         moving: ``(B, C, *S)``.
         prediction: ``(B, n, *S)`` without folds on the finest grid, or ``None``.
-        residual: of the level before, on its grid; given up to this level. ``None``: zero.
+        given_up: the residual of the level before, on its grid, taken out of the list; an empty one: zero.
         settings: what does not change from level to level.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         iterations: how many are expected, to decide whether compiling pays.
@@ -65,7 +66,7 @@ class LevelRun:
         fixed: Tensor,
         moving: Tensor,
         prediction: Tensor | None,
-        residual: Tensor | None,
+        given_up: list[Tensor],
         settings: Settings,
         smooth_gradient: float,
         iterations: int,
@@ -81,21 +82,13 @@ class LevelRun:
             prediction = resample(prediction, level.size)
             repair_in_place(prediction)
         half = lean and settings.memory == "half"
-        if residual is None or half or residual.shape[2:] != level.size:
-            shape = (fixed.shape[0], len(level.size), *level.size)
-            kept = ((2, *shape), torch.half) if half else (shape, torch.float32)
-            room = torch.zeros(kept[0], dtype=kept[1], device=fixed.device)
-            if residual is not None:  # folds that resampling makes are repaired
-                resample(residual, level.size, room[0] if half else room)
-                repair_in_place(room[0] if half else room, prediction)
-            residual = room
         kind = HalfEngine if half else LeanEngine if lean else self.engine_type
         self.engine = kind(
             level=level,
             fixed=shrink(fixed, level.size),
             moving=shrink(moving, level.size),
             prediction=prediction,
-            residual=residual,
+            residual=_start(fixed.shape[0], level.size, given_up, prediction, half, fixed.device),
             similarity=settings.similarity,
             smooth_gradient=smooth_gradient,
             smooth_residual=settings.smooth_residual,
@@ -163,6 +156,27 @@ class LevelRun:
         if self.engine.moving.is_cuda:
             torch.cuda.synchronize(self.engine.moving.device)
         return time.perf_counter() > self.settings.deadline
+
+
+def _start(
+    pairs: int,
+    size: Sequence[int],
+    given_up: list[Tensor],
+    prediction: Tensor | None,
+    half: bool,
+    device: torch.device,
+) -> Tensor:
+    """The residual that a level starts from, as its engine takes it: the one given up on this grid, or zero."""
+    residual = given_up.pop() if given_up else None
+    if residual is not None and residual.shape[2:] == torch.Size(size) and not half:
+        return residual
+    shape = (pairs, len(size), *size)
+    room = torch.zeros((2, *shape), dtype=torch.half, device=device) if half else torch.zeros(shape, device=device)
+    if residual is not None:  # folds that resampling makes are repaired
+        start = room[0] if half else room
+        resample(residual, size, start)
+        repair_in_place(start, prediction)
+    return room
 
 
 def _freeze(trust: Trust, active: Tensor) -> Trust:

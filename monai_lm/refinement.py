@@ -178,13 +178,15 @@ def _coarse_to_fine(
     ddf = None if ddf is None else _normal(ddf)
     repaired = None if ddf is None else repair(ddf)
     record = Record(fixed.shape[0], started)
-    residual = None
+    given_up: list[Tensor] = []  # the residual of the level before: a list, so that a level can let go of it
     for level, count, delta, sigma in stages:
-        run = level_run(level, fixed, moving, repaired, residual, settings, sigma, count)
+        run = level_run(level, fixed, moving, repaired, given_up, settings, sigma, count)
         loss = run.iterate(delta, count, record, bar)
-        residual = run.engine.residual
+        if level is not stages[-1][0] or level.size != finest.size:
+            given_up = [run.engine.residual]
+            del run  # and all that the level keeps
     if level.size != finest.size:
-        run = level_run(finest, fixed, moving, repaired, residual, settings, sigma, 1)
+        run = level_run(finest, fixed, moving, repaired, given_up, settings, sigma, 1)
         loss = run.engine.loss(run.engine.residual)
     return _finish(run, loss, ddf, constant, record, started)
 

@@ -35,7 +35,10 @@ def settings(**changes):
 def make_run(prediction=None, scale=1, residual=None, **changes):
     moving, truth = noise(0, 1, 2.0), noise(1, 2, 5.0)
     fixed = warp(moving, truth)
-    return LevelRun(make_level(SIZE, (1, 1), scale), fixed, moving, prediction, residual, settings(**changes), 1.0, 10)
+    given_up = [] if residual is None else [residual]
+    run = LevelRun(make_level(SIZE, (1, 1), scale), fixed, moving, prediction, given_up, settings(**changes), 1.0, 10)
+    assert not given_up
+    return run
 
 
 def iterate(run, count):

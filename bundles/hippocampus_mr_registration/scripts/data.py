@@ -10,8 +10,8 @@ from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     LoadImaged,
-    Rand3DElasticd,
     RandAdjustContrastd,
+    RandAffined,
     RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
@@ -77,13 +77,11 @@ def load_subjects(root: str | Path, part: str, grid: tuple[int, ...] = GRID) -> 
 
 
 def augmentation(image: str = "image", label: str = "label") -> Compose:
-    """Random pose, size, shape, blur, contrast and noise of an image and its labels; the arguments are their keys."""
+    """Random pose, size, blur, contrast and noise of an image and its label map; the arguments are their keys."""
     return Compose(
         [
-            Rand3DElasticd(
+            RandAffined(
                 [image, label],
-                sigma_range=(5, 7),
-                magnitude_range=(50, 200),
                 prob=0.8,
                 rotate_range=(0.3, 0.3, 0.3),
                 shear_range=(0.1,) * 6,
