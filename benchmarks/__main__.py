@@ -10,7 +10,7 @@ from jsonargparse import auto_cli
 from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.hippocampus import hippocampus
-from benchmarks.performance import accuracy, memory, scaling, speed
+from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
 
@@ -24,6 +24,7 @@ if __name__ == "__main__":
         memory,
         scaling,
         accuracy,
+        reach,
         profile,
         knee,
         supervision,

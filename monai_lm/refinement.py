@@ -25,7 +25,7 @@ from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.streaming import keep_freed_memory, sparing_memory
+from monai_lm.streaming import give_back_freed_memory, keep_freed_memory, sparing_memory
 from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
 
 __all__ = ["check_keywords", "refine"]
@@ -185,6 +185,7 @@ def _coarse_to_fine(
         if level is not stages[-1][0] or level.size != finest.size:
             given_up = [run.engine.residual]
             del run  # and all that the level keeps
+            give_back_freed_memory(fixed.device)
     if level.size != finest.size:
         run = level_run(finest, fixed, moving, repaired, given_up, settings, sigma, 1)
         loss = run.engine.loss(run.engine.residual)
