@@ -55,6 +55,7 @@ def speed(
 
 def memory(
     peers: tuple[str, ...] = ("adam", "greedy"),
+    modes: tuple[str, ...] = ("full", "low", "half"),
     size: int = 256,
     iterations: int = 12,
     threads: int = 2,
@@ -66,22 +67,23 @@ def memory(
 
     Args:
         peers: any of greedy, fireants, fireants-lm, ants, adam.
+        modes: of ours.
         size: edge of the cube.
         iterations: at full resolution.
         threads: for every method.
         json_file: write one line per run here, as it goes.
     """
     volume = 4 * size**3
-    modes: dict[str, dict[str, Any]] = {f"lm, {m}": {"options": {"memory": m}} for m in ("full", "low", "half")}
+    ours_in: dict[str, dict[str, Any]] = {f"lm, {m}": {"options": {"memory": m}} for m in modes}
     print(f"memory: {machine(threads)}; {size}^3, peak above the imports in V = {volume / 2**20:.0f} MiB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pair = _synthetic_pair(Path(folder), (size,) * 3)
-        for method in (*modes, *peers):
-            ours = method in modes or method == "adam"
-            name = "lm" if method in modes else method
+        for method in (*ours_in, *peers):
+            ours = method in ours_in or method == "adam"
+            name = "lm" if method in ours_in else method
             count = 2 if name.startswith("fireants") else iterations
             task = {**pair, "scales": [1], "iterations": [count], "threads": threads, "prediction": ours}
-            task |= modes.get(method, {})
+            task |= ours_in.get(method, {})
             if ours:
                 work(name, **task)  # so that the kernels lie in the cache on disk
             out = work(name, **task)

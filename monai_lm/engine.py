@@ -199,6 +199,7 @@ class Engine:
         """Window of the residual after the step, not smoothed, and the decrease that each line of it promises."""
         smooth, gradient = self._look(window)
         v, lines = self._run(_direction, smooth, gradient, trust, self.unit, self.step, self.window)
+        del smooth, gradient
         return self._run(compose, self.residual, v, window.origin(self.unit)), lines
 
     def _relaxed(self, window: Window, moved: Tensor, trust: Trust) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def tiles(volume: Tensor, halo: int, share: float, least: int = 2**19) -> list[W
     """
     rows, columns = volume.shape[2:4]
     area = max(least / volume[0, 0, 0, 0].numel() / volume.shape[0], share * rows * columns)
-    height = min(max(round((0.65 * area) ** 0.5), 3 * halo, 4), rows)  # what is done with a strip waits for the next
+    height = min(max(round((0.6 * area) ** 0.5), 3 * halo, 4), rows)  # what is done with a strip waits for the next
     width = max(round(area / height), 5 * halo, 4)
     return [Window(spans) for spans in product(_spans(rows, height, halo), _spans(columns, width, halo))]
 
@@ -218,29 +219,32 @@ def _fill(whole: Any, part: Any, window: Window) -> None:
 def overwrite(volume: Tensor, cut: list[Window], kernel: Callable[[Window], Tensor]) -> None:
     """Replace a volume by what a kernel makes of it, window by window.
 
-    A strip, windows with the same rows, is written when the kernel is through with the next strip, so that it still
-    finds the old values within its halo.
+    A window is written when all that may look at it are through: those of the next strip (windows with the same rows) up
+    to the column after its own.
 
     Args:
         volume: ``(B, C, *S)``, written in place.
-        cut: windows at least three times as long along the first axis as the halo is wide.
+        cut: windows at least three times as long along every axis that is cut as the halo is wide.
         kernel: returns ``(B, C, rows, …)`` for a window.
     """
-    waiting: list[tuple[Window, Tensor]] = []
-    for _, strip in groupby(cut, key=lambda window: window.spans[0]):
-        done = []
-        for window in strip:
+    waiting: deque[tuple[Window, Tensor]] = deque()
+    for _, windows_of_strip in groupby(cut, key=lambda window: window.spans[0]):
+        strip = list(windows_of_strip)
+        before = len(waiting)
+        for column, window in enumerate(strip):
             out = kernel(window)
             right = window.cut(out).to(volume.dtype)
             if 2 * right.numel() < out.numel():  # mostly halo: a copy, so that the rest is not kept
                 right = right.clone()
-            done.append((window, right))
+            waiting.append((window, right))
             del out, right
-        _write(volume, waiting)
-        waiting = done
-    _write(volume, waiting)
+            while before and (column == len(strip) - 1 or before >= len(strip) - column + 1):
+                before -= 1
+                _write(volume, waiting.popleft())
+    while waiting:
+        _write(volume, waiting.popleft())
 
 
-def _write(volume: Tensor, parts: list[tuple[Window, Tensor]]) -> None:
-    for window, part in parts:
-        window.right(volume).copy_(part)
+def _write(volume: Tensor, part: tuple[Window, Tensor]) -> None:
+    window, values = part
+    window.right(volume).copy_(values)

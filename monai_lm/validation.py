@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -56,6 +57,12 @@ def check_images(fixed: Tensor, moving: Tensor) -> None:
         raise ValueError(f"fixed and moving must have the same channels, got {fixed.shape[1]} and {moving.shape[1]}")
     if fixed.device != moving.device:
         raise ValueError(f"fixed and moving must be on one device, got {fixed.device} and {moving.device}")
+    if fixed.dim() == 4 and fixed.shape[0] == 1 and fixed.shape[1] > 16:
+        warnings.warn(
+            f"fixed is taken for {fixed.shape[1]} channels in 2D, got shape {tuple(fixed.shape)}; one image in 3D is "
+            "(1, 1, H, W, D)",
+            stacklevel=3,
+        )
     for name, image in (("fixed", fixed), ("moving", moving)):
         check_finite(name, image)
 

@@ -1,6 +1,7 @@
 """Every check names the argument, what was expected and what came."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -255,3 +256,13 @@ def test_values_of_levels_that_are_no_numbers_are_refused(value):
 def test_a_setting_that_is_neither_number_nor_sequence_is_refused_by_name(value):
     with pytest.raises(TypeError, match="damping must be"):
         per_level("damping", value, 3, 0, exclusive=True)
+
+
+def test_a_volume_without_its_channel_axis_is_told():
+    volume = torch.rand(1, 17, 8, 9, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"fixed is taken for 17 channels in 2D, got shape \(1, 17, 8, 9\)"):
+        check_images(volume, volume)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_images(volume[:, :16], volume[:, :16])
+        check_images(volume[:, None], volume[:, None])

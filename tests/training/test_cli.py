@@ -1,6 +1,8 @@
 """``python -m monai_lm.training`` with a yaml file."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,10 @@ def test_the_shipped_example_is_a_whole_configuration(tmp_path):
     assert command.model.inferer.refine["iterations"] == [20, 10]
     assert command.datamodule.grid == [48, 64, 48]
     assert command.model(torch.zeros(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+
+
+def test_the_module_runs_as_a_command():
+    out = subprocess.run(
+        [sys.executable, "-m", "monai_lm.training", "--help"], capture_output=True, text=True, check=True
+    )
+    assert {"fit", "validate", "test", "predict"} <= set(out.stdout.replace(",", " ").split())
