@@ -219,8 +219,8 @@ def _fill(whole: Any, part: Any, window: Window) -> None:
 def overwrite(volume: Tensor, cut: list[Window], kernel: Callable[[Window], Tensor]) -> None:
     """Replace a volume by what a kernel makes of it, window by window.
 
-    A window is written when all that may look at it are through: those of the next strip (windows with the same rows) up
-    to the column after its own.
+    A window is written when all that may look at it are through: in the next strip (windows with the same rows), those
+    up to the column after its own.
 
     Args:
         volume: ``(B, C, *S)``, written in place.
