@@ -13,7 +13,7 @@ __all__ = ["MODES", "automatic_mode", "halved"]
 MODES = ("full", "low", "half")
 """From fast to lean; see the ``memory`` argument of :func:`monai_lm.refine`."""
 
-_NEED = {"full": 25.0, "low": 9.5}
+_NEED = {"full": 25.0, "low": 8.5}
 """Bytes needed beside the images and the prediction, as multiples of one image channel in float32: the peaks that were
 measured on a CPU at 256³ (docs/performance.md) less the images; not measured on a GPU."""
 

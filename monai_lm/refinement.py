@@ -88,7 +88,7 @@ def refine(
         compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays: for
             much work, for kernels that lie in the compiler's cache on disk, and for shapes that keep coming back.
         memory: ``"full"`` keeps what saves time; ``"low"`` keeps two fields beside the images and streams the rest, at
-            about twice the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
+            about four times the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
             precision images, or copies are made). The last two are for measures that look at a neighbourhood, LNCC and
             MSE. ``"auto"`` is the first of the three that fits on a GPU, ``"full"`` elsewhere; when a GPU runs out of
             memory, the next leaner one is tried, once, with a warning.
@@ -185,7 +185,8 @@ def _coarse_to_fine(
         if level is not stages[-1][0] or level.size != finest.size:
             given_up = [run.engine.residual]
             del run  # and all that the level keeps
-            give_back_freed_memory(fixed.device)
+            if settings.memory != "full":
+                give_back_freed_memory(fixed.device)
     if level.size != finest.size:
         run = level_run(finest, fixed, moving, repaired, given_up, settings, sigma, 1)
         loss = run.engine.loss(run.engine.residual)

@@ -17,7 +17,7 @@ class FakeCuda:
         return self.tensor[index]
 
 
-@pytest.mark.parametrize(("volumes", "mode"), [(26, "full"), (24, "low"), (10, "low"), (9, "half")])
+@pytest.mark.parametrize(("volumes", "mode"), [(26, "full"), (24, "low"), (9, "low"), (8, "half")])
 def test_the_free_memory_of_a_gpu_decides(volumes, mode, monkeypatch):
     image = FakeCuda((2, 1, 16, 16, 16))
     volume = 4 * 2 * 16**3
