@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_lm.fields.sampling import warp
+from monai_lm.fields.sampling import sample_points, warp
 
 __all__ = ["compose", "integrate", "invert", "resample"]
 
@@ -95,7 +95,7 @@ def invert(ddf: Tensor, size: Sequence[int] | None = None, iterations: int = 100
     Args:
         ddf: ``(B, n, *S)`` in voxels; it maps the fixed grid into the moving grid.
         size: voxel counts of the moving grid, on which the inverse lives; default: the grid of ``ddf``.
-        iterations: most iterations; the iteration ends earlier when the residual is below ``1e-4`` voxel everywhere.
+        iterations: most iterations of a voxel; its iteration ends earlier when the residual is below ``1e-4`` voxel.
 
     Returns:
         The inverse ``(B, n, *size)`` in voxels, and its residual ``|e|`` in voxels ``(B, *size)``: how far the composed
@@ -106,18 +106,45 @@ def invert(ddf: Tensor, size: Sequence[int] | None = None, iterations: int = 100
     """
     size = tuple(ddf.shape[2:] if size is None else size)
     inverse = ddf.new_zeros(ddf.shape[0], ddf.shape[1], *size)
-    error = warp(ddf, inverse)
-    norm = torch.linalg.vector_norm(error, dim=1, keepdim=True)
+    residual = ddf.new_zeros(ddf.shape[0], *size)
+    at_a_time = _AT_A_TIME * (64 if ddf.is_cuda else 1)
+    rows = max(1, at_a_time * size[0] // residual[0].numel())
+    for pair in range(len(ddf)):
+        for first in range(0, size[0], rows):  # voxels do not depend on one another
+            slab = slice(first, first + rows)
+            shape = inverse[pair, :, slab].shape
+            voxels = torch.stack(
+                torch.meshgrid(
+                    *[torch.arange(s, device=ddf.device) + o for s, o in zip(shape[1:], (first, 0, 0), strict=False)],
+                    indexing="ij",
+                ),
+                -1,
+            )
+            points, missed = _inverted(ddf[pair, None], voxels.flatten(0, -2).to(ddf.dtype), iterations)
+            inverse[pair, :, slab] = points.T.reshape(shape)
+            residual[pair, slab] = missed.reshape(shape[1:])
+    return inverse, residual
+
+
+_AT_A_TIME = 2**18
+"""Voxels that are inverted together on a CPU: what they need stays in its cache."""
+
+
+def _inverted(ddf: Tensor, points: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The inverse of a field ``(1, n, *S)`` at points ``(N, n)``, ``(N, n)``, and its residual ``(N,)``."""
+    inverse = torch.zeros_like(points)
+    error = sample_points(ddf, points[None])[0]
+    norm = torch.linalg.vector_norm(error, dim=1)
     relaxation = torch.ones_like(norm)
     for _ in range(iterations):
-        if float(norm.max()) < 1e-4:
+        left = (norm >= 1e-4).nonzero()[:, 0]  # few after some iterations
+        if len(left) == 0:
             break
-        candidate = inverse - relaxation * error
-        new_error = candidate + warp(ddf, candidate)
-        new_norm = torch.linalg.vector_norm(new_error, dim=1, keepdim=True)
-        better = new_norm < norm
-        inverse = torch.where(better, candidate, inverse)
-        error = torch.where(better, new_error, error)
-        norm = torch.where(better, new_norm, norm)
-        relaxation = torch.where(better, (relaxation * 1.5).clamp(max=1.0), relaxation * 0.5)
-    return inverse, norm[:, 0]
+        candidate = inverse[left] - relaxation[left, None] * error[left]
+        new_error = candidate + sample_points(ddf, (points[left] + candidate)[None])[0]
+        new_norm = torch.linalg.vector_norm(new_error, dim=1)
+        better = new_norm < norm[left]
+        kept = left[better]
+        inverse[kept], error[kept], norm[kept] = candidate[better], new_error[better], new_norm[better]
+        relaxation[left] = torch.where(better, (relaxation[left] * 1.5).clamp(max=1.0), relaxation[left] * 0.5)
+    return inverse, norm

@@ -79,12 +79,8 @@ def sample_points(ddf: Tensor, points: Tensor) -> Tensor:
     Returns:
         ``(B, N, n)`` displacement in voxels.
     """
-    n = ddf.shape[1]
-    rows = torch.arange(points.shape[1], dtype=points.dtype, device=points.device)
-    line = points.transpose(1, 2).nan_to_num().reshape(len(points), n, -1, *[1] * (n - 1)).clone()
-    line[:, 0] -= rows.view(-1, *[1] * (n - 1))  # the points as displacements of a grid one voxel wide
-    displacement = warp(ddf, line).reshape(len(points), n, -1).transpose(1, 2)
-    return torch.where(points.isnan(), torch.nan, displacement)
+    (displacement,) = _border([ddf.flatten(2)], list(points.nan_to_num().unbind(2)), ddf.shape[2:])
+    return torch.where(points.isnan(), torch.nan, displacement.transpose(1, 2))
 
 
 def _border(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size) -> list[Tensor]:

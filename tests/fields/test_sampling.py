@@ -184,3 +184,10 @@ def test_points_are_sampled_as_scipy_does(size):
             valid = ~points[b].isnan().any(1)
             torch.testing.assert_close(got[b, valid, c], torch.from_numpy(expected)[valid])
     assert got[0, 3, 1].isnan()
+
+
+def test_points_are_sampled_as_exactly_however_many_there_are(random_tensor):
+    ddf = random_tensor((1, 2, 9, 8))
+    points = torch.rand(1, 100_000, 2, generator=torch.Generator().manual_seed(0)) * 7
+    exact = sample_points(ddf, points.double())
+    torch.testing.assert_close(sample_points(ddf.float(), points), exact.float(), atol=1e-5, rtol=0)
