@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -101,12 +101,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _Compiled(function)
 
 
-def many_shapes() -> AbstractContextManager[Any]:
+@contextmanager
+def many_shapes() -> Iterator[None]:
     """A context in which one function may be compiled for many shapes: levels, devices, images of a cohort.
 
     Entering it takes as long as calling a small compiled kernel: it is for whole refinements.
     """
-    return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        yield
 
 
 _COMPILING: ContextVar[bool] = ContextVar("monai_lm_compiling", default=False)

@@ -119,8 +119,8 @@ class Engine:
         for window in windows(self.residual, self.residual.shape[1], 0):
             window.right(self.warped).copy_(window.cut(self._warp(window, residual)))
         if self.similarity.halo is None:
-            measure = self._run if self.similarity.closed_form else _eagerly
-            loss, derivative = measure(_measure, self.warped, self.reference, self.similarity)
+            given = self.warped, self.reference, self.similarity
+            loss, derivative = self._run(_measure, *given) if self.similarity.closed_form else _measure(*given)
             self.derivative.copy_(derivative)
             return loss
         total = self.warped.new_zeros(self.warped.shape[0])
@@ -359,10 +359,6 @@ _SHARE = 0.04
 
 
 # --- kernels: pure functions, compiled one by one: fused into one, they would compute some things several times
-
-
-def _eagerly(kernel: Callable[..., Any], *args: Any) -> Any:
-    return kernel(*args)
 
 
 def _warped(

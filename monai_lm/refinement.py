@@ -137,7 +137,6 @@ def refine(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
-        many_shapes(),
         nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
@@ -159,6 +158,7 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
         raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
 
 
+@many_shapes()
 def _coarse_to_fine(
     fixed: Tensor,
     moving: Tensor,

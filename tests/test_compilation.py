@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from monai_lm import compilation
+from monai_lm import compilation, refinement
 from monai_lm.compilation import Ledger, compiled, compiling, piece
 
 CPU = torch.device("cpu")
@@ -167,3 +167,14 @@ def test_an_error_inside_ends_the_compiling():
     with pytest.raises(ValueError, match="not welcome"), compiling(True):
         failing(torch.zeros(1))
     assert quadrupled(torch.ones(1)).tolist() == [4]
+
+
+def test_a_refinement_compiles_one_kernel_for_as_many_shapes_as_there_are(monkeypatch):
+    """Whoever calls the levels, the benchmarks' Adam too: torch's own limit is eight."""
+    seen = []
+    monkeypatch.setattr(refinement, "_normal", lambda _: seen.append(torch._dynamo.config.recompile_limit) or 1 / 0)
+    before = torch._dynamo.config.recompile_limit
+    with pytest.raises(ZeroDivisionError):
+        refinement._coarse_to_fine(*[None] * 8)
+    assert seen == [256]
+    assert torch._dynamo.config.recompile_limit == before < 256
