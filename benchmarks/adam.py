@@ -80,5 +80,5 @@ def refine_with_adam(
     finest = make_level(size, edges, 1)
     with torch.no_grad(), tqdm(disable=True) as bar:
         return refinement._coarse_to_fine(
-            fixed, moving, ddf, stages, finest, settings, bar, time.perf_counter(), _AdamRun
+            fixed, moving, None, ddf, stages, finest, settings, bar, time.perf_counter(), _AdamRun
         ).ddf

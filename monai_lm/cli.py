@@ -25,6 +25,7 @@ def refine(
     moving_label: str | None = None,
     fixed_points: str | None = None,
     moving_points: str | None = None,
+    fixed_mask: str | None = None,
     similarity: str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
@@ -50,6 +51,7 @@ def refine(
         moving_label: labels of the moving image, to warp and measure.
         fixed_points: landmarks in the fixed image, .csv in RAS millimetres or Slicer's .fcsv.
         moving_points: the same points in the moving image.
+        fixed_mask: weights in [0, 1] on the fixed grid : the similarity counts where they are not zero.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -69,7 +71,7 @@ def refine(
     }  # fmt: skip
     metrics = files.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
-        _both("points", fixed_points, moving_points), file_format, device, overwrite, report, settings,
+        _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report, settings,
     )  # fmt: skip
     _show(metrics, json)
 

@@ -28,6 +28,10 @@ _WORTH_LOADING = 2e7
 """The same where the compiled kernels lie in the cache on disk, from which they come in some 4 s."""
 
 
+_LOADED: set[str] = set()
+"""Names of the ledgers whose kernels this process has compiled or loaded."""
+
+
 class Ledger:
     """What has been done at one level's shape on this machine so far: work done eagerly, and whether it was compiled.
 
@@ -42,17 +46,21 @@ class Ledger:
     def __init__(self, device: torch.device, *key: object) -> None:
         self._device = device
         name = hashlib.sha256(repr((torch.__version__, str(device), *key)).encode()).hexdigest()[:32]
-        self._file = Path(cache_dir()) / "monai_lm" / f"{name}.json"
+        self._name, self._file = name, Path(cache_dir()) / "monai_lm" / f"{name}.json"
 
     def pays(self, work: float) -> bool:
         """Whether compiling is likely to save time on ``work`` (voxels times iterations), and a compiler is there."""
         if not compiler_found(self._device.type):
             return False
+        if self._name in _LOADED:
+            return True
         done = self._read()
         return work >= _WORTH_LOADING if done["compiled"] else work + done["work"] >= _WORTH
 
     def note(self, work: float, fused: bool) -> None:
         """Note work that is done."""
+        if fused:
+            _LOADED.add(self._name)
         done = self._read()
         done = {"compiled": done["compiled"] or fused, "work": done["work"] + (0 if fused else work)}
         try:

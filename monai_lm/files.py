@@ -49,6 +49,7 @@ def refine_pair(
     affine: str | Path | None = None,
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
+    mask: str | Path | None = None,
     file_format: str = "itk",
     device: str = "auto",
     overwrite: bool = False,
@@ -66,6 +67,7 @@ def refine_pair(
         affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree.
         labels: label maps of the fixed and the moving image, to warp and to measure.
         points: landmarks in the fixed and the moving image, to measure; see :func:`monai_lm.fileio.read_points`.
+        mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``.
@@ -85,7 +87,7 @@ def refine_pair(
     names = ["warped.nii.gz", "metrics.json", f"ddf{suffix}", f"inverse{suffix}"]
     names += ["warped_label.nii.gz"] * bool(labels) + ["report.html", "report.png"] * report
     free(folder, names, overwrite)
-    pair = load_pair(fixed, moving, affine, labels, points)
+    pair = load_pair(fixed, moving, affine, labels, points, mask)
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
     chosen = _device(device)
@@ -95,9 +97,10 @@ def refine_pair(
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
-    start_on_device = None if predicted is None else predicted.to(chosen)
+    weight = None if pair.mask is None else pair.mask.data
+    further = [None if tensor is None else tensor.to(chosen) for tensor in (predicted, weight)]
     with _made(folder):  # what cannot be written to is found before the work
-        result = refine(f.data.to(chosen), onto.to(chosen), start_on_device, **keywords)
+        result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after

@@ -74,7 +74,7 @@ class LevelRun:
         self.level, self.settings = level, settings
         voxels = fixed.shape[0] * fixed.shape[1] * torch.Size(level.size).numel()
         self.ledger = Ledger(
-            fixed.device, level, tuple(fixed.shape[:2]), type(settings.similarity).__name__, prediction is None,
+            fixed.device, level, tuple(fixed.shape[:2]), settings.similarity.signature, prediction is None,
             smooth_gradient, settings.smooth_residual, settings.window, settings.memory,
         )  # fmt: skip
         lean = settings.memory != "full" and voxels > _LEAN_FROM * fixed.numel()

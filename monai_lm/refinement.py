@@ -25,8 +25,18 @@ from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.similarity.weighted import Weighted, with_weight
 from monai_lm.streaming import give_back_freed_memory, keep_freed_memory, sparing_memory
-from monai_lm.validation import check_control, check_field, check_images, check_number, check_spacing, per_level, plain
+from monai_lm.validation import (
+    check_control,
+    check_field,
+    check_images,
+    check_mask,
+    check_number,
+    check_spacing,
+    per_level,
+    plain,
+)
 
 __all__ = ["check_keywords", "refine"]
 
@@ -37,6 +47,7 @@ def refine(
     fixed: Tensor,
     moving: Tensor,
     ddf: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     similarity: str | Similarity | nn.Module = "lncc",
     scales: str | Sequence[float] = "auto",
@@ -68,6 +79,8 @@ def refine(
         moving: ``(B, C, *S)`` on the same grid.
         ddf: predicted displacement ``(B, n, *S)`` in voxels on the fixed grid, ``warped(x) = moving(x + ddf(x))``, or
             ``None``. Folds in it are repaired first.
+        mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
+            For the measures of this package. Outside of it the field continues smoothly.
         similarity: ``"lncc"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as ``(warped, fixed)``.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
@@ -124,6 +137,9 @@ def refine(
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
+    if mask is not None:
+        mask, measure = plain("mask", mask), Weighted(measure)
+        check_mask(mask, fixed)
     if memory == "auto":
         memory = automatic_mode(fixed, measure)
     if memory == "full":
@@ -141,14 +157,15 @@ def refine(
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
         try:
-            return _coarse_to_fine(fixed, moving, ddf, stages, finest, settings, bar, started)
+            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
         except torch.OutOfMemoryError as error:
             leaner = MODES[MODES.index(memory) + 1 :]
             if not leaner or measure.halo is None:
                 raise
             warnings.warn(f"memory={memory!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=2)
         bar.reset()
-        return _coarse_to_fine(fixed, moving, ddf, stages, finest, replace(settings, memory=leaner[0]), bar, started)
+        leaner_settings = replace(settings, memory=leaner[0])
+        return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, leaner_settings, bar, started)
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -162,6 +179,7 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
 def _coarse_to_fine(
     fixed: Tensor,
     moving: Tensor,
+    mask: Tensor | None,
     ddf: Tensor | None,
     stages: list[tuple[Level, int, float, float]],
     finest: Level,
@@ -173,6 +191,7 @@ def _coarse_to_fine(
     """Run the stages (level, iterations, damping, smoothing of the gradient) and end on the grid of the images."""
     fixed, moving = _normal(fixed), _normal(moving)
     constant = _constant(fixed, moving)
+    fixed = fixed if mask is None else with_weight(fixed, mask)
     if settings.memory == "half":
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)

@@ -20,6 +20,7 @@ __all__ = [
     "check_field",
     "check_finite",
     "check_images",
+    "check_mask",
     "check_number",
     "check_spacing",
     "per_level",
@@ -75,6 +76,21 @@ def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device:
     if ddf.device != device:
         raise ValueError(f"{name} must be on the device of fixed, {device}, got {ddf.device}")
     check_finite(name, ddf)
+
+
+def check_mask(mask: Tensor, fixed: Tensor) -> None:
+    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the fixed image, not all zero for any pair."""
+    expected = (fixed.shape[0], 1, *fixed.shape[2:])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask must be (B, 1, *S) = {expected} on the grid of fixed, got shape {tuple(mask.shape)}")
+    if mask.device != fixed.device:
+        raise ValueError(f"mask must be on the device of fixed, {fixed.device}, got {mask.device}")
+    check_finite("mask", mask)
+    low, high = float(mask.min()), float(mask.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"mask must be weights in [0, 1], got values from {low:g} to {high:g}")
+    if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
+        raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -120,6 +120,7 @@ class Pair:
         initial: ``(4, 4)`` affine in RAS millimetres from fixed to moving points; ``None``: the world spaces agree.
         labels: label maps of the fixed and of the moving image.
         points: landmarks ``(N, n)`` in RAS millimetres in the fixed and in the moving image.
+        mask: where the similarity counts, on the fixed grid.
     """
 
     fixed: Image
@@ -127,6 +128,7 @@ class Pair:
     initial: np.ndarray | None = None
     labels: tuple[Image, Image] | None = None
     points: tuple[Tensor, Tensor] | None = None
+    mask: Image | None = None
 
     def brought(self, image: Image, ddf: Tensor) -> Tensor:
         """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``."""
@@ -140,6 +142,7 @@ def load_pair(
     affine: str | Path | None = None,
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
+    mask: str | Path | None = None,
 ) -> Pair:
     """Load a pair and what is known of it.
 
@@ -151,16 +154,18 @@ def load_pair(
     if len(f.size) != len(m.size):
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
     maps = (Image(labels[0]).check_labels(), Image(labels[1]).check_labels()) if labels else None
-    if maps and _voxels_apart(f, maps[0].size, maps[0].affine) > 0.1:
-        raise ValueError(
-            f"{maps[0].path} must lie on the grid of its image {f.path}, {f.size} voxels, got {maps[0].size}; affines\n"
-            f"{f.affine}\nand\n{maps[0].affine}"
-        )
+    weight = None if mask is None else Image(mask)
+    for image in (*(maps or ())[:1], *([weight] if weight else [])):
+        if _voxels_apart(f, image.size, image.affine) > 0.1:
+            raise ValueError(
+                f"{image.path} must lie on the grid of its image {f.path}, {f.size} voxels, got {image.size}; affines\n"
+                f"{f.affine}\nand\n{image.affine}"
+            )
     landmarks = (load_points(points[0], len(f.size)), load_points(points[1], len(m.size))) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
-    return Pair(f, m, None if affine is None else read_affine(affine), maps, landmarks)
+    return Pair(f, m, None if affine is None else read_affine(affine), maps, landmarks, weight)
 
 
 def load_points(path: str | Path, n: int) -> Tensor:

@@ -26,7 +26,13 @@ def which(monkeypatch):
 def own_cache(tmp_path, monkeypatch):
     """A cache on disk of the test's own."""
     monkeypatch.setattr(compilation, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(compilation, "_LOADED", set())
     return tmp_path
+
+
+def another_process():
+    """Kernels lie in the cache on disk only."""
+    compilation._LOADED.clear()
 
 
 def test_little_work_does_not_pay(which):
@@ -64,8 +70,16 @@ def test_kernels_on_disk_pay_for_less_work(which):
     work = 2 * compilation._WORTH_LOADING
     assert not Ledger(CPU, "a").pays(work)
     Ledger(CPU, "a").note(work, fused=True)
+    another_process()
     assert Ledger(CPU, "a").pays(work)
     assert not Ledger(CPU, "a").pays(0.4 * work)
+
+
+def test_kernels_of_this_process_pay_for_any_work(which):
+    which.add("g++")
+    Ledger(CPU, "a").note(1.0, fused=True)
+    assert Ledger(CPU, "a").pays(1.0)
+    assert not Ledger(CPU, "b").pays(1.0)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"work": 1}', "{"])
@@ -74,6 +88,7 @@ def test_a_broken_ledger_is_an_empty_one(which, own_cache, content):
     Ledger(CPU, "a").note(1e12, fused=True)
     (file,) = (own_cache / "monai_lm").iterdir()
     file.write_text(content)
+    another_process()
     assert not Ledger(CPU, "a").pays(0.5 * compilation._WORTH)
 
 
@@ -81,6 +96,7 @@ def test_a_ledger_that_cannot_be_written_is_no_error(own_cache, which):
     which.add("g++")
     (own_cache / "monai_lm").write_text("a file where the folder should be")
     Ledger(CPU, "a").note(1e12, fused=True)
+    another_process()
     assert not Ledger(CPU, "a").pays(0.5 * compilation._WORTH)
 
 
@@ -175,6 +191,6 @@ def test_a_refinement_compiles_one_kernel_for_as_many_shapes_as_there_are(monkey
     monkeypatch.setattr(refinement, "_normal", lambda _: seen.append(torch._dynamo.config.recompile_limit) or 1 / 0)
     before = torch._dynamo.config.recompile_limit
     with pytest.raises(ZeroDivisionError):
-        refinement._coarse_to_fine(*[None] * 8)
+        refinement._coarse_to_fine(*[None] * 9)
     assert seen == [256]
     assert torch._dynamo.config.recompile_limit == before < 256

@@ -59,6 +59,21 @@ def _refine(pair, folder, **kwargs):
     return files.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
 
 
+def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
+    world = _world((18, 17, 14), FIXED)
+    near = _save(tmp_path / "mask.nii.gz", (world[..., 0] < 18).astype(np.uint8), FIXED)
+    spoilt = np.where(world[..., 0] < 18, nib.load(pair["fixed"]).get_fdata(), 5 * np.cos(world[..., 1]))
+    pair["fixed"] = _save(tmp_path / "spoilt.nii.gz", spoilt.astype(np.float32), FIXED)
+    masked, plain = (_refine(pair, tmp_path / n, mask=m) for n, m in (("masked", near), ("plain", None)))
+    assert masked["tre"] < 0.3 * masked["tre_before"]
+    assert masked["tre"] < plain["tre"]
+    assert masked["loss"] < plain["loss"]
+    elsewhere = _save(tmp_path / "elsewhere.nii.gz", np.ones((18, 17, 14), np.uint8), np.diag([1.5, 1.5, 2.5, 1]))
+    with pytest.raises(ValueError, match=r"elsewhere.nii.gz must lie on the grid of its image"):
+        _refine(pair, tmp_path / "no", mask=elsewhere)
+    assert not (tmp_path / "no").exists()
+
+
 def test_two_grids_are_registered_in_the_world(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
     assert metrics["tre_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)

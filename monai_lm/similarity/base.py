@@ -34,6 +34,9 @@ class Similarity(ABC):
     in_pieces = False
     """Whether ``reference`` and ``evaluate_lines`` are made of pieces that are compiled one by one."""
 
+    weighable = False
+    """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
+
     halo: int | None = None
     """How far away from a voxel its loss and derivative look, in voxels; ``None``: at the whole image."""
 
@@ -57,9 +60,19 @@ class Similarity(ABC):
         """
         return (standard_range(fixed), standard_range(moving)) if self.standardized else (None, None)
 
-    def reference(self, fixed: Tensor) -> tuple[Tensor, ...]:
-        """Tensors derived from the (shifted and scaled) fixed image that every evaluation needs."""
-        return (fixed,)
+    @property
+    def signature(self) -> str:
+        """What its compiled kernels depend on: the name of the class, and settings that are constants in them."""
+        return type(self).__name__
+
+    def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
+        """Tensors derived from the (shifted and scaled) fixed image that every evaluation needs.
+
+        Args:
+            fixed: ``(B, C, *S)``.
+            weight: ``(B, 1, *S)``, at least 0: how much a voxel counts; ``None``: one. Only for ``weighable`` measures.
+        """
+        return (fixed,) if weight is None else (fixed, weight)
 
     @abstractmethod
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

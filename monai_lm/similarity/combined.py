@@ -54,9 +54,16 @@ class Combined(Similarity):
         self.channels = list(channels)
         self.weights = [float(weight) for weight in weights]
         self.closed_form = all(measure.closed_form for measure in self.measures)
+        self.weighable = all(measure.weighable for measure in self.measures)
         self.in_pieces = any(measure.in_pieces for measure in self.measures)
         halos = [measure.halo for measure in self.measures]
         self.halo = None if None in halos else max(h for h in halos if h is not None)
+
+    @property
+    def signature(self) -> str:
+        """Those of its measures, with channels and weights, which are constants, too."""
+        parts = zip(self.measures, self.channels, self.weights, strict=True)
+        return " + ".join(f"{weight} {measure.signature}[{count}]" for measure, count, weight in parts)
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """How to shift and scale every group of channels, by its measure."""
@@ -68,9 +75,12 @@ class Combined(Similarity):
             joined.append((torch.cat([shift for shift, _ in parts], 1), torch.cat([factor for _, factor in parts], 1)))
         return joined[0], joined[1]
 
-    def reference(self, fixed: Tensor) -> tuple[Any, ...]:
+    def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The tuple of the measures' references."""
-        return tuple(measure.reference(f) for measure, f in zip(self.measures, self._split(fixed), strict=True))
+        further = () if weight is None else (weight,)
+        return tuple(
+            measure.reference(f, *further) for measure, f in zip(self.measures, self._split(fixed), strict=True)
+        )
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""

@@ -17,6 +17,7 @@ class MSE(LocalSimilarity):
     """
 
     halo = 0
+    weighable = True
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """Bring the intensities of a pair into [-1, 1], both by the same factor."""
@@ -31,6 +32,7 @@ class MSE(LocalSimilarity):
 
     def evaluate_lines(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
-        (fixed,) = reference
+        fixed, *weight = reference
         difference = (warped - fixed) / warped.shape[1]
+        difference = difference * weight[0] if weight else difference
         return line_sums(difference * (warped - fixed)), 2 * difference

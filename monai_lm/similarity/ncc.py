@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from monai_lm.similarity.base import Similarity
@@ -19,6 +20,7 @@ class NCC(Similarity):
     """
 
     standardized = True
+    weighable = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         if not epsilon > 0:
@@ -27,14 +29,16 @@ class NCC(Similarity):
 
     def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
-        (fixed,) = reference
+        fixed, *weights = reference
         axes = tuple(range(2, warped.dim()))
-        i = warped - warped.mean(axes, keepdim=True)
-        j = fixed - fixed.mean(axes, keepdim=True)
-        covariance = (i * j).mean(axes, keepdim=True)
-        variance = (i * i).mean(axes, keepdim=True) + self.epsilon
-        ratio = covariance / (variance * ((j * j).mean(axes, keepdim=True) + self.epsilon))
-        voxels, channels = fixed[0, 0].numel(), warped.shape[1]
-        loss = voxels * (1 - covariance * ratio).flatten(1).mean(1)
-        derivative = 2 * ratio * (covariance / variance * i - j) / channels
-        return loss, derivative
+        weight = weights[0] if weights else torch.ones_like(fixed[:, :1])
+        total = weight.sum(axes, keepdim=True)
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * weight).sum(axes, keepdim=True) / total
+
+        i, j = warped - mean(warped), fixed - mean(fixed)
+        covariance, variance = mean(i * j), mean(i * i) + self.epsilon
+        ratio = covariance / (variance * (mean(j * j) + self.epsilon))
+        loss = (total * (1 - covariance * ratio)).flatten(1).mean(1)
+        return loss, 2 * ratio * (covariance / variance * i - j) * weight / warped.shape[1]

@@ -43,7 +43,11 @@ class RefineDDF(Transform):
         self.kwargs = kwargs
 
     def __call__(  # type: ignore[override]
-        self, fixed: NdarrayOrTensor, moving: NdarrayOrTensor, ddf: NdarrayOrTensor | None = None
+        self,
+        fixed: NdarrayOrTensor,
+        moving: NdarrayOrTensor,
+        ddf: NdarrayOrTensor | None = None,
+        mask: NdarrayOrTensor | None = None,
     ) -> MetaTensor:
         """Refine.
 
@@ -51,6 +55,7 @@ class RefineDDF(Transform):
             fixed: ``(C, *S)`` image, 2D or 3D.
             moving: ``(C, *S)`` image on the same grid.
             ddf: ``(n, *S)`` predicted displacement in voxels; ``None`` starts from the identity.
+            mask: ``(1, *S)`` on the fixed grid, weights in [0, 1]: the similarity counts where it is not zero.
 
         Returns:
             ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
@@ -64,13 +69,14 @@ class RefineDDF(Transform):
         """
         _check_same_axes("fixed", fixed, "moving", moving)
         _check_same_axes("fixed", fixed, "ddf", ddf)
+        _check_same_axes("fixed", fixed, "mask", mask)
         _check_target(ddf, moving)
         images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
-        predicted = None if ddf is None else convert_to_tensor(ddf, device=self.device)[None]
+        further = [None if x is None else convert_to_tensor(x, device=self.device)[None] for x in (ddf, mask)]
         kwargs = dict(self.kwargs)
         if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
             kwargs["spacing"] = fixed.pixdim.tolist()
-        result = refine(images[0], images[1], predicted, **kwargs)
+        result = refine(*images, *further, **kwargs)
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
             out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]

@@ -43,6 +43,7 @@ class RefineDDFd(MapTransform):
         allow_missing_keys: with a missing ``ddf_key`` start from the identity; with a missing image leave the data as
             it is. Otherwise a missing key raises.
         device: where to compute; default: where the fixed image is.
+        mask_key: weights ``(1, *S)`` on the fixed grid, see :class:`RefineDDF`; ``None``: every voxel counts.
         kwargs: keyword arguments of :func:`monai_lm.refine`.
     """
 
@@ -55,10 +56,12 @@ class RefineDDFd(MapTransform):
         ddf_key: str = "ddf",
         allow_missing_keys: bool = False,
         device: torch.device | str | None = None,
+        mask_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__((fixed_key, moving_key, ddf_key), allow_missing_keys)
-        self.fixed_key, self.moving_key, self.ddf_key = fixed_key, moving_key, ddf_key
+        keys = (fixed_key, moving_key, ddf_key)
+        super().__init__(keys if mask_key is None else (*keys, mask_key), allow_missing_keys)
+        self.fixed_key, self.moving_key, self.ddf_key, self.mask_key = fixed_key, moving_key, ddf_key, mask_key
         self.refine = RefineDDF(device, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -71,7 +74,8 @@ class RefineDDFd(MapTransform):
         d = dict(data)
         present = set(self.key_iterator(d))
         if {self.fixed_key, self.moving_key} <= present:
-            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key))
+            mask = None if self.mask_key is None else d.get(self.mask_key)
+            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), mask)
         return d
 
 

@@ -73,6 +73,20 @@ def test_keys_can_be_chosen():
     assert out["ddf"] == "something else"
 
 
+def test_a_mask_can_be_a_key():
+    data = pair()
+    mask = torch.zeros_like(data["fixed"])
+    mask[:, : mask.shape[1] // 2] = 1
+    out = RefineDDFd(mask_key="organ", **SETTINGS)(data | {"organ": mask})
+    images = [data[key][None] for key in ("fixed", "moving", "ddf")]
+    assert torch.equal(plain(out["ddf"]), refine(*images, mask[None], **SETTINGS).ddf[0])
+    assert not torch.equal(plain(out["ddf"]), refine(*images, **SETTINGS).ddf[0])
+    with pytest.raises(KeyError, match=r"organ.*RefineDDFd"):
+        RefineDDFd(mask_key="organ", **SETTINGS)(data)
+    unmasked = RefineDDFd(mask_key="organ", allow_missing_keys=True, **SETTINGS)(data)
+    assert torch.equal(plain(unmasked["ddf"]), refine(*images, **SETTINGS).ddf[0])
+
+
 @pytest.mark.parametrize("key", ["fixed", "moving", "ddf"])
 def test_a_missing_key_raises_unless_allowed(key):
     data = pair()

@@ -1,0 +1,70 @@
+"""A measure that counts some voxels and not others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monai_lm.similarity.base import Range, Similarity
+
+__all__ = ["Weighted", "with_weight"]
+
+
+class Weighted(Similarity):
+    """Another measure, with a weight for every voxel: the last channel of the fixed image, see :func:`with_weight`.
+
+    Args:
+        measure: a measure that is ``weighable``.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def __init__(self, measure: Similarity) -> None:
+        if not measure.weighable:
+            raise ValueError(
+                f"mask must be None for a similarity that cannot weigh voxels, got one with {type(measure).__name__}; "
+                "LNCC, MSE, NCC and their combinations can"
+            )
+        self.measure = measure
+        self.closed_form, self.in_pieces, self.halo = measure.closed_form, measure.in_pieces, measure.halo
+
+    @property
+    def signature(self) -> str:
+        """That of the measure."""
+        return f"weighted {self.measure.signature}"
+
+    def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """As the measure shifts and scales the images; the weight stays as it is."""
+        of_fixed, of_moving = self.measure.ranges(fixed[:, :-1], moving)
+        if of_fixed is not None:
+            shift, factor = of_fixed
+            of_fixed = (torch.cat([shift, 0 * shift[:, :1]], 1), torch.cat([factor, torch.ones_like(factor[:, :1])], 1))
+        return of_fixed, of_moving
+
+    def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
+        """The measure's reference."""
+        own = fixed[:, -1:]
+        return self.measure.reference(fixed[:, :-1], own if weight is None else own * weight)
+
+    def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
+        return self.measure.evaluate(warped, reference)
+
+    def evaluate_lines(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``, of a measure that is local."""
+        return self.measure.evaluate_lines(warped, reference)
+
+
+def with_weight(fixed: Tensor, mask: Tensor) -> Tensor:
+    """The fixed image ``(B, C, *S)`` with a weight as its last channel: the mask ``(B, 1, *S)``, brought to mean 1.
+
+    Where the mask is zero the image becomes its mean over the mask, so that nothing there is seen by anyone: not by
+    what shrinks the image, nor by what scales its intensities.
+    """
+    axes = tuple(range(2, mask.dim()))
+    weight = mask / mask.mean(axes, keepdim=True)
+    level = (fixed * weight).mean(axes, keepdim=True).to(fixed.dtype)
+    return torch.cat([torch.where(mask > 0, fixed, level), weight.to(fixed.dtype)], 1)
