@@ -49,7 +49,7 @@ def refine(
         affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
         moving_label: labels of the moving image, to warp and measure.
-        fixed_points: landmarks in the fixed image, .csv in RAS millimetres or Slicer's .fcsv.
+        fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid : the similarity counts where they are not zero.
         similarity: lncc, mse or ncc.
@@ -90,7 +90,7 @@ def apply(
 
     Args:
         ddf: the field.
-        input: NIfTI image on the moving side, or points (.csv in RAS millimetres, .fcsv) of the fixed image.
+        input: NIfTI image on the moving side, or points (.csv, .fcsv, .mrk.json, .vtk) of the fixed image.
         output: warped image, or points as .csv in RAS millimetres.
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, for points and voxel fields.

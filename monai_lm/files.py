@@ -23,6 +23,7 @@ from monai_lm.evaluation import compare_labels
 from monai_lm.fields import compose, fold_count, invert, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
+from monai_lm.fileio.points import POINT_SUFFIXES
 from monai_lm.metrics import sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
@@ -233,8 +234,9 @@ def apply_field(
 
     Args:
         ddf: the field.
-        source: NIfTI image on the moving side, or points (``.csv``, ``.fcsv``) of the fixed image.
-        output: a file of the same kind.
+        source: NIfTI image on the moving side, or points of the fixed image, see
+            :func:`monai_lm.fileio.read_points`.
+        output: a NIfTI file, or points as ``.csv``.
         fixed: image on the field's grid, where the field's file does not say where it lies.
         moving: image that the field leads to; for voxel fields between different grids.
         label: take the nearest label instead of interpolating.
@@ -244,7 +246,7 @@ def apply_field(
     output = Path(output)
     free(output.parent, [output.name], overwrite)
     grid, target = (None if path is None else Image(path) for path in (fixed, moving))
-    if Path(source).suffix.lower() in (".csv", ".fcsv"):
+    if Path(source).name.lower().endswith(POINT_SUFFIXES):
         if output.suffix != ".csv":
             raise ValueError(f"output must end in .csv for points, got {output.name!r}")
         field = Field(ddf, grid, target, file_format)

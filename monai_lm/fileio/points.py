@@ -1,19 +1,26 @@
-"""Landmarks in files: lines of coordinates, and Slicer's markups."""
+"""Landmarks in files: lines of coordinates, Slicer's markups, VTK's points."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["read_points"]
+__all__ = ["POINT_SUFFIXES", "read_points"]
+
+_SYSTEMS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
 
 
 def read_points(path: str | Path) -> np.ndarray:
     """Landmarks ``(N, n)`` in RAS millimetres, float64.
 
-    ``.csv``: a line per point, after a header or not, in RAS millimetres. ``.fcsv``: Slicer's, in the coordinate system
-    that it says (LPS or RAS).
+    ``.csv``: a line per point, after a header or not, in RAS millimetres. Slicer's ``.fcsv`` and ``.mrk.json``, in the
+    coordinate system that they say (LPS or RAS). Legacy ``.vtk`` in ASCII, whose second line says ``SPACE=LPS`` or
+    ``SPACE=RAS``, as Slicer writes it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -22,29 +29,58 @@ def read_points(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    reader = next((reader for suffix, reader in _READERS.items() if path.name.lower().endswith(suffix)), _csv)
     try:
         text = path.read_text("utf-8-sig")  # spreadsheets put a mark before the first number
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    signs, columns = np.ones(3), slice(None)
-    if path.suffix.lower() == ".fcsv":
-        system = next((line.split("=")[1].strip() for line in lines if line.startswith("# CoordinateSystem")), "")
-        if system not in ("LPS", "RAS", "0", "1"):
-            raise ValueError(f"{path} must say its CoordinateSystem, LPS or RAS, got {system!r}")
-        signs = np.array([-1.0, -1.0, 1.0]) if system in ("LPS", "1") else signs
-        columns = slice(1, 4)
-    rows = [line.split(",")[columns] for line in lines if not line.startswith("#")]
-    if rows and not any(_numeric(value) for value in rows[0]):  # a header
-        del rows[0]
+        raise ValueError(f"{path} must be text in UTF-8, not binary: {error}") from error
+    system, rows = reader(path, text)
+    if system not in _SYSTEMS:
+        raise ValueError(f"{path} must say its coordinate system, LPS or RAS, got {system!r}")
     try:
-        values = [[float(v) for v in row] for row in rows]
-        points = np.array(values, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError(f"{path} must hold points, numbers separated by commas: {error}") from error
+        points = np.array([[float(v) for v in row] for row in rows], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold points, numbers in rows of one length: {error}") from error
     if points.ndim != 2 or points.shape[1] not in (2, 3) or not np.isfinite(points).all():
         raise ValueError(f"{path} must hold points of 2 or 3 finite coordinates, got shape {points.shape}")
-    return points * signs[: points.shape[1]]
+    return points * np.array(_SYSTEMS[system], dtype=np.float64)[: points.shape[1]]
+
+
+_Rows = Sequence[Sequence[Any]]
+
+
+def _csv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001 (all readers are called alike)
+    return "RAS", _fields(text, slice(None))
+
+
+def _fcsv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001
+    said = re.search(r"^# CoordinateSystem\s*=\s*(\S+)", text, re.MULTILINE)
+    return said[1] if said else "", _fields(text, slice(1, 4))
+
+
+def _markups(path: Path, text: str) -> tuple[str, _Rows]:
+    try:
+        markup = json.loads(text)["markups"][0]
+        return str(markup["coordinateSystem"]), [point["position"] for point in markup["controlPoints"]]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} must be Slicer's markups with control points: {error!r}") from error
+
+
+def _vtk(path: Path, text: str) -> tuple[str, _Rows]:
+    lines = text.splitlines()
+    found = re.search(r"^POINTS\s+(\d+)\s+\w+\s*$", text, re.MULTILINE | re.IGNORECASE)
+    if len(lines) < 4 or lines[2].strip().upper() != "ASCII" or found is None:
+        raise ValueError(f"{path} must be a legacy VTK file in ASCII with POINTS, got {lines[:3]}")
+    count, values = int(found[1]), text[found.end() :].split()
+    said = re.search(r"SPACE=(\w+)", lines[1])
+    return said[1] if said else "", [values[3 * i : 3 * i + 3] for i in range(count)]
+
+
+def _fields(text: str, columns: slice) -> _Rows:
+    """What lies between commas, without comments and without a header."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    rows = [line.split(",")[columns] for line in lines if not line.startswith("#")]
+    return rows[1:] if rows and not any(_numeric(value) for value in rows[0]) else rows
 
 
 def _numeric(value: str) -> bool:
@@ -53,3 +89,11 @@ def _numeric(value: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_READERS: dict[str, Callable[[Path, str], tuple[str, _Rows]]] = {
+    ".csv": _csv, ".fcsv": _fcsv, ".mrk.json": _markups, ".vtk": _vtk,
+}  # fmt: skip
+
+POINT_SUFFIXES = tuple(_READERS)
+"""How the names of files with points end."""
