@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from monai_lm import files
+from monai_lm.cohort import refine_cohort
 from monai_lm.demo import run_demo
 
 __all__ = ["main"]
@@ -74,6 +75,53 @@ def refine(
         _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report, settings,
     )  # fmt: skip
     _show(metrics, json)
+
+
+def cohort(
+    pairs: str,
+    output_dir: str,
+    similarity: str = "lncc",
+    scales: list[float] | str = "auto",
+    iterations: int | list[int] | str = "auto",
+    step: float = 0.5,
+    seconds: float | None = None,
+    memory: str = "auto",
+    compile: bool | str = "auto",  # noqa: A002 (as monai_lm.refine calls it)
+    device: str = "auto",
+    file_format: str = "itk",
+    report: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
+
+    Args:
+        pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
+            moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
+        output_dir: gets a folder per pair, and metrics.csv.
+        similarity: lncc, mse or ncc.
+        scales: reduction per level, coarse to fine, or auto.
+        iterations: most iterations per level, or auto.
+        step: largest displacement per iteration, in voxels.
+        seconds: time budget of a pair.
+        memory: auto, full, low or half.
+        compile: auto, true or false.
+        device: auto, cpu, cuda, cuda:1, ...
+        file_format: of the fields written: itk, fsl, voxel or learn2reg.
+        report: write report.html and .png (needs matplotlib, pip install 'monai_lm[demo]').
+        overwrite: do pairs again that are complete.
+    """
+    settings = {
+        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
+        "memory": memory, "compile": compile,
+    }  # fmt: skip
+    rows, failed = refine_cohort(
+        pairs, output_dir, overwrite, sys.stderr.isatty(),
+        file_format=file_format, device=device, report=report, settings=settings,
+    )  # fmt: skip
+    print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise ValueError(f"{len(failed)} pairs failed:{reasons}")
 
 
 def apply(
@@ -243,7 +291,7 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Run a subcommand; errors that a user can mend end with one paragraph and exit code 2."""
-    commands = (refine, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
+    commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
     try:
         auto_cli({command.__name__: command for command in commands}, as_positional=False)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -16,11 +16,12 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-__all__ = ["PARTS", "check_files", "draw_pairs", "named", "read_list", "split_subjects"]
+__all__ = ["PARTS", "PATHS", "check_files", "draw_pairs", "named", "raise_all", "read_list", "split_subjects"]
 
 PARTS = ("train", "validation", "test", "predict")
 SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 FILES = ("image", "label", "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points")
+PATHS = (*FILES, "fixed_mask", "ddf", "affine")
 
 Entry = dict[str, Any]
 
@@ -65,7 +66,7 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
     for number, entry in enumerate(source):
         if not isinstance(entry, Mapping) or not ({"image"} <= set(entry) or {"fixed", "moving"} <= set(entry)):
             raise ValueError(f"entry {number} of data must have an image, or fixed and moving, got {entry!r}")
-        whole = {k: str(Path(root or ".", v).absolute()) if k in FILES else v for k, v in entry.items()}
+        whole = {k: str(Path(root or ".", v).absolute()) if k in PATHS else v for k, v in entry.items()}
         part = str(whole.pop("part", ""))
         out.setdefault(SYNONYMS.get(part, part), []).append(whole)
     if unknown := sorted(set(out) - {"", *PARTS}):
@@ -141,7 +142,7 @@ def split_subjects(
                 problems.append(f"{name}: in part {part}, but there is no image of that subject")
             elif owner.setdefault(name, part) != part:
                 problems.append(f"{name}: in two parts, {owner[name]} and {part}")
-    _raise(problems, "split")
+    raise_all(problems, "split")
     return {part: [e for e in entries if owner.get(subject_of(e)) == part] for part in parts}
 
 
@@ -222,7 +223,7 @@ def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid:
                 problems.append(
                     f"{pair[f'{role}_label']}: orientation {''.join(codes)}, but its image has {''.join(expected)}"
                 )
-    _raise(list(dict.fromkeys(problems)), "data")
+    raise_all(list(dict.fromkeys(problems)), "data")
 
 
 def _header(path: str, key: str, allowed: set[int] | None, problems: list[str]) -> Any:
@@ -258,6 +259,7 @@ def _differences(fixed: Any, moving: Any, same_grid: bool) -> Iterable[str]:
         yield f"shape {moving.shape}, but its fixed image has {fixed.shape}; give a common grid"
 
 
-def _raise(problems: list[str], argument: str) -> None:
+def raise_all(problems: Sequence[str], argument: str) -> None:
+    """ValueError with a line per problem, if there are any."""
     if problems:
         raise ValueError(f"{argument} has {len(problems)} problem(s):\n" + "\n".join(f"  {line}" for line in problems))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from monai_lm.space import check_affine
 
-__all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "save_nifti"]
+__all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "save_nifti", "write_table"]
 
 
 @contextmanager
@@ -134,3 +135,12 @@ def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data, check_affine(f"affine of {path}", image.affine), image.header
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as CSV, whole or not at all, with every column that a row has; returns the path."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

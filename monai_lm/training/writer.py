@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from monai_lm.evaluation import measure, tensor_of
 from monai_lm.fields import warp
 from monai_lm.fileio import write_itk_ddf
-from monai_lm.fileio.files import label_type, replacing, save_nifti
+from monai_lm.fileio.files import label_type, replacing, save_nifti, write_table
 from monai_lm.training.data import PairDataModule
 
 __all__ = ["FieldWriter"]
@@ -99,13 +98,7 @@ class FieldWriter(BasePredictionWriter):
     def write_table(self) -> Path:
         """Write ``metrics.csv`` from the pairs that are complete; returns its path."""
         rows = [json.loads(file.read_text()) for file in sorted(self.output_dir.glob("[!.]*.json"))]
-        table = self.output_dir / "metrics.csv"
-        with replacing(table) as temporary, temporary.open("w", newline="") as file:
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        return table
+        return write_table(self.output_dir / "metrics.csv", rows)
 
     def _write_files(self, name: str, batch: Mapping[str, Any], ddf: Tensor, pair: int) -> None:
         affine, moving_affine = (_affine(batch[key], pair) for key in ("fixed", "moving"))

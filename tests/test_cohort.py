@@ -1,0 +1,126 @@
+"""Cohorts: every pair once, interrupted or not, and one bad pair stops nobody."""
+
+import csv
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm import cli
+from monai_lm.cohort import refine_cohort
+from monai_lm.fields import gaussian_smooth
+from monai_lm.files import refine_pair
+
+SETTINGS = {"iterations": 5, "scales": (1,), "compile": False}
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """A list of three pairs: labels and a name of its own, a mask, nothing."""
+    image = gaussian_smooth(torch.randn(1, 1, 18, 16, 14, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0]
+    for number in range(3):
+        values = image[number : number + 16].numpy()
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"i{number}.nii.gz")
+        nib.save(nib.Nifti1Image((values > 0).astype(np.uint8), np.eye(4)), tmp_path / f"l{number}.nii.gz")
+    rows = [
+        "fixed,moving,fixed_label,moving_label,fixed_mask,name",
+        "i0.nii.gz,i1.nii.gz,l0.nii.gz,l1.nii.gz,,first",
+        "i1.nii.gz,i2.nii.gz,,,l1.nii.gz,",
+        "i2.nii.gz,i0.nii.gz,,,,",
+    ]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "pairs.csv"
+
+
+def run(cohort, out, **kwargs):
+    return refine_cohort(cohort, out, report=False, settings=SETTINGS, **kwargs)
+
+
+def table(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_pair_is_what_refining_it_alone_gives(cohort, tmp_path):
+    rows, failed = run(cohort, tmp_path / "out")
+    assert not failed
+    assert [row["name"] for row in rows] == ["first", "i1__i2", "i2__i0"]
+    here = cohort.parent
+    alone = refine_pair(
+        here / "i1.nii.gz", here / "i2.nii.gz", tmp_path / "alone", mask=here / "l1.nii.gz", report=False,
+        settings=SETTINGS,
+    )  # fmt: skip
+    assert {k: v for k, v in rows[1].items() if k not in ("name", "seconds")} == {
+        k: v for k, v in alone.items() if k != "seconds"
+    }
+    fields = [nib.load(folder / "ddf.nii.gz").get_fdata() for folder in (tmp_path / "alone", tmp_path / "out/i1__i2")]
+    np.testing.assert_array_equal(*fields)
+    assert float(table(tmp_path / "out")[0]["dice"]) == rows[0]["dice"] > rows[0]["dice_before"]
+    assert table(tmp_path / "out")[2]["dice"] == ""
+
+
+def test_an_interrupted_cohort_goes_on_where_it_stopped(cohort, tmp_path):
+    out = tmp_path / "out"
+    run(cohort, out)
+    complete = table(out)
+    (out / "metrics.csv").unlink()
+    (out / "first" / "metrics.json").unlink()  # as if stopped before the last file
+    written = {p: p.stat().st_mtime_ns for p in out.glob("*/ddf.nii.gz")}
+    run(cohort, out)
+    again = {p.parent.name for p, time in written.items() if p.stat().st_mtime_ns != time}
+    assert again == {"first"}
+    assert [{**row, "seconds": 0} for row in table(out)] == [{**row, "seconds": 0} for row in complete]
+    run(cohort, out, overwrite=True)
+    assert all(p.stat().st_mtime_ns != time for p, time in written.items())
+
+
+def test_a_bad_pair_stops_nobody_and_is_named(cohort, tmp_path, monkeypatch, capsys):
+    (tmp_path / "i0.nii.gz").write_bytes((tmp_path / "i0.nii.gz").read_bytes()[:200])
+    out = tmp_path / "out"
+    options = {
+        "pairs": cohort,
+        "output_dir": out,
+        "iterations": 3,
+        "scales": "[1]",
+        "compile": "false",
+        "report": False,
+    }
+    command = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "cohort", *command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "1 pairs complete" in said.out
+    assert "2 pairs failed:\n  first: " in said.err
+    assert "i0.nii.gz" in said.err
+    assert [row["name"] for row in table(out)] == ["i1__i2"]
+    assert sorted(p.name for p in out.iterdir()) == ["i1__i2", "metrics.csv"]
+
+
+def test_a_list_is_checked_before_the_work_all_at_once(tmp_path):
+    pairs = [
+        {"fixed": "no.nii.gz", "moving": "neither.nii.gz", "name": "../up"},
+        {"fixed": "no.nii.gz", "moving": "no.nii.gz", "fixed_label": "no.nii.gz", "labels": 3},
+    ]
+    with pytest.raises(ValueError, match="pairs has 8 problem") as error:
+        refine_cohort(pairs, tmp_path / "out")
+    for text in (
+        "'../up': the name of a pair",
+        "neither.nii.gz",
+        "unknown columns ['labels']",
+        "must be given together",
+    ):
+        assert text in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("cohort")
+def test_lists_may_be_json_and_namesakes_are_numbered(tmp_path):
+    pair = {"fixed": "i0.nii.gz", "moving": "i1.nii.gz"}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair, pair]))
+    rows, _ = run(tmp_path / "pairs.json", tmp_path / "out")
+    assert [row["name"] for row in rows] == ["i0__i1", "i0__i1_2"]
