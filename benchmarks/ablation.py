@@ -33,16 +33,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damping .3 at the finest": {"damping": (0.1, 0.1, 0.3, 0.3)},
     "smooth_gradient 1 on all levels": {"smooth_gradient": 1.0},
     "smooth_gradient 2 on all levels": {"smooth_gradient": 2.0},
-    "smooth_gradient 1.5 at the finest": {"smooth_gradient": (2.0, 2.0, 1.5, 1.5)},
-    "smooth_gradient 3 at the coarsest": {"smooth_gradient": (3.0, 2.0, 1.5, 1.0)},
+    "smooth_gradient 1.5 at the finest": {"smooth_gradient": (2.0, 2.0, 2.0, 1.5)},
+    "smooth_gradient 1.25 at the finest": {"smooth_gradient": (2.0, 2.0, 2.0, 1.25)},
+    "smooth_gradient 1.5 at scale 2": {"smooth_gradient": (2.0, 2.0, 1.5, 1.0)},
     "smooth_residual .3": {"smooth_residual": 0.3},
     "smooth_residual .7": {"smooth_residual": 0.7},
     "smooth_residual 1": {"smooth_residual": 1.0},
     "step .25": {"step": 0.25},
     "step 1": {"step": 1.0},
-    "LNCC radius 2": {"similarity": LNCC(2)},
+    "LNCC radius 1": {"similarity": LNCC(1)},
+    "LNCC radius 3": {"similarity": LNCC(3)},
+    "LNCC radius 3, smooth_gradient 1.5 at scale 2": {
+        "similarity": LNCC(3),
+        "smooth_gradient": (2.0, 2.0, 1.5, 1.0),
+    },
     "LNCC radius 4": {"similarity": LNCC(4)},
-    "LNCC epsilon 1e-2": {"similarity": LNCC(3, 1e-2)},
+    "LNCC epsilon 1e-2": {"similarity": LNCC(2, 1e-2)},
     "NCC": {"similarity": "ncc"},
     "tolerance .001": {"tolerance": 0.001},
 }
@@ -84,13 +90,13 @@ def ablation(
         json_file: write one line per variant here, as it goes.
     """
     columns = _columns(weights, pairs)
-    print(f"{'settings':<36}" + "".join(f"{name:>20}" for name in columns) + f"{'s':>7}")
-    print(f"{'before':<36}" + "".join(f"{measure(None):20.4f}" for measure in columns.values()), flush=True)
+    print(f"{'settings':<46}" + "".join(f"{name:>20}" for name in columns) + f"{'s':>7}")
+    print(f"{'before':<46}" + "".join(f"{measure(None):20.4f}" for measure in columns.values()), flush=True)
     for name in variants:
         started = time.perf_counter()
         row = {column: measure({"compile": compile, **VARIANTS[name]}) for column, measure in columns.items()}
         seconds = time.perf_counter() - started
-        print(f"{name:<36}" + "".join(f"{value:20.4f}" for value in row.values()) + f"{seconds:7.0f}", flush=True)
+        print(f"{name:<46}" + "".join(f"{value:20.4f}" for value in row.values()) + f"{seconds:7.0f}", flush=True)
         if json_file:
             with Path(json_file).open("a") as file:
                 file.write(json.dumps({"settings": name, **row, "seconds": seconds}) + "\n")

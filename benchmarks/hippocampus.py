@@ -80,7 +80,7 @@ def _methods(
             scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
             return refine_with_adam(
                 inferer.channels(fixed), inferer.channels(moving), ddf, scales, [ITERATIONS[s] for s in scales],
-                (2, 2, 1.5, 1), step, compile_, 0.005, settings.get("similarity", "lncc"),
+                (2, 2, 2, 1), step, compile_, 0.005, settings.get("similarity", "lncc"),
             )  # fmt: skip
 
         return run

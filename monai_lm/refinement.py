@@ -57,7 +57,7 @@ def refine(
     control: str = "simple",
     acceptance: str = "always",
     window: int = 1,
-    smooth_gradient: float | Sequence[float] = (2.0, 2.0, 1.5, 1.0),
+    smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
     smooth_residual: float = 0.5,
     spacing: Sequence[float] | None = None,
     seconds: float | None = None,

@@ -148,7 +148,7 @@ def test_half_precision_predictions_become_float32_fields():
 
 # --- refinement -------------------------------------------------------------------------------------------------------
 
-SETTINGS = {"iterations": 8, "compile": False, "similarity": "mse"}
+SETTINGS = {"iterations": 12, "compile": False, "similarity": "mse"}
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])

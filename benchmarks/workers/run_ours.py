@@ -35,7 +35,7 @@ def run(iterations: list[int]) -> tuple[torch.Tensor, float]:
     """The field, and the seconds it took."""
     started = time.perf_counter()
     if job.get("optimizer") == "adam":
-        sigmas = (2.0, 2.0, 1.5, 1.0)
+        sigmas = (2.0, 2.0, 2.0, 1.0)
         ddf = refine_with_adam(
             images[0], images[1], prediction, job["scales"], iterations, sigmas, 0.25, True, 0, "lncc"
         )

@@ -34,7 +34,7 @@ class LNCC(LocalSimilarity):
     in_pieces = True
     weighable = True
 
-    def __init__(self, radius: int = 3, epsilon: float = 1e-3) -> None:
+    def __init__(self, radius: int = 2, epsilon: float = 1e-3) -> None:
         if radius < 1:
             raise ValueError(f"radius must be at least 1 voxel, got {radius}")
         if not epsilon > 0:

@@ -37,7 +37,7 @@ def test_loss_equals_loops(size, radius, epsilon, random_tensor):
 
 
 def test_defaults():
-    assert (LNCC().radius, LNCC().epsilon) == (3, 1e-3)
+    assert (LNCC().radius, LNCC().epsilon) == (2, 1e-3)
 
 
 def test_derivative_vanishes_far_from_the_only_difference(smooth_image):
