@@ -41,7 +41,8 @@ def test_through_refinement_is_refinement_forward_and_leaves_open_what_the_image
     moving, fixed = images.split(1, 1)
     torch.testing.assert_close(out, refine(fixed, moving, ddf.detach(), scales=(1,), iterations=5, compile=False).ddf)
     (got,) = torch.autograd.grad(out[:, 1].sum(), ddf)
-    assert float(got[0, 1, 2:-2, 16:].min()) > 0.95
+    assert float(got[0, 1, 2:-2, 16:].min()) > 0.85
+    assert float(got[0, 1, 2:-2, 16:].median()) > 0.99
     assert float(got[0, 1, :, 2:9].abs().median()) < 0.9
 
 
