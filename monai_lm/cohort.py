@@ -50,6 +50,8 @@ def refine_cohort(
     """
     source = pairs if isinstance(pairs, str | Path) else list(pairs)
     entries = named(entry for part in read_list(source).values() for entry in part)
+    if not entries:
+        raise ValueError(f"pairs must have at least one pair, got none in {pairs!s}")
     _check(entries)
     folder = Path(output_dir)
     failed: dict[str, str] = {}

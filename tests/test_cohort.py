@@ -118,6 +118,12 @@ def test_a_list_is_checked_before_the_work_all_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_list_without_pairs_is_an_error(tmp_path):
+    (tmp_path / "pairs.csv").write_text("fixed,moving\n")
+    with pytest.raises(ValueError, match=r"pairs must have at least one pair, got none in .*pairs\.csv"):
+        refine_cohort(tmp_path / "pairs.csv", tmp_path / "out")
+
+
 @pytest.mark.usefixtures("cohort")
 def test_lists_may_be_json_and_namesakes_are_numbered(tmp_path):
     pair = {"fixed": "i0.nii.gz", "moving": "i1.nii.gz"}
