@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -39,8 +38,6 @@ from monai_lm.validation import (
 )
 
 __all__ = ["check_keywords", "refine"]
-
-logger = logging.getLogger(__name__)
 
 
 def refine(
