@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import monai_lm
@@ -18,7 +17,7 @@ from benchmarks.data import brain_image, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
 from monai_lm.demo import brain_example, endpoint_error
 from monai_lm.fields import gaussian_smooth, integrate, warp
-from monai_lm.pyramid import shrink
+from monai_lm.pyramid import make_level, shrink
 from monai_lm.similarity import LNCC
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -105,10 +104,7 @@ def ablation(
 def _columns(weights: str, pairs: int) -> dict[str, Callable[[dict[str, Any] | None], float]]:
     """What each column measures with these settings, or with ``None`` before refinement."""
     hippocampi, brains, example = _hippocampus_pairs(weights, pairs), _brain_pairs(), brain_example(3)
-    size = (88, 112, 88)
-    large_brain = [
-        large_warp(shrink(brain_image(s, "t1"), size), 15, 12, seed) for seed, s in enumerate(("1002", "1007"))
-    ]
+    large_brain = [large_warp(_half(brain_image(s, "t1")), 15, 12, seed) for seed, s in enumerate(("1002", "1007"))]
     large_hippocampus = [large_warp(p[1], 10, 8, seed) for seed, p in enumerate(hippocampi[:3])]
 
     def dice(cases: list[tuple[Tensor, ...]], settings: dict[str, Any] | None) -> float:
@@ -190,10 +186,13 @@ def _hippocampus_pairs(weights: str, pairs: int) -> list[tuple[Tensor, ...]]:
 
 def _brain_pairs() -> list[tuple[Tensor, ...]]:
     """1000 ← 1001 and 1006 ← 1002, validation pairs, at 2 mm."""
-    size = (88, 112, 88)
     pairs: list[tuple[Tensor, ...]] = []
     for subjects in (("1000", "1001"), ("1006", "1002")):
-        images = [shrink(brain_image(s, "t1"), size) for s in subjects]
-        labels = [F.interpolate(brain_image(s, "seg"), size=size, mode="nearest") for s in subjects]
+        images = [_half(brain_image(s, "t1")) for s in subjects]
+        labels = [brain_image(s, "seg")[:, :, ::2, ::2, ::2] for s in subjects]
         pairs.append((*images, *labels))
     return pairs
+
+
+def _half(image: Tensor) -> Tensor:
+    return shrink(image, make_level(image.shape[2:], (1.0, 1.0, 1.0), 2))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.callback import callback_handler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["Ledger", "compiled", "compiler_found", "compiling", "many_shapes", "piece"]
+__all__ = ["CompileClock", "Ledger", "compiled", "compiler_found", "compiling", "many_shapes", "piece"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,29 @@ def many_shapes() -> Iterator[None]:
     """
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
         yield
+
+
+class CompileClock:
+    """Measures, as a context, how long the process compiles kernels or loads them from the cache on disk."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def __enter__(self) -> CompileClock:
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
 
 
 _COMPILING: ContextVar[bool] = ContextVar("monai_lm_compiling", default=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +12,9 @@ from tqdm.auto import tqdm
 from monai_lm import levenberg
 from monai_lm.compilation import Ledger
 from monai_lm.engine import Engine, HalfEngine, LeanEngine
-from monai_lm.fields import resample
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust
-from monai_lm.pyramid import Level, shrink
+from monai_lm.pyramid import Level, move_field, shrink
 from monai_lm.result import Record
 from monai_lm.similarity import Similarity
 
@@ -52,7 +50,8 @@ class LevelRun:
         fixed: ``(B, C, *S)`` on the finest grid.
         moving: ``(B, C, *S)``.
         prediction: ``(B, n, *S)`` without folds on the finest grid, or ``None``.
-        given_up: the residual of the level before, on its grid, taken out of the list; an empty one: zero.
+        given_up: the level before and its residual, taken out of the list; an empty one: zero.
+        finest: the grid of images and prediction.
         settings: what does not change from level to level.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         iterations: how many are expected, to decide whether compiling pays.
@@ -66,7 +65,8 @@ class LevelRun:
         fixed: Tensor,
         moving: Tensor,
         prediction: Tensor | None,
-        given_up: list[Tensor],
+        given_up: list[tuple[Level, Tensor]],
+        finest: Level,
         settings: Settings,
         smooth_gradient: float,
         iterations: int,
@@ -78,17 +78,17 @@ class LevelRun:
             smooth_gradient, settings.smooth_residual, settings.window, settings.memory,
         )  # fmt: skip
         lean = settings.memory != "full" and voxels > _LEAN_FROM * fixed.numel()
-        if prediction is not None and prediction.shape[2:] != level.size:
-            prediction = resample(prediction, level.size)
+        if prediction is not None and max(level.factor) > 1:
+            prediction = move_field(prediction, finest, level)
             repair_in_place(prediction)
         half = lean and settings.memory == "half"
         kind = HalfEngine if half else LeanEngine if lean else self.engine_type
         self.engine = kind(
             level=level,
-            fixed=shrink(fixed, level.size),
-            moving=shrink(moving, level.size),
+            fixed=shrink(fixed, level),
+            moving=shrink(moving, level),
             prediction=prediction,
-            residual=_start(fixed.shape[0], level.size, given_up, prediction, half, fixed.device),
+            residual=_start(fixed.shape[0], level, given_up, prediction, half, fixed.device),
             similarity=settings.similarity,
             smooth_gradient=smooth_gradient,
             smooth_residual=settings.smooth_residual,
@@ -160,21 +160,21 @@ class LevelRun:
 
 def _start(
     pairs: int,
-    size: Sequence[int],
-    given_up: list[Tensor],
+    level: Level,
+    given_up: list[tuple[Level, Tensor]],
     prediction: Tensor | None,
     half: bool,
     device: torch.device,
 ) -> Tensor:
     """The residual that a level starts from, as its engine takes it: the one given up on this grid, or zero."""
-    residual = given_up.pop() if given_up else None
-    if residual is not None and residual.shape[2:] == torch.Size(size) and not half:
+    before, residual = given_up.pop() if given_up else (level, None)
+    if residual is not None and before == level and not half:
         return residual
-    shape = (pairs, len(size), *size)
+    shape = (pairs, len(level.size), *level.size)
     room = torch.zeros((2, *shape), dtype=torch.half, device=device) if half else torch.zeros(shape, device=device)
     if residual is not None:  # folds that resampling makes are repaired
         start = room[0] if half else room
-        resample(residual, size, start)
+        move_field(residual, before, level, start)
         repair_in_place(start, prediction)
     return room
 

@@ -48,7 +48,6 @@ ACCEPTANCES = ("always", "descent", "metropolis")
 _RISE, _FALL = 1.5, 0.975  # the published damping factors
 _SHRINK_BELOW, _GROW_ABOVE = 0.1, 0.5  # gain ratios; the minimum along a parabola has 1/2
 _DAMPING_RANGE = 1e6  # λ stays within λ₀ / range and λ₀ · range
-_NOTHING = 1e-10  # voxels with |g|² below this fraction of the largest component squared are background
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,9 @@ def pull_back(gradient: Tensor, ddf: Tensor) -> Tensor:
 
 
 def initial_trust(gradient: Tensor, loss: Tensor, damping: float) -> Trust:
-    """Damping at the start of a level, ``λ₀ = δ · mean |g|²`` over the voxels that have a gradient.
+    """Damping at the start of a level, ``λ₀ = δ/2 · (Σ |g|² / Σ |g|)²``.
+
+    Background and padding do not change it. Where ``|g|`` is distributed exponentially, it is ``δ · mean |g|²``.
 
     Args:
         gradient: ``(B, n, *S)`` smoothed gradient, in the metric of the step.
@@ -135,12 +136,15 @@ def initial_trust_of(gradients: Callable[[], Iterable[Tensor]], loss: Tensor, da
     """
     info = torch.finfo(loss.dtype)
     largest = torch.stack([part.flatten(1).abs().amax(1) for part in gradients()]).amax(0).clamp(min=info.tiny)
-    total = count = torch.zeros_like(loss)
+    # so exact that it does not matter how the gradient is cut; Apple's GPUs have no doubles
+    exact = loss.dtype if loss.device.type == "mps" else torch.float64
+    squares = lengths = torch.zeros_like(loss, dtype=exact)
     for part in gradients():
         squared = (part / per_voxel(largest, part)).square().sum(1).flatten(1)  # in the range of float32
-        active = squared > _NOTHING
-        total, count = total + (squared * active).sum(1), count + active.sum(1)
-    reference = (damping * total / count.clamp(min=1) * largest * largest).clamp(max=info.max / _DAMPING_RANGE)
+        squares = squares + squared.sum(1, dtype=exact)
+        lengths = lengths + squared.sqrt().sum(1, dtype=exact)
+    typical = (squares / lengths.clamp(min=info.tiny)).to(loss.dtype) * largest
+    reference = (damping * typical * typical / 2).clamp(max=info.max / _DAMPING_RANGE)
     unknown = torch.full_like(loss, float("nan"))
     # a copy: a compiler would take damping that is the reference for another case than damping that is not
     return Trust(reference.clone(), reference, loss, unknown, torch.zeros_like(loss))

@@ -43,7 +43,7 @@ class FactoredLM(Optimizer):
     Args:
         params: fields, or dictionaries of parameter groups.
         step: largest displacement per step, in voxels of the finest axis.
-        damping: δ, the initial damping relative to the mean squared gradient.
+        damping: δ, the initial damping relative to the typical squared gradient.
         control: ``"simple"`` or ``"trust_region"``, see :func:`monai_lm.levenberg.judge`.
         acceptance: ``"always"``, ``"descent"`` or ``"metropolis"``; the last two evaluate the closure twice per step
             and restore the field of a pair whose step they reject.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from monai_lm.fields import gaussian_smooth
 
-__all__ = ["Level", "automatic_scales", "make_level", "shrink"]
+__all__ = ["Level", "automatic_scales", "make_level", "move_field", "shrink"]
 
 _COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
 _SHORTEST = 8  # voxels; axes are not shrunk below this
@@ -18,16 +19,18 @@ _SHORTEST = 8  # voxels; axes are not shrunk below this
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the pyramid.
+    """One level of the pyramid: a grid that shares its centre with the finest one.
 
     Attributes:
         scale: nominal reduction against the finest grid.
         size: voxels per axis.
+        factor: length of its voxels in voxels of the finest grid, per axis.
         unit: length of the metric's unit in voxels of each axis: 1 along the finest axis, less along coarser ones.
     """
 
     scale: float
     size: tuple[int, ...]
+    factor: tuple[float, ...]
     unit: tuple[float, ...]
 
     def in_voxels(self, sigma: float) -> tuple[float, ...]:
@@ -38,20 +41,27 @@ class Level:
 def make_level(size: Sequence[int], spacing: Sequence[float], scale: float) -> Level:
     """Shrink the axes that are finer than ``scale`` times the finest one, as far as their length allows.
 
+    The centre is shared, the factor is exact and the number of voxels even, so that the voxels of a level stay where
+    they are when the images are mirrored, or padded equally on both sides.
+
     Args:
         size: voxels per axis of the finest grid.
         spacing: voxel edge per axis, in any unit.
         scale: reduction of the finest axis, at least 1.
     """
     finest = min(spacing)
-    shape, edges = [], []
+    shape, factors = [], []
     for length, edge in zip(size, spacing, strict=True):
         factor = max(1.0, scale * finest / edge)
-        voxels = length if factor == 1 else max(min(length, _SHORTEST), round(length / factor))
+        voxels = length if factor == 1 else min(length, 2 * math.ceil(length / factor / 2 - 1e-9))
+        if voxels < min(length, _SHORTEST):
+            voxels = min(length, _SHORTEST)
+            factor = length / voxels
         shape.append(voxels)
-        edges.append(edge * (length - 1) / (voxels - 1))
+        factors.append(factor)
+    edges = [edge * factor for edge, factor in zip(spacing, factors, strict=True)]
     unit = min(edges)
-    return Level(scale, tuple(shape), tuple(unit / e for e in edges))
+    return Level(scale, tuple(shape), tuple(factors), tuple(unit / e for e in edges))
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
@@ -65,15 +75,49 @@ def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: b
     return tuple(scales)
 
 
-def shrink(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Resample an image onto a coarser grid with the same corner voxels, low-pass filtered first.
+def shrink(image: Tensor, level: Level) -> Tensor:
+    """Bring an image onto the grid of a level, low-pass filtered first.
 
     Args:
-        image: ``(B, C, *S)``.
-        size: voxels per axis, each at most as many as the image has.
+        image: ``(B, C, *S)`` on the finest grid.
+        level: where to.
     """
-    if tuple(image.shape[2:]) == tuple(size):
+    if max(level.factor) == 1:
         return image
-    sigma = [0.5 * (old - 1) / (new - 1) if new < old else 0.0 for old, new in zip(image.shape[2:], size, strict=True)]
-    mode = "bilinear" if image.dim() == 4 else "trilinear"
-    return F.interpolate(gaussian_smooth(image, sigma), size=tuple(size), mode=mode, align_corners=True)
+    sigma = [0.5 * factor if factor > 1 else 0.0 for factor in level.factor]
+    return _regrid(gaussian_smooth(image, sigma), level.size, level.factor)
+
+
+def move_field(ddf: Tensor, old: Level, new: Level, out: Tensor | None = None) -> Tensor:
+    """Bring a field from the grid of one level onto that of another, units included.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels of the old level.
+        old: level of the field.
+        new: level to move to.
+        out: ``(B, n, *S)`` to write to, channel by channel, in a precision of its own; for fields that are large.
+
+    Returns:
+        ``(B, n, *S)`` in voxels of the new level.
+    """
+    out = ddf.new_empty(*ddf.shape[:2], *new.size) if out is None else out
+    ratio = [after / before for after, before in zip(new.factor, old.factor, strict=True)]
+    for axis, r in enumerate(ratio):
+        out[:, axis : axis + 1] = _regrid(ddf[:, axis : axis + 1], new.size, ratio).div_(r)
+    return out
+
+
+def _regrid(values: Tensor, size: Sequence[int], ratio: Sequence[float]) -> Tensor:
+    """Linear interpolation on a grid with the same centre, its voxels ``ratio`` times as long; the border continues."""
+    for axis, (count, step) in enumerate(zip(size, ratio, strict=True)):
+        dim, length = axis + 2, values.shape[axis + 2]
+        if count == length and step == 1:
+            continue
+        k = torch.arange(count, dtype=torch.float64)
+        at = ((k - (count - 1) / 2) * step + (length - 1) / 2).clamp(0, length - 1)
+        lower = at.floor().clamp(max=length - 2)
+        weight = (at - lower).to(values.dtype).to(values.device).view(-1, *[1] * (values.dim() - dim - 1))
+        index = lower.long().to(values.device)
+        below = values.index_select(dim, index)
+        values = below.lerp_(values.index_select(dim, index + 1), weight.expand_as(below))
+    return values

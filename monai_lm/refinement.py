@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monai_lm.compilation import many_shapes
+from monai_lm.compilation import CompileClock, many_shapes
 from monai_lm.fields import fold_count, repair
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.level import LevelRun, Settings
@@ -83,8 +83,8 @@ def refine(
             whether there is a prediction.
         iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
         step: largest displacement per iteration, in voxels of the level's finest axis.
-        damping: δ, the initial damping relative to the mean squared gradient. A sequence gives it per level, coarse to
-            fine, aligned at the finest level, here and below.
+        damping: δ, the initial damping relative to the typical squared gradient. A sequence gives it per level, coarse
+            to fine, aligned at the finest level, here and below.
         control: ``"simple"`` or ``"trust_region"``, see :func:`monai_lm.levenberg.judge`.
         acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``.
         window: width in voxels, odd, of the window that the Hessian is averaged over; 1 is the factored method.
@@ -193,18 +193,19 @@ def _coarse_to_fine(
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
     repaired = None if ddf is None else repair(ddf)
-    record = Record(fixed.shape[0], started)
-    given_up: list[Tensor] = []  # the residual of the level before: a list, so that a level can let go of it
-    for level, count, delta, sigma in stages:
-        run = level_run(level, fixed, moving, repaired, given_up, settings, sigma, count)
-        loss = run.iterate(delta, count, record, bar)
-        if level is not stages[-1][0] or level.size != finest.size:
-            given_up = [run.engine.residual]
-            del run  # and all that the level keeps
-            if settings.memory != "full":
-                give_back_freed_memory(fixed.device)
-    if level.size != finest.size:
-        run = level_run(finest, fixed, moving, repaired, given_up, settings, sigma, 1)
+    given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
+    with CompileClock() as clock:
+        record = Record(fixed.shape[0], started, clock)
+        for level, count, delta, sigma in stages:
+            run = level_run(level, fixed, moving, repaired, given_up, finest, settings, sigma, count)
+            loss = run.iterate(delta, count, record, bar)
+            if level is not stages[-1][0] or level.factor != finest.factor:
+                given_up = [(level, run.engine.residual)]
+                del run  # and all that the level keeps
+                if settings.memory != "full":
+                    give_back_freed_memory(fixed.device)
+    if level.factor != finest.factor:
+        run = level_run(finest, fixed, moving, repaired, given_up, finest, settings, sigma, 1)
         loss = run.engine.loss(run.engine.residual)
     return _finish(run, loss, ddf, constant, record, started)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from monai_lm.compilation import CompileClock
 from monai_lm.fields import invert
 
 __all__ = ["Iteration", "Record", "RefinementResult"]
@@ -20,10 +21,11 @@ class Iteration(NamedTuple):
     Attributes:
         level: reduction of the level against the finest grid; the first entry of a level is its starting point.
         loss: dissimilarity per voxel after the step.
-        damping: λ that the step was taken with, relative to the mean squared gradient at the start of the level.
+        damping: λ that the step was taken with, relative to the typical squared gradient at the start of the level.
         gain_ratio: actual over expected decrease; NaN where it was not computed (``control="simple"``) or no step.
         accepted: whether the step was kept.
         seconds: since the call of :func:`monai_lm.refine`.
+        compile_seconds: what of them went into compiling kernels, or loading them from the compiler's cache on disk.
     """
 
     level: float
@@ -32,6 +34,7 @@ class Iteration(NamedTuple):
     gain_ratio: float
     accepted: bool
     seconds: float
+    compile_seconds: float = 0.0
 
 
 class Record:
@@ -40,17 +43,19 @@ class Record:
     Args:
         pairs: batch size.
         started: ``time.perf_counter()`` at the start.
+        clock: of compiling.
     """
 
-    def __init__(self, pairs: int, started: float) -> None:
+    def __init__(self, pairs: int, started: float, clock: CompileClock) -> None:
         self._pairs = pairs
         self._started = started
-        self._levels: list[tuple[float, float]] = []
+        self._clock = clock
+        self._levels: list[tuple[float, float, float]] = []
         self._values: list[Tensor] = []
 
     def add(self, level: float, loss: Tensor, damping: Tensor, gain: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Note one iteration of all pairs, ``(B,)`` each; pairs that are not ``active`` have stopped."""
-        self._levels.append((level, time.perf_counter() - self._started))
+        self._levels.append((level, time.perf_counter() - self._started, self._clock.seconds))
         self._values.append(torch.stack([loss, damping, gain, accepted.to(loss), active.to(loss)]))
 
     def history(self) -> list[list[Iteration]]:
@@ -61,7 +66,7 @@ class Record:
         history: list[list[Iteration]] = []
         for pair in range(self._pairs):
             rows = zip(self._levels, values[:, :, pair].tolist(), strict=True)
-            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, t) for (lv, t), x in rows if x[4] > 0])
+            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, *t) for (lv, *t), x in rows if x[4] > 0])
         return history
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from monai_lm import compilation, refinement
-from monai_lm.compilation import Ledger, compiled, compiling, piece
+from monai_lm.compilation import CompileClock, Ledger, compiled, compiling, piece
 
 CPU = torch.device("cpu")
 
@@ -177,6 +177,21 @@ def test_pieces_are_compiled_where_that_is_asked_for():
             assert quadrupled(one).tolist() == [4, 4, 4]
         assert piece(quadrupled, one).tolist() == [304, 304, 304]  # one graph
     assert quadrupled(one).tolist() == [4, 4, 4]
+
+
+def tripled(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+def test_the_clock_runs_while_something_is_compiled_only():
+    with CompileClock() as clock:
+        assert compiled(tripled)(torch.ones(3)).tolist() == [3, 3, 3]
+        first = clock.seconds
+        assert first > 0
+        compiled(tripled)(torch.ones(3))
+        assert clock.seconds == first
+    compiled(tripled)(torch.ones(3, 3))  # another shape, outside
+    assert clock.seconds == first
 
 
 def test_an_error_inside_ends_the_compiling():

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from monai_lm import engine as engine_module
+from monai_lm.compilation import CompileClock
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.level import LevelRun, Settings
 from monai_lm.levenberg import initial_trust_of
@@ -32,18 +33,20 @@ def settings(**changes):
     return Settings(**{**values, **changes})
 
 
-def make_run(prediction=None, scale=1, residual=None, **changes):
+def make_run(prediction=None, scale=1, residual=None, before=1, **changes):
     moving, truth = noise(0, 1, 2.0), noise(1, 2, 5.0)
     fixed = warp(moving, truth)
-    given_up = [] if residual is None else [residual]
-    run = LevelRun(make_level(SIZE, (1, 1), scale), fixed, moving, prediction, given_up, settings(**changes), 1.0, 10)
+    finest = make_level(SIZE, (1, 1), 1)
+    given_up = [] if residual is None else [(make_level(SIZE, (1, 1), before), residual)]
+    level = make_level(SIZE, (1, 1), scale)
+    run = LevelRun(level, fixed, moving, prediction, given_up, finest, settings(**changes), 1.0, 10)
     assert not given_up
     return run
 
 
 def iterate(run, count):
     """The residual that a level ends with, its loss, and the history of the only pair."""
-    record = Record(1, 0.0)
+    record = Record(1, 0.0, CompileClock())
     with torch.no_grad():
         loss = run.iterate(1.0, count, record, tqdm(disable=True))
     return run.engine.residual, loss, record.history()[0]
@@ -52,14 +55,13 @@ def iterate(run, count):
 def test_the_residual_of_the_level_before_comes_to_the_grid_in_its_units():
     residual = torch.full((1, 2, *SIZE), 2.0)
     run = make_run(scale=2, residual=residual)
-    expected = [2.0 * (new - 1) / (old - 1) for new, old in zip(run.level.size, SIZE, strict=True)]
     assert run.engine.residual.shape[2:] == run.level.size
-    assert run.engine.residual.amax((0, 2, 3)).tolist() == pytest.approx(expected)
+    assert run.engine.residual.amax((0, 2, 3)).tolist() == pytest.approx([1.0, 1.0])
     assert make_run(residual=residual).engine.residual is residual
 
 
 def test_a_residual_that_folds_on_the_new_grid_is_unfolded():
-    run = make_run(residual=4 * noise(4, 2, 0.7, (13, 12)))
+    run = make_run(residual=4 * noise(4, 2, 0.7, (14, 12)), before=2)
     assert int(fold_count(run.engine.residual)) == 0
 
 

@@ -144,14 +144,15 @@ def test_pull_back_of_a_linear_map_is_the_transposed_matrix(shape):
 # --- damping at the start --------------------------------------------------------------------------------------------
 
 
-def test_initial_damping_is_the_mean_squared_gradient_over_voxels_that_have_one():
+def test_initial_damping_is_relative_to_the_typical_gradient():
     gradient = torch.zeros(2, 2, 6, 6, dtype=torch.float64)
     gradient[0, :, 0, 0] = torch.tensor([3.0, 4.0])
     gradient[0, 0, 2, 3] = 1.0
     gradient[1, 1] = 2.0
     loss = torch.tensor([5.0, 7.0], dtype=torch.float64)
     trust = levenberg.initial_trust(gradient, loss, 0.5)
-    assert trust.damping.tolist() == [0.5 * 13, 0.5 * 4]  # means over 2 and over 36 voxels
+    typical = [(25 + 1) / (5 + 1), 2.0]  # voxels count as much as their gradient
+    assert trust.damping.tolist() == pytest.approx([0.5 * g**2 / 2 for g in typical], rel=1e-12)
     assert torch.equal(trust.reference, trust.damping)
     assert trust.loss.tolist() == [5, 7]
     assert trust.expected.isnan().all()

@@ -171,17 +171,19 @@ def test_permutations_of_the_axes_commute(shape, order):
 
 
 @pytest.mark.parametrize("similarity", ["lncc", "mse"])
-@pytest.mark.parametrize("shape", [(40, 42), (24, 22, 23)])
-def test_zero_padding_changes_nothing_where_the_object_is(shape, similarity):
+@pytest.mark.parametrize("scales", [(1,), (2, 1)])
+@pytest.mark.parametrize(("shape", "padding"), [((40, 42), 8), ((40, 42), 5), ((40, 38, 39), 5)])
+def test_zero_padding_changes_nothing_where_the_object_is(shape, padding, scales, similarity):
     axes = torch.meshgrid(*[torch.linspace(-1, 1, s) for s in shape], indexing="ij")
     distance = sum(x.square() for x in axes).sqrt()
     mask = (torch.sigmoid((0.65 - distance) * 20) * (distance < 0.95))[None, None]
     moving = mask * (3 + texture(shape))
-    fixed = warp(moving, smooth(shape, 1.5))
-    n, settings = len(shape), {"similarity": similarity, "scales": (1,), "iterations": 20, "tolerance": 0}
+    fixed = warp(moving, smooth(shape, 3.0))
+    n, settings = len(shape), {"similarity": similarity, "scales": scales, "iterations": 20, "tolerance": 0}
     result = run(fixed, moving, **settings).ddf
-    padded = run(F.pad(fixed, [8] * 2 * n), F.pad(moving, [8] * 2 * n), **settings).ddf
-    difference = torch.linalg.vector_norm(padded[(..., *[slice(8, -8)] * n)] - result, dim=1, keepdim=True)
+    padded = run(F.pad(fixed, [padding] * 2 * n), F.pad(moving, [padding] * 2 * n), **settings).ddf
+    padded = padded[(..., *[slice(padding, -padding)] * n)]
+    difference = torch.linalg.vector_norm(padded - result, dim=1, keepdim=True)
     assert float(torch.linalg.vector_norm(result, dim=1, keepdim=True)[mask > 0.5].mean()) > 0.1
     assert float(difference[mask > 0.5].mean()) < 0.05
 
@@ -250,7 +252,7 @@ def test_two_runs_are_bit_equal(shape, acceptance):
 
 def test_the_seed_decides_the_metropolis_run():
     fixed, moving, _ = pair(FLAT)
-    settings = {"acceptance": "metropolis", "step": 3.0, "scales": (1,), "iterations": 25, "tolerance": 0}
+    settings = {"acceptance": "metropolis", "step": 6.0, "scales": (1,), "iterations": 25, "tolerance": 0}
     paths = [[row.accepted for row in run(fixed, moving, seed=seed, **settings).history[0]] for seed in (0, 0, 1, 2, 3)]
     assert paths[0] == paths[1]
     assert any(path != paths[0] for path in paths[2:])
@@ -402,7 +404,7 @@ def test_without_a_gradient_the_prediction_does_not_erode(shape, acceptance):
 def test_the_prediction_does_not_erode_far_from_the_gradient():
     """Elastic smoothing acts on the residual only; the corner of ``Local`` reaches 3 iterations × a few voxels."""
     fixed, moving, truth = pair((40, 40), amplitude=3.0)
-    result = run(fixed, moving, 0.8 * truth, similarity=Local(), scales=(1,), iterations=3, tolerance=0)
+    result = run(fixed, moving, 0.8 * truth, similarity=Local(), scales=(1,), iterations=3, tolerance=0, step=0.2)
     assert error(result.ddf[..., :4, :4], 0.8 * truth[..., :4, :4]) > 0.01
     assert torch.equal(result.ddf[..., 24:, 24:], 0.8 * truth[..., 24:, 24:])
 
@@ -649,7 +651,7 @@ def test_automatic_scales_and_iterations():
 
 def test_levels_shrink_only_the_axes_that_are_fine():
     spacing = (1.0, 1.0, 3.0)
-    assert [make_level((32, 30, 10), spacing, s).size for s in (4, 2, 1)] == [(8, 8, 8), (16, 15, 10), (32, 30, 10)]
+    assert [make_level((32, 30, 10), spacing, s).size for s in (4, 2, 1)] == [(8, 8, 8), (16, 16, 10), (32, 30, 10)]
     assert make_level((32, 30, 10), spacing, 1).unit == pytest.approx((1, 1, 1 / 3))
     assert make_level((32, 30, 10), spacing, 1).in_voxels(1.5) == pytest.approx((1.5, 1.5, 0.5))
 

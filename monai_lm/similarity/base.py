@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LocalSimilarity", "Range", "Similarity", "line_sums", "normalized", "standard_range", "standardize"]
+__all__ = [
+    "LocalSimilarity",
+    "Range",
+    "Similarity",
+    "contrast",
+    "line_sums",
+    "normalized",
+    "standard_range",
+    "standardize",
+]
 
 _SLAB = 2**20
 """Voxels of an image that are looked at together."""
@@ -29,7 +38,7 @@ class Similarity(ABC):
     """Whether ``evaluate`` is made of tensor operations only, so that a compiler can fuse it."""
 
     standardized = False
-    """Whether images are shifted and scaled to zero mean and unit variance first; the measure must not care."""
+    """Whether images are shifted and scaled to zero mean and unit contrast first; the measure must not care."""
 
     in_pieces = False
     """Whether ``reference`` and ``evaluate_lines`` are made of pieces that are compiled one by one."""
@@ -97,11 +106,12 @@ class Similarity(ABC):
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
         if not self.standardized:
             return self.evaluate(warped, self.reference(fixed))
+        slope = _contrast_slope(warped)
         warped, scale = standardize(warped)
         loss, derivative = self.evaluate(warped, self.reference(standardize(fixed)[0]))
         axes = tuple(range(2, warped.dim()))
-        along = (derivative * warped).mean(axes, keepdim=True)  # mean and scale depend on the image, too
-        return loss, (derivative - derivative.mean(axes, keepdim=True) - along * warped) / scale
+        along = (derivative * warped).sum(axes, keepdim=True)  # mean and scale depend on the image, too
+        return loss, (derivative - derivative.mean(axes, keepdim=True) - along * slope) / scale
 
     def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Loss per pair ``(B,)``, differentiable with respect to ``warped`` (not ``fixed``)."""
@@ -131,7 +141,7 @@ def normalized(image: Tensor, range_: Range) -> Tensor:
 
 
 def standard_range(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and factor that give every image and channel zero mean and unit variance; a constant channel becomes zero.
+    """Shift and factor that give every image and channel zero mean and unit :func:`contrast`; a constant becomes zero.
 
     Args:
         image: ``(B, C, *S)``; half precision is looked at in float32. Slab by slab, without a copy of the image.
@@ -139,21 +149,65 @@ def standard_range(image: Tensor) -> tuple[Tensor, Tensor]:
     axes, wide = tuple(range(2, image.dim())), torch.promote_types(image.dtype, torch.float32)
     low, high = image.amin(axes, keepdim=True).to(wide), image.amax(axes, keepdim=True).to(wide)
     largest = torch.maximum(low.abs(), high.abs()).clamp(min=torch.finfo(wide).tiny)  # squares stay in range
-    voxels, slabs = image[0, 0].numel(), image.split(max(1, _SLAB // image[:, :, 0].numel()), 2)
+    mean = torch.zeros_like(largest)
+    for _ in range(3):  # the first mean of a large offset is rounded
+        sums = [(slab / largest - mean).sum(axes, keepdim=True) for slab in _slabs(image)]
+        mean = mean + torch.stack(sums).sum(0) / image[0, 0].numel()
+    edges = contrast(image, largest)
+    return mean * largest, torch.where(edges > 1e-6, 1 / (edges * largest), torch.zeros_like(edges))
 
-    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        sums = [function(slab / largest).sum(axes, keepdim=True) for slab in slabs]
-        return torch.stack(sums).sum(0) / voxels
 
-    mean = mean_of(lambda values: values)
-    for _ in range(2):  # the first mean of a large offset is rounded
-        mean = mean + mean_of((-mean).add)
-    deviation = mean_of(lambda values: (values - mean).square()).sqrt()
-    return mean * largest, torch.where(deviation > 1e-6, 1 / (deviation * largest), torch.zeros_like(deviation))
+def contrast(image: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """How strong the edges of an image are, ``Σ d² / Σ |d|`` over the differences ``d`` of neighbouring voxels.
+
+    Unlike the standard deviation it does not change when a constant background is added or cut off.
+
+    Args:
+        image: ``(B, C, *S)``.
+        unit: what intensities are divided by first, ``(B, C, 1, …)``.
+
+    Returns:
+        ``(B, C, 1, …)`` in that unit; 0 for a constant channel.
+    """
+    axes = tuple(range(2, image.dim()))
+    squares, sizes = [], []
+    for slab in _slabs(image, overlap=1):
+        for axis in axes:
+            lines = slab if axis == 2 else slab[:, :, : _rows(image)]
+            difference = lines.diff(dim=axis) / unit
+            squares.append(difference.square().sum(axes, keepdim=True))
+            sizes.append(difference.abs().sum(axes, keepdim=True))
+    size = torch.stack(sizes).sum(0)
+    return torch.stack(squares).sum(0) / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def _contrast_slope(image: Tensor) -> Tensor:
+    """Derivative of :func:`contrast` with respect to the image, ``(B, C, *S)``."""
+    axes, edges, slope = tuple(range(2, image.dim())), contrast(image), torch.zeros_like(image)
+    size = torch.zeros_like(edges)
+    for axis in axes:
+        difference = image.diff(dim=axis)
+        size = size + difference.abs().sum(axes, keepdim=True)
+        outside = torch.zeros_like(image.narrow(axis, 0, 1))
+        pull = 2 * difference - edges * difference.sign()
+        slope = slope - torch.cat([outside, pull, outside], axis).diff(dim=axis)
+    return slope / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def _slabs(image: Tensor, overlap: int = 0) -> Iterator[Tensor]:
+    """Slabs of an image along its first spatial axis, not in half precision, that reach ``overlap`` into the next."""
+    wide, rows = torch.promote_types(image.dtype, torch.float32), _rows(image)
+    for start in range(0, image.shape[2], rows):
+        yield image[:, :, start : start + rows + overlap].to(wide)
+
+
+def _rows(image: Tensor) -> int:
+    """How many rows of an image are looked at together."""
+    return max(1, _SLAB // image[:, :, 0].numel())
 
 
 def standardize(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance for every image and channel; a constant channel becomes zero.
+    """Zero mean and unit :func:`contrast` for every image and channel; a constant channel becomes zero.
 
     Args:
         image: ``(B, C, *S)``.

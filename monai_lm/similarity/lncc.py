@@ -23,8 +23,8 @@ class LNCC(LocalSimilarity):
 
     Args:
         radius: half width of the window in voxels; a window is ``2 radius + 1`` voxels wide.
-        epsilon: added to both variances, as a fraction of the variance of the whole image: windows with less contrast
-            than that count little.
+        epsilon: added to both variances, as a fraction of the squared :func:`~monai_lm.similarity.base.contrast` of the
+            image: windows with less contrast than that count little.
 
     Source:
         Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", Medical Image Analysis 2008.
@@ -34,7 +34,7 @@ class LNCC(LocalSimilarity):
     in_pieces = True
     weighable = True
 
-    def __init__(self, radius: int = 2, epsilon: float = 1e-3) -> None:
+    def __init__(self, radius: int = 2, epsilon: float = 2e-3) -> None:
         if radius < 1:
             raise ValueError(f"radius must be at least 1 voxel, got {radius}")
         if not epsilon > 0:

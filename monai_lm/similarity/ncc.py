@@ -16,7 +16,7 @@ class NCC(Similarity):
     Invariant to ``a I + b`` of either image, so also to inverted contrast.
 
     Args:
-        epsilon: added to both variances, as a fraction of the variance of the whole image.
+        epsilon: added to both variances, as a fraction of the squared contrast of the image.
     """
 
     standardized = True

@@ -1,10 +1,12 @@
 """What every measure promises: exact derivatives, conventions of sums and means, batches, autograd."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from monai_lm.similarity import LNCC, MSE, NCC
-from monai_lm.similarity.base import standardize
+from monai_lm.similarity import LNCC, MSE, NCC, base
+from monai_lm.similarity.base import contrast, standardize
 
 MEASURES = pytest.mark.parametrize(
     "measure", [LNCC(radius=1), LNCC(radius=2), NCC(), MSE()], ids=["lncc1", "lncc2", "ncc", "mse"]
@@ -63,7 +65,7 @@ def test_derivative_agrees_with_finite_differences_on_raw_images(size, measure, 
 
 @pytest.mark.parametrize("measure", [LNCC(radius=1, epsilon=0.1), NCC(epsilon=0.1)], ids=["lncc", "ncc"])
 def test_derivative_on_raw_images_is_exact_whatever_epsilon(size, measure, pair):
-    """ε is a fraction of the variance of the warped image, so it changes with the image, too."""
+    """ε is a fraction of the squared contrast of the warped image, so it changes with the image, too."""
     warped, fixed = pair(size)
     derivative = measure.loss_and_derivative(warped, fixed)[1]
     expected = numerical_derivative(measure, warped, fixed, 1e-4)
@@ -202,14 +204,14 @@ def test_autocast_changes_nothing(size, measure, pair):
     assert torch.equal(out, expected)
 
 
-def test_standardized_channels_have_zero_mean_and_unit_variance(size, pair):
+def test_standardized_channels_have_zero_mean_and_unit_contrast(size, pair):
     image = pair(size, 2, batch=2)[0]
     out, scale = standardize(image)
     axes = tuple(range(2, image.dim()))
     torch.testing.assert_close(out.mean(axes), torch.zeros(2, 2, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(out.square().mean(axes), torch.ones(2, 2, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(contrast(out).flatten(), torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)
     assert scale.shape == (2, 2, *[1] * len(size))
-    torch.testing.assert_close(scale.view(2, 2), image.std(axes, correction=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(scale, contrast(image), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
@@ -231,4 +233,24 @@ def test_a_constant_channel_standardizes_to_zero_next_to_one_that_varies(size, v
     out, scale = standardize(image)
     assert not out[:, 1].any()
     assert torch.isfinite(scale).all()
-    assert out[:, 0].square().mean() == pytest.approx(1, rel=1e-5)
+    assert float(contrast(out)[0, 0].squeeze()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("voxels", [1, 7, 10**9])
+def test_contrast_is_the_mean_difference_weighted_by_itself(size, voxels, pair, monkeypatch):
+    monkeypatch.setattr(base, "_SLAB", voxels)  # of the slabs that are looked at together
+    image = pair(size, 2, batch=2)[0]
+    differences = [np.diff(image.numpy(), axis=axis).reshape(2, 2, -1) for axis in range(2, image.dim())]
+    d = np.abs(np.concatenate(differences, 2))
+    out = contrast(image)
+    assert out.shape == (2, 2, *[1] * len(size))
+    np.testing.assert_allclose(out.view(2, 2).numpy(), (d**2).sum(2) / d.sum(2), rtol=1e-12)
+    torch.testing.assert_close(contrast(image, 4.0), out / 4, rtol=1e-12, atol=0)
+
+
+def test_contrast_of_a_step_is_its_height_whatever_lies_around():
+    image = torch.zeros(1, 1, 9, 8)
+    image[..., 4:] = 3.0
+    for padding in (0, 1, 30):
+        padded = F.pad(image, [padding, padding, 0, 0], mode="replicate")
+        assert float(contrast(padded)) == 3.0

@@ -8,7 +8,8 @@ from monai_lm.similarity import LNCC
 
 
 def standardized(image):
-    return (image - image.mean()) / image.std()
+    differences = np.concatenate([np.abs(np.diff(image, axis=axis)).ravel() for axis in range(image.ndim)])
+    return (image - image.mean()) * differences.sum() / (differences**2).sum()
 
 
 def lncc_by_loops(warped, fixed, radius, epsilon):
@@ -37,7 +38,7 @@ def test_loss_equals_loops(size, radius, epsilon, random_tensor):
 
 
 def test_defaults():
-    assert (LNCC().radius, LNCC().epsilon) == (2, 1e-3)
+    assert (LNCC().radius, LNCC().epsilon) == (2, 2e-3)
 
 
 def test_derivative_vanishes_far_from_the_only_difference(smooth_image):

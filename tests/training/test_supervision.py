@@ -32,17 +32,24 @@ def test_the_implicit_gradient_is_exact_where_the_optimum_is_known():
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_through_refinement_is_refinement_forward_and_leaves_open_what_the_image_does_not_say():
+def test_through_refinement_is_refinement_forward():
+    images = _images()
+    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 5, "compile": False})
+    ddf = torch.zeros(1, 2, 20, 20)
+    moving, fixed = images.split(1, 1)
+    expected = refine(fixed, moving, ddf, scales=(1,), iterations=5, compile=False).ddf
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(through_refinement(images, ddf, inferer), expected)
+
+
+def test_through_refinement_leaves_open_what_the_image_does_not_say():
     images = _images()
     images[:, :, :, 12:] = images[:, :, :, 11:12]  # no slope along the second axis there
-    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 5, "compile": False})
+    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 0, "compile": False})
     ddf = torch.zeros(1, 2, 20, 20, requires_grad=True)
     out = through_refinement(images, ddf, inferer, damping=1e-6)
-    moving, fixed = images.split(1, 1)
-    torch.testing.assert_close(out, refine(fixed, moving, ddf.detach(), scales=(1,), iterations=5, compile=False).ddf)
     (got,) = torch.autograd.grad(out[:, 1].sum(), ddf)
-    assert float(got[0, 1, 2:-2, 16:].min()) > 0.85
-    assert float(got[0, 1, 2:-2, 16:].median()) > 0.99
+    assert float(got[0, 1, :, 13:].min()) > 0.999
     assert float(got[0, 1, :, 2:9].abs().median()) < 0.9
 
 
