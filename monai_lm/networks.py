@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import Tensor, nn
 
 __all__ = ["SemanticRegistrationNet"]
@@ -34,10 +33,9 @@ class SemanticRegistrationNet(nn.Module):
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits ``(B, labels, *S)`` of an image ``(B, 1, *S)``."""
-        n = image.dim() - 2
-        if any(s % self.factor for s in image.shape[2:]):
+        if not torch.jit.is_scripting() and any(s % self.factor for s in image.shape[2:]):
             raise ValueError(f"image must have a grid divisible by {self.factor}, got shape {tuple(image.shape)}")
-        return pixelshuffle(self.segmenter(pixelunshuffle(image, n, self.factor)), n, self.factor)
+        return _to_voxels(self.segmenter(_to_channels(image, self.factor)), self.factor)
 
     def features(self, image: Tensor) -> Tensor:
         """Probability of every label but the background, ``(B, labels - 1, *S)``, of an image ``(B, 1, *S)``."""
@@ -45,11 +43,39 @@ class SemanticRegistrationNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prediction ``(B, n, *S / factor)`` for images ``(B, 2, *S)``, channel 0 moving and channel 1 fixed."""
-        if images.dim() not in (4, 5) or images.shape[1] != 2:
+        if not torch.jit.is_scripting() and (images.dim() not in (4, 5) or images.shape[1] != 2):
             raise ValueError(
                 f"images must be (B, 2, *S), channel 0 moving and 1 fixed, got shape {tuple(images.shape)}"
             )
-        moving, fixed = images.split(1, dim=1)
+        moving, fixed = images[:, :1], images[:, 1:]
         labels = self.features(torch.cat([moving, fixed]))
-        channels = torch.cat([moving, fixed, *labels.chunk(2)], 1)
-        return self.registration(pixelunshuffle(channels, images.dim() - 2, self.factor))
+        channels = torch.cat([moving, fixed, labels[: len(images)], labels[len(images) :]], 1)
+        return self.registration(_to_channels(channels, self.factor))
+
+
+# MONAI's pixelunshuffle and pixelshuffle, as TorchScript understands them
+
+
+def _to_channels(x: Tensor, factor: int) -> Tensor:
+    """Blocks of ``factor`` voxels per axis become channels: ``(B, C · factor ** n, *S / factor)``."""
+    n = x.dim() - 2
+    split, small, order = [x.shape[0], x.shape[1]], [x.shape[0], x.shape[1] * int(factor**n)], [0, 1]
+    for axis in range(n):
+        split += [x.shape[axis + 2] // factor, factor]
+        small.append(x.shape[axis + 2] // factor)
+    order += [2 * axis + 3 for axis in range(n)]
+    order += [2 * axis + 2 for axis in range(n)]
+    return x.reshape(split).permute(order).reshape(small)
+
+
+def _to_voxels(x: Tensor, factor: int) -> Tensor:
+    """The inverse of :func:`_to_channels`."""
+    n = x.dim() - 2
+    channels = x.shape[1] // int(factor**n)
+    split, large, order = [x.shape[0], channels], [x.shape[0], channels], [0, 1]
+    split += [factor for _ in range(n)]
+    for axis in range(n):
+        split.append(x.shape[axis + 2])
+        large.append(x.shape[axis + 2] * factor)
+        order += [axis + 2 + n, axis + 2]
+    return x.reshape(split).permute(order).reshape(large)

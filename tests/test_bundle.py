@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai import bundle as monai_bundle
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.networks.nets import DynUNet, VoxelMorphUNet
 
 from monai_lm import refine
@@ -165,10 +166,11 @@ def test_network_has_the_shapes_of_the_metadata():
     verify_net_in_out("network_def", meta_file=str(METADATA), config_file=str(INFERENCE), device="cpu")
 
 
-def test_refine_entries_but_the_similarity_are_the_defaults_of_refine():
+def test_refine_entries_but_similarity_and_damping_are_the_defaults_of_refine():
     defaults = {name: p.default for name, p in inspect.signature(refine).parameters.items()}
     entries = {k: tuple(v) if isinstance(v, list) else v for k, v in parser()["refine"].items()}
     assert entries.pop("similarity") == "@similarity"
+    assert entries.pop("damping") == (0.1, 0.1, 0.1, 0.3)  # chosen on validation pairs, for soft labels
     assert entries == {name: defaults[name] for name in entries}
 
 
@@ -181,6 +183,53 @@ def test_workflow_has_the_properties_of_an_inference_bundle(tmp_path):
     workflow.initialize()
     assert workflow.check_properties() == []
     assert workflow.dataset_data == [pair | {"name": "a__b"}]
+
+
+# --- what the model zoo and its users ask for ---
+
+
+def test_the_bundle_has_the_files_of_the_model_zoo_none_too_large_and_no_path_of_a_machine():
+    names = {str(path.relative_to(BUNDLE)) for path in BUNDLE.rglob("*") if path.is_file()}
+    configs = {f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf")}
+    assert names >= configs | {
+        "LICENSE",
+        "docs/README.md",
+        "docs/data_license.txt",
+        "models/model.pt",
+        "models/model.ts",
+    }
+    assert max(path.stat().st_size for path in BUNDLE.rglob("*")) < 25e6
+    for path in (*BUNDLE.glob("configs/*"), *BUNDLE.glob("docs/*")):
+        assert not [folder for folder in ("/home/", "/root/", "/work/", "/Users/") if folder in path.read_text()], path
+
+
+@needs_model
+def test_the_exported_model_predicts_what_the_network_predicts(tmp_path):
+    exported = tmp_path / "model.ts"
+    ckpt_export(
+        "network_def", filepath=str(exported), ckpt_file=str(MODEL), meta_file=str(METADATA), config_file=str(INFERENCE)
+    )
+    network = parser().get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(MODEL, weights_only=True))
+    images = torch.rand(1, 2, 32, 48, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+        for path in (exported, MODEL.with_suffix(".ts")):
+            script = torch.jit.load(path).eval()
+            torch.testing.assert_close(script(images), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(script.features(images[:, :1]), network.features(images[:, :1]))
+    assert expected.abs().max() > 0.1
+
+
+@needs_model
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("workflow_type", ["train", "inference"])
+def test_monai_loads_the_network_with_its_weights(workflow_type):
+    network = monai_bundle.load(BUNDLE.name, bundle_dir=str(BUNDLE.parent), workflow_type=workflow_type)
+    weights = torch.load(MODEL, weights_only=True)
+    loaded = network.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name].to(loaded[name].dtype)) for name in weights)
 
 
 # --- pairs ---

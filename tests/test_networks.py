@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from monai.networks.utils import pixelunshuffle
 from torch import nn
 
+from monai_lm import networks
 from monai_lm.networks import SemanticRegistrationNet
 
 
@@ -64,3 +66,11 @@ def test_grids_channels_and_factors_that_do_not_fit():
     for factor in (0, 1.5, True):
         with pytest.raises(ValueError, match="factor must be a whole number of at least 1, got"):
             network(2, factor)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (4, 6, 8)])
+def test_blocks_become_channels_as_monai_makes_them(size, random_tensor):
+    image, n = random_tensor((2, 3, *size)), len(size)
+    channels = networks._to_channels(image, 2)
+    assert torch.equal(channels, pixelunshuffle(image, n, 2))
+    assert torch.equal(networks._to_voxels(channels, 2), image)
