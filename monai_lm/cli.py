@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 
+import monai_lm
 from monai_lm import files
 from monai_lm.cohort import refine_cohort
 from monai_lm.demo import run_demo
@@ -27,6 +29,7 @@ def refine(
     fixed_points: str | None = None,
     moving_points: str | None = None,
     fixed_mask: str | None = None,
+    bundle: str | None = None,
     similarity: str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
@@ -52,7 +55,8 @@ def refine(
         moving_label: labels of the moving image, to warp and measure.
         fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
-        fixed_mask: weights in [0, 1] on the fixed grid : the similarity counts where they are not zero.
+        fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
+        bundle: folder of a MONAI bundle that predicts the field and refines it; options below replace its settings.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -72,7 +76,8 @@ def refine(
     }  # fmt: skip
     metrics = files.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
-        _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report, settings,
+        _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
+        settings if bundle is None else _chosen(settings), bundle,
     )  # fmt: skip
     _show(metrics, json)
 
@@ -80,6 +85,7 @@ def refine(
 def cohort(
     pairs: str,
     output_dir: str,
+    bundle: str | None = None,
     similarity: str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
@@ -98,6 +104,7 @@ def cohort(
         pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
             moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
+        bundle: folder of a MONAI bundle that predicts the fields and refines them; options below replace its settings.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -116,7 +123,8 @@ def cohort(
     }  # fmt: skip
     rows, failed = refine_cohort(
         pairs, output_dir, overwrite, sys.stderr.isatty(),
-        file_format=file_format, device=device, report=report, settings=settings,
+        file_format=file_format, device=device, report=report, bundle=bundle,
+        settings=settings if bundle is None else _chosen(settings),
     )  # fmt: skip
     print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
     if failed:
@@ -237,7 +245,6 @@ def info(json: bool = False) -> None:
     import pytorch_lightning
     import torch
 
-    import monai_lm
     from monai_lm.compilation import compiler_found
 
     modules = (monai_lm, torch, monai, pytorch_lightning, nibabel)
@@ -279,6 +286,12 @@ def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] |
     if (fixed is None) != (moving is None):
         raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
     return None if fixed is None or moving is None else (fixed, moving)
+
+
+def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not what :func:`monai_lm.refine` has by default."""
+    defaults = signature(monai_lm.refine).parameters
+    return {name: value for name, value in settings.items() if value != defaults[name].default}
 
 
 def _show(values: dict[str, Any], as_json: bool) -> None:

@@ -39,7 +39,8 @@ def refine_cohort(
             complete pair of the list.
         overwrite: do complete pairs again.
         progress: show a progress bar.
-        kwargs: ``file_format``, ``device``, ``report`` and ``settings`` of :func:`monai_lm.files.refine_pair`.
+        kwargs: ``file_format``, ``device``, ``report``, ``settings`` and ``bundle`` of
+            :func:`monai_lm.files.refine_pair`.
 
     Returns:
         The rows of the table, and by name why a pair failed.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm.bundles import RegistrationBundle
 from monai_lm.evaluation import compare_labels
 from monai_lm.fields import compose, fold_count, invert, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
@@ -56,6 +57,7 @@ def refine_pair(
     overwrite: bool = False,
     report: bool = True,
     settings: Mapping[str, Any] | None = None,
+    bundle: str | Path | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -74,7 +76,9 @@ def refine_pair(
         overwrite: replace what is in ``output_dir``.
         report: write the report; its Dice is that of labels brought onto the fixed grid first, ``metrics.json`` samples
             them once.
-        settings: keyword arguments of :func:`monai_lm.refine`.
+        settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
+        bundle: folder of a MONAI bundle that predicts the field and refines it, see
+            :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``affine`` and ``mask``.
 
     Returns:
         The metrics, before (``…_before``) and after.
@@ -101,7 +105,11 @@ def refine_pair(
     weight = None if pair.mask is None else pair.mask.data
     further = [None if tensor is None else tensor.to(chosen) for tensor in (predicted, weight)]
     with _made(folder):  # what cannot be written to is found before the work
-        result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
+        if bundle is None:
+            result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
+        else:
+            start, result = _registered(bundle, pair, chosen, settings, {"ddf": ddf, "affine": affine, "mask": mask})
+            predicted = start
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
@@ -116,6 +124,23 @@ def refine_pair(
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(as_json(metrics) + "\n")
     return metrics
+
+
+def _registered(
+    bundle: str | Path,
+    pair: Pair,
+    device: torch.device,
+    settings: Mapping[str, Any] | None,
+    unused: Mapping[str, Any],
+) -> tuple[Tensor, RefinementResult]:
+    """A bundle's prediction and its refinement, on the fixed grid."""
+    if given := [name for name, value in unused.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    registration = RegistrationBundle(bundle, device, settings)
+    predicted, result = registration.register(pair.fixed.path, pair.moving.path, pair.fixed.size, pair.fixed.affine)
+    if result is None:
+        raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
+    return predicted, result
 
 
 def as_json(values: Mapping[str, Any]) -> str:

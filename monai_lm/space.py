@@ -20,6 +20,7 @@ __all__ = [
     "check_affine",
     "fixed_to_moving",
     "from_space",
+    "move_to_grid",
     "resample_moving",
     "spacing_of",
     "through_affine",
@@ -131,6 +132,31 @@ def through_affine(
     """
     _check_field(ddf)
     return to_space(ddf, np.eye(4), fixed_to_moving(fixed_affine, moving_affine, initial))
+
+
+def move_to_grid(
+    ddf: Tensor, affine: np.ndarray | Tensor, size: Sequence[int], new_affine: np.ndarray | Tensor
+) -> Tensor:
+    """See a field on another grid of the same space: positions, directions and units of its vectors go along.
+
+    Args:
+        ddf: ``(B, n, *S)`` displacement in voxels of its grid, that stays on that grid (see :func:`through_affine`).
+        affine: ``(4, 4)`` voxel-to-RAS affine of its grid.
+        size: voxel counts of the new grid.
+        new_affine: affine of the new grid.
+
+    Returns:
+        ``(B, n, *size)`` displacement in voxels of the new grid; linear in between, extended by the border value.
+
+    Raises:
+        ValueError: a field of another shape, or a matrix that is no invertible 4×4.
+    """
+    _check_field(ddf)
+    still = ddf.new_zeros(ddf.shape[0], ddf.shape[1], *size)
+    sampled = resample_moving(ddf, still, new_affine, affine)
+    n = ddf.shape[1]
+    turn = _plane(fixed_to_moving(affine, new_affine), n)[:n, :n]
+    return _affine_sum(sampled, turn, np.zeros((n, n + 1)))
 
 
 def resample_moving(

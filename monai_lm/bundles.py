@@ -1,0 +1,126 @@
+"""Register two files with a MONAI bundle: its network predicts, its inferer refines, on its grid; seen on any other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from monai_lm.fields import repair
+from monai_lm.inferers import RegistrationInferer
+from monai_lm.result import RefinementResult
+from monai_lm.space import fixed_to_moving, from_space, move_to_grid
+
+__all__ = ["RegistrationBundle"]
+
+
+class RegistrationBundle:
+    """A bundle whose inferer is a :class:`~monai_lm.RegistrationInferer`, with its weights.
+
+    Its ``configs/inference.json`` must define ``network`` (or ``network_def``), ``inferer`` and ``preprocessing``, the
+    last of which makes of two files ``fixed``, ``moving`` and ``image``, channel 0 moving and 1 fixed.
+
+    Args:
+        folder: of the bundle.
+        device: where it works.
+        settings: keyword arguments of :func:`monai_lm.refine` that replace entries of its ``refine``.
+
+    Raises:
+        FileNotFoundError: the folder has no inference configuration or no ``models/model.pt``.
+        ValueError: a configuration or weights that cannot be used.
+    """
+
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder, self.device = Path(folder).absolute(), torch.device(device)
+        config, weights = self.folder / "configs" / "inference.json", self.folder / "models" / "model.pt"
+        for path in (config, weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"bundle {folder} must have {path.relative_to(self.folder)}, it is missing")
+        parser = ConfigParser()
+        parser.read_config(str(config))
+        parser["bundle_root"], parser["device"] = str(self.folder), self.device
+        for name, value in (settings or {}).items():
+            parser[f"refine#{name}"] = value
+        with _scripts_of(self.folder):
+            network, inferer, self.preprocessing = (
+                self._part(parser, name) for name in ("network", "inferer", "preprocessing")
+            )
+        if not isinstance(inferer, RegistrationInferer):
+            raise ValueError(  # noqa: TRY004 (the file is wrong, not an argument's type)
+                f"inferer of bundle {folder} must be a RegistrationInferer, got {type(inferer).__name__}"
+            )
+        self.network: nn.Module = network.to(self.device).eval()
+        self.inferer = inferer
+        try:
+            self.network.load_state_dict(torch.load(weights, map_location=self.device, weights_only=True))
+        except Exception as error:  # torch raises what it likes for files that are cut off or of another network
+            raise ValueError(f"{weights} cannot be loaded into the network of bundle {folder}: {error}") from error
+
+    def register(
+        self, fixed: str | Path, moving: str | Path, size: tuple[int, ...], affine: np.ndarray
+    ) -> tuple[Tensor, RefinementResult | None]:
+        """Register two files and bring the field onto a grid.
+
+        Args:
+            fixed: image that stays.
+            moving: image that is warped onto it.
+            size: voxel counts of the grid.
+            affine: ``(4, 4)`` voxel-to-RAS affine of the grid.
+
+        Returns:
+            The network's own field ``(1, n, *size)``, in voxels of the grid, and the result of the refinement with its
+            field on that grid too, or ``None`` where the bundle does not refine.
+
+        Raises:
+            ValueError: preprocessing that does not make what it must of the two files.
+        """
+        data = self.preprocessing({"fixed": str(fixed), "moving": str(moving)})
+        grids = [data.get(name) for name in ("fixed", "moving")]
+        if "image" not in data or not all(isinstance(image, MetaTensor) for image in grids):
+            raise ValueError(
+                f"preprocessing of bundle {self.folder} must make image, fixed and moving, got {sorted(data)}"
+            )
+        own, target = (np.asarray(image.affine, dtype=np.float64) for image in grids)
+        images = torch.as_tensor(data["image"])[None].to(self.device)
+        with torch.no_grad():
+            predicted = self.inferer.predict(images, self.network)
+            result = None if self.inferer.refine is None else self.inferer.refined(images, predicted)
+
+        def seen(ddf: Tensor) -> Tensor:
+            inner = from_space(ddf.cpu(), np.eye(4), fixed_to_moving(own, target))
+            return repair(move_to_grid(inner, own, size, affine))
+
+        return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf))
+
+    def _part(self, parser: ConfigParser, name: str) -> Any:
+        found = name if parser.get(name) is not None or name != "network" else "network_def"
+        if parser.get(found) is None:
+            raise ValueError(f"bundle {self.folder} must define {name} in its inference configuration")
+        try:
+            return parser.get_parsed_content(found)
+        except RuntimeError as error:  # MONAI's for whatever went wrong in a component
+            raise ValueError(f"{name} of bundle {self.folder} cannot be made: {error.__cause__ or error}") from error
+
+
+@contextmanager
+def _scripts_of(folder: Path) -> Iterator[None]:
+    """The bundle's own modules can be imported, as ``monai.bundle run`` has it in the bundle's folder."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name not in before and name.split(".")[0] == "scripts"]:
+            del sys.modules[name]  # another bundle has modules of the same name

@@ -1,0 +1,167 @@
+"""Two files registered with a bundle: whatever its grid, the field leads where the bundle's does."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm import cli, files
+from monai_lm.bundles import RegistrationBundle
+from monai_lm.fileio import read_ddf
+
+SHIFT = (1.5, -1.0, 0.5)  # voxels of the bundle's grid
+NETWORK = '''
+import torch
+
+class Shift(torch.nn.Module):
+    """Predicts one displacement everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        return self.shift.view(1, 3, 1, 1, 1).expand(len(images), 3, *images.shape[2:])
+'''
+FIXED = np.array([[0, -1.5, 0, 20.0], [1.25, 0, 0, -3.0], [0, 0, 2.0, 1.0], [0, 0, 0, 1]])  # turned
+MOVING = FIXED + np.array([[0, 0, 0, 4.0], [0, 0, 0, 0], [0, 0, 0, -2.0], [0, 0, 0, 0]])
+
+
+def image(path: Path, size, affine, seed):
+    values = np.random.default_rng(seed).random(size, dtype=np.float32)
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return str(path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return {
+        "fixed": image(tmp_path / "f.nii.gz", (14, 13, 12), FIXED, 0),
+        "moving": image(tmp_path / "m.nii.gz", (14, 13, 12), MOVING, 1),
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle on a grid of its own: 2 voxels more on every side."""
+    folder = tmp_path / "bundle"
+    keys = ["fixed", "moving"]
+    config = {
+        "imports": ["$from scripts.network import Shift"],
+        "bundle_root": ".",
+        "network_def": {"_target_": "scripts.network.Shift"},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": keys},
+                {"_target_": "EnsureChannelFirstd", "keys": keys},
+                {"_target_": "BorderPadd", "keys": keys, "spatial_border": 2},
+                {"_target_": "ConcatItemsd", "keys": ["moving", "fixed"], "name": "image"},
+            ],
+        },
+        "refine": {"iterations": 0, "scales": [1], "compile": False},
+        "inferer": {
+            "_target_": "monai_lm.RegistrationInferer",
+            "prediction": "displacement",
+            "refine": "@refine",
+        },
+    }
+    for name in ("configs", "models", "scripts"):
+        (folder / name).mkdir(parents=True)
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
+    (folder / "scripts" / "__init__.py").touch()
+    (folder / "scripts" / "network.py").write_text(NETWORK)
+    torch.save({"shift": torch.tensor(SHIFT)}, folder / "models" / "model.pt")
+    return folder
+
+
+def change(bundle, **entries):
+    path = bundle / "configs" / "inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_the_field_leads_from_point_to_point_as_the_bundles_does(bundle, pair, tmp_path):
+    """On the bundle's grids voxel ``x`` goes to voxel ``x + SHIFT``: in space by the affines, padding cancels."""
+    files.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+    values, affine = read_ddf(tmp_path / "out" / "ddf.nii.gz", moving_affine=MOVING)
+    np.testing.assert_allclose(affine, FIXED)
+    np.testing.assert_allclose(values, np.broadcast_to(np.reshape(SHIFT, (3, 1, 1, 1)), values.shape), atol=1e-4)
+
+
+def test_the_field_is_brought_to_any_grid(bundle, pair):
+    registration = RegistrationBundle(bundle)
+    affine = np.diag([2.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = (5.0, 0.0, 3.0)
+    _, result = registration.register(pair["fixed"], pair["moving"], (6, 8, 9), affine)
+    world = MOVING[:3, :3] @ SHIFT + (MOVING - FIXED)[:3, 3]
+    expected = torch.from_numpy(world / (2, 1, 1)).view(1, 3, 1, 1, 1).expand(1, 3, 6, 8, 9)
+    torch.testing.assert_close(result.ddf, expected.float(), rtol=0, atol=1e-4)
+
+
+def test_settings_replace_those_of_the_bundle(bundle, pair):
+    result = RegistrationBundle(bundle, settings={"iterations": 3}).register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    assert len(result.history[0]) == 4
+    with pytest.raises(ValueError, match=r"inferer of bundle .* cannot be made: .*got \['steps'\]"):
+        RegistrationBundle(bundle, settings={"steps": 3})
+
+
+def test_a_bundle_that_does_not_refine_gives_its_own_field(bundle, pair):
+    change(bundle, refine=None)
+    predicted, result = RegistrationBundle(bundle).register(**pair, size=(14, 13, 12), affine=FIXED)
+    assert result is None
+    assert predicted.shape == (1, 3, 14, 13, 12)
+
+
+def test_the_command_registers_and_measures(bundle, pair, tmp_path, monkeypatch, capsys):
+    options = [f"--{name}={value}" for name, value in pair.items()]
+    arguments = ["refine", *options, f"--bundle={bundle}", f"--output_dir={tmp_path / 'out'}", "--report=false"]
+    monkeypatch.setattr("sys.argv", ["monai-lm", *arguments, "--json=true"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out)["folds"] == 0
+
+
+def test_two_bundles_do_not_take_each_others_modules(bundle, pair, tmp_path):
+    other = tmp_path / "other"
+    bundle.rename(other)
+    script = other / "scripts" / "network.py"
+    script.write_text(NETWORK.replace("Shift(", "Move("))
+    change(other, imports=["$from scripts.network import Move"], network_def={"_target_": "scripts.network.Move"})
+    assert type(RegistrationBundle(other).network).__name__ == "Move"
+    script.write_text(NETWORK)
+    change(other, imports=["$from scripts.network import Shift"], network_def={"_target_": "scripts.network.Shift"})
+    other.rename(bundle)
+    assert type(RegistrationBundle(bundle).network).__name__ == "Shift"
+    assert pair
+
+
+def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
+    def refused(error, message):
+        with pytest.raises(error, match=message):
+            files.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+        assert not (tmp_path / "out").exists()
+
+    affine = tmp_path / "affine.txt"
+    np.savetxt(affine, np.eye(4))
+    with pytest.raises(ValueError, match="affine cannot be used together with bundle"):
+        files.refine_pair(**pair, output_dir=tmp_path / "out", affine=affine, bundle=bundle)
+    weights = bundle / "models" / "model.pt"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:100])
+    refused(ValueError, r"model.pt cannot be loaded into the network of bundle")
+    torch.save({"other": torch.zeros(3)}, weights)
+    refused(ValueError, r"(?s)model.pt cannot be loaded .*Missing key")
+    weights.unlink()
+    refused(FileNotFoundError, r"must have models/model.pt, it is missing")
+    weights.write_bytes(kept)
+    change(bundle, inferer={"_target_": "SimpleInferer"})
+    refused(ValueError, "must be a RegistrationInferer, got SimpleInferer")
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": []})
+    change(bundle, inferer={"_target_": "monai_lm.RegistrationInferer", "prediction": "displacement", "refine": {}})
+    refused(ValueError, r"must make image, fixed and moving, got \['fixed', 'moving'\]")
+    change(bundle, inferer=None)
+    refused(ValueError, "must define inferer in its inference configuration")
+    (bundle / "configs" / "inference.json").unlink()
+    refused(FileNotFoundError, "must have configs/inference.json, it is missing")
