@@ -22,6 +22,7 @@ __all__ = ["LevelRun", "Settings"]
 
 _LOOK = 10  # iterations between two looks at the plateau, each a host synchronisation
 _MEND = 50  # iterations between two repairs; a level's end is repaired in any case, and this is for long levels only
+_PASSES = 2  # what a level takes at its start and at its end, in iterations
 _LEAN_FROM = 0.25  # levels with fewer voxels than this fraction of the finest grid need no memory to speak of
 
 
@@ -73,6 +74,7 @@ class LevelRun:
     ) -> None:
         self.level, self.settings = level, settings
         voxels = fixed.shape[0] * fixed.shape[1] * torch.Size(level.size).numel()
+        work = voxels * (iterations + _PASSES)
         self.ledger = Ledger(
             fixed.device, level, tuple(fixed.shape[:2]), settings.similarity.signature, prediction is None,
             smooth_gradient, settings.smooth_residual, settings.window, settings.memory,
@@ -95,7 +97,7 @@ class LevelRun:
             step=settings.step,
             window=settings.window,
             keep_gradient=settings.control == "trust_region",
-            fuse=settings.compile is True or (settings.compile == "auto" and self.ledger.pays(voxels * iterations)),
+            fuse=settings.compile is True or (settings.compile == "auto" and self.ledger.pays(work)),
         )
 
     def iterate(self, delta: float, count: int, record: Record, bar: tqdm) -> Tensor:
@@ -130,7 +132,7 @@ class LevelRun:
                 if not bool(active.any()):
                     bar.update(count - k)
                     break
-        self.ledger.note(engine.moving.numel() * done, engine.fuse)
+        self.ledger.note(engine.moving.numel() * (done + _PASSES), engine.fuse)
         if settings.acceptance != "descent":
             engine.settle(better)
         return engine.loss(engine.residual) if engine.mend() else best_loss

@@ -1,7 +1,10 @@
 """MONAI transforms on fields, array and dictionary versions."""
 
-from monai_lm.transforms.array import LoadDDF, RefineDDF, SaveDDF, WarpImage
+from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints
 from monai_lm.transforms.dictionary import (
+    InvertDDFD,
+    InvertDDFd,
+    InvertDDFDict,
     LoadDDFD,
     LoadDDFd,
     LoadDDFDict,
@@ -17,9 +20,16 @@ from monai_lm.transforms.dictionary import (
     WarpImageD,
     WarpImaged,
     WarpImageDict,
+    WarpPointsD,
+    WarpPointsd,
+    WarpPointsDict,
 )
 
 __all__ = [
+    "InvertDDF",
+    "InvertDDFD",
+    "InvertDDFDict",
+    "InvertDDFd",
     "LoadDDF",
     "LoadDDFD",
     "LoadDDFDict",
@@ -39,4 +49,8 @@ __all__ = [
     "WarpImageD",
     "WarpImageDict",
     "WarpImaged",
+    "WarpPoints",
+    "WarpPointsD",
+    "WarpPointsDict",
+    "WarpPointsd",
 ]

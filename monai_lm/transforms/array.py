@@ -14,12 +14,13 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_lm.fields import warp
+from monai_lm.fields import invert, sample_points, warp
 from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
+from monai_lm.space import to_voxel, to_world
 from monai_lm.validation import check_finite
 
-__all__ = ["LoadDDF", "RefineDDF", "SaveDDF", "WarpImage"]
+__all__ = ["InvertDDF", "LoadDDF", "RefineDDF", "SaveDDF", "WarpImage", "WarpPoints"]
 
 
 class RefineDDF(Transform):
@@ -140,6 +141,92 @@ class WarpImage(Transform):
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
+        return out
+
+
+class WarpPoints(Transform):
+    """Lead points of the fixed image to where they are in the moving image, with a displacement field.
+
+    A field leads from fixed to moving points; for the other way round invert it first, :class:`InvertDDF`.
+
+    Args:
+        world: points are in RAS millimetres, and the field must be a ``MetaTensor``; default: in voxels.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, world: bool = False) -> None:
+        self.world = world
+
+    def __call__(self, points: NdarrayOrTensor, ddf: NdarrayOrTensor) -> Tensor:  # type: ignore[override]
+        """Lead points.
+
+        Args:
+            points: ``(N, n)`` or, as MONAI has it, ``(C, N, n)``; NaN points give NaN.
+            ddf: ``(n, *S)`` displacement in voxels on the fixed grid.
+
+        Returns:
+            Points of the moving image, in the shape of ``points``, float64.
+
+        Raises:
+            TypeError: a field that is not a ``MetaTensor``, for ``world``.
+            ValueError: shapes that do not fit, or a field that is not finite.
+        """
+        field = convert_to_tensor(ddf, track_meta=False).double()
+        given = convert_to_tensor(points, track_meta=False, device=field.device).double()
+        if field.dim() not in (3, 4) or len(field) != field.dim() - 1 or given.dim() not in (2, 3):
+            raise ValueError(
+                f"points must be (N, n) or (C, N, n) for a field (n, *S), got shapes {tuple(given.shape)} and "
+                f"{tuple(field.shape)}"
+            )
+        if given.shape[-1] != len(field):
+            raise ValueError(f"points must have {len(field)} coordinates for this field, got {given.shape[-1]}")
+        check_finite("ddf", field)
+        if not self.world:
+            return given + sample_points(field[None], given.reshape(1, -1, len(field))).reshape(given.shape)
+        if not isinstance(ddf, MetaTensor):
+            raise TypeError(f"ddf must be a MetaTensor with an affine for points in space, got {type(ddf).__name__}")
+        voxels = to_voxel(given, ddf.affine)
+        moved = voxels + sample_points(field[None], voxels.reshape(1, -1, len(field))).reshape(given.shape)
+        return to_world(moved, ddf.meta.get("moving_affine", ddf.affine))
+
+
+class InvertDDF(Transform):
+    """Invert a displacement field: from the moving to the fixed image, on the moving grid."""
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __call__(self, ddf: NdarrayOrTensor) -> MetaTensor:
+        """Invert.
+
+        Args:
+            ddf: ``(n, *S)`` displacement in voxels on the fixed grid. ``meta["moving_affine"]`` and
+                ``meta["moving_size"]``, which :class:`RefineDDF` and :class:`LoadDDF` set, say what the moving grid is;
+                without them it is the fixed one.
+
+        Returns:
+            ``(n, *M)`` displacement in voxels on the moving grid, see :func:`monai_lm.fields.invert`; its ``meta`` says
+            that it leads to the fixed grid.
+
+        Raises:
+            ValueError: a field of another shape, one that is not finite, or one between grids whose axes differ in
+                direction or spacing (``monai-lm invert`` inverts the files of those).
+        """
+        field = convert_to_tensor(ddf, track_meta=False).float()
+        if field.dim() not in (3, 4) or len(field) != field.dim() - 1:
+            raise ValueError(f"ddf must be (n, *S) with n = len(S) = 2 or 3, got shape {tuple(field.shape)}")
+        check_finite("ddf", field)
+        meta = ddf.meta if isinstance(ddf, MetaTensor) else {}
+        affine = ddf.affine if isinstance(ddf, MetaTensor) else torch.eye(4, dtype=torch.float64)
+        target = torch.as_tensor(meta.get("moving_affine", affine))
+        if not _same_directions(affine, target, len(field)):
+            raise ValueError(
+                "ddf must lead to a grid with voxel axes of the same direction and spacing, got affines\n"
+                f"{affine.tolist()}\nand\n{target.tolist()}"
+            )
+        inverse = invert(field[None], meta.get("moving_size"))[0][0]
+        out = MetaTensor(inverse, affine=target.clone())
+        out.meta["moving_affine"], out.meta["moving_size"] = affine.clone(), tuple(field.shape[1:])
         return out
 
 

@@ -12,9 +12,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from monai_lm.transforms.array import LoadDDF, RefineDDF, SaveDDF, WarpImage, has_affine
+from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints, has_affine
 
 __all__ = [
+    "InvertDDFD",
+    "InvertDDFDict",
+    "InvertDDFd",
     "LoadDDFD",
     "LoadDDFDict",
     "LoadDDFd",
@@ -30,6 +33,9 @@ __all__ = [
     "WarpImageD",
     "WarpImageDict",
     "WarpImaged",
+    "WarpPointsD",
+    "WarpPointsDict",
+    "WarpPointsd",
 ]
 
 
@@ -112,6 +118,55 @@ class WarpImaged(MapTransform):
         d = dict(data)
         for key, warp_image in self.key_iterator(d, self.warps):
             d[key] = warp_image(d[key], d[self.ddf_key])
+        return d
+
+
+class WarpPointsd(MapTransform):
+    """Dictionary version of :class:`WarpPoints`: leads points of the fixed image to the moving image.
+
+    Args:
+        keys: points ``(N, n)`` or ``(C, N, n)``.
+        ddf_key: displacement ``(n, *S)`` in voxels on the fixed grid.
+        world: points are in RAS millimetres; default: in voxels.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = WarpPoints.backend
+
+    def __init__(
+        self, keys: KeysCollection, ddf_key: str = "ddf", world: bool = False, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ddf_key = ddf_key
+        self.warp = WarpPoints(world)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Lead all points with ``data[ddf_key]``."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.warp(d[key], d[self.ddf_key])
+        return d
+
+
+class InvertDDFd(MapTransform):
+    """Dictionary version of :class:`InvertDDF`: replaces fields by their inverses.
+
+    Args:
+        keys: displacement fields ``(n, *S)`` in voxels.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = InvertDDF.backend
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.invert = InvertDDF()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Invert every field."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.invert(d[key])
         return d
 
 
@@ -244,5 +299,7 @@ class OnFixedGridd(MapTransform):
 
 RefineDDFD = RefineDDFDict = RefineDDFd
 WarpImageD = WarpImageDict = WarpImaged
+WarpPointsD = WarpPointsDict = WarpPointsd
+InvertDDFD = InvertDDFDict = InvertDDFd
 SaveDDFD = SaveDDFDict = SaveDDFd
 OnFixedGridD = OnFixedGridDict = OnFixedGridd
