@@ -15,6 +15,7 @@ __all__ = ["Level", "automatic_scales", "make_level", "move_field", "shrink"]
 
 _COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
 _SHORTEST = 8  # voxels; axes are not shrunk below this
+_SLAB = 2**20  # voxels of a field that are moved together
 
 
 @dataclass(frozen=True)
@@ -95,25 +96,32 @@ def move_field(ddf: Tensor, old: Level, new: Level, out: Tensor | None = None) -
         ddf: ``(B, n, *S)`` in voxels of the old level.
         old: level of the field.
         new: level to move to.
-        out: ``(B, n, *S)`` to write to, channel by channel, in a precision of its own; for fields that are large.
+        out: ``(B, n, *S)`` to write to, slab by slab, in a precision of its own; for fields that are large.
 
     Returns:
         ``(B, n, *S)`` in voxels of the new level.
     """
     out = ddf.new_empty(*ddf.shape[:2], *new.size) if out is None else out
     ratio = [after / before for after, before in zip(new.factor, old.factor, strict=True)]
-    for axis, r in enumerate(ratio):
-        out[:, axis : axis + 1] = _regrid(ddf[:, axis : axis + 1], new.size, ratio).div_(r)
+    rows = max(1, _SLAB * new.size[0] // out[:, 0].numel())
+    for first in range(0, new.size[0], rows):
+        some = slice(first, first + rows)
+        for axis, r in enumerate(ratio):
+            out[:, axis : axis + 1, some] = _regrid(ddf[:, axis : axis + 1], new.size, ratio, some).div_(r)
     return out
 
 
-def _regrid(values: Tensor, size: Sequence[int], ratio: Sequence[float]) -> Tensor:
-    """Linear interpolation on a grid with the same centre, its voxels ``ratio`` times as long; the border continues."""
+def _regrid(values: Tensor, size: Sequence[int], ratio: Sequence[float], rows: slice = slice(None)) -> Tensor:
+    """Linear interpolation on a grid with the same centre, its voxels ``ratio`` times as long; the border continues.
+
+    With ``rows``, of the new grid, only those.
+    """
     for axis, (count, step) in enumerate(zip(size, ratio, strict=True)):
         dim, length = axis + 2, values.shape[axis + 2]
-        if count == length and step == 1:
+        some = rows if axis == 0 else slice(None)
+        k = torch.arange(count, dtype=torch.float64)[some]
+        if len(k) == length and step == 1:
             continue
-        k = torch.arange(count, dtype=torch.float64)
         at = ((k - (count - 1) / 2) * step + (length - 1) / 2).clamp(0, length - 1)
         lower = at.floor().clamp(max=length - 2)
         weight = (at - lower).to(values.dtype).to(values.device).view(-1, *[1] * (values.dim() - dim - 1))

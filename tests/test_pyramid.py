@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from monai_lm import pyramid
 from monai_lm.pyramid import Level, automatic_scales, make_level, move_field, shrink
 
 
@@ -156,7 +157,7 @@ def test_shrink_does_not_smooth_an_axis_that_keeps_its_length(random_tensor):
 
 
 @pytest.mark.parametrize("size", [(32, 24), (16, 20, 24)])
-def test_a_field_comes_to_another_level_in_its_units(size):
+def test_a_field_comes_to_another_level_in_its_units(size, monkeypatch):
     """A linear field stays the same motion: ``u(x) = A x`` about the shared centre."""
     fine, coarse = (make_level(size, (1.0,) * len(size), scale) for scale in (1, 2))
     matrix = torch.randn(len(size), len(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -173,3 +174,5 @@ def test_a_field_comes_to_another_level_in_its_units(size):
     out = torch.empty(1, len(size), *fine.size, dtype=torch.float32)
     assert move_field(field(coarse), coarse, fine, out) is out
     torch.testing.assert_close(out, up.float())
+    monkeypatch.setattr(pyramid, "_SLAB", 1)  # row by row
+    assert torch.equal(move_field(field(coarse), coarse, fine), up)
