@@ -48,7 +48,10 @@ class RegistrationBundle:
             if not path.is_file():
                 raise FileNotFoundError(f"bundle {folder} must have {path.relative_to(self.folder)}, it is missing")
         parser = ConfigParser()
-        parser.read_config(str(config))
+        try:
+            parser.read_config(str(config))
+        except ValueError as error:
+            raise ValueError(f"{config} cannot be read: {error}") from error
         parser["bundle_root"], parser["device"] = str(self.folder), self.device
         for name, value in (settings or {}).items():
             parser[f"refine#{name}"] = value
@@ -83,17 +86,23 @@ class RegistrationBundle:
             field on that grid too, or ``None`` where the bundle does not refine.
 
         Raises:
-            ValueError: preprocessing that does not make what it must of the two files.
+            ValueError: files that the bundle cannot take, or preprocessing that does not make of them what it must.
         """
-        data = self.preprocessing({"fixed": str(fixed), "moving": str(moving)})
+        with self._naming(f"cannot prepare {fixed} and {moving}"):
+            data = self.preprocessing({"fixed": str(fixed), "moving": str(moving)})
         grids = [data.get(name) for name in ("fixed", "moving")]
         if "image" not in data or not all(isinstance(image, MetaTensor) for image in grids):
             raise ValueError(
                 f"preprocessing of bundle {self.folder} must make image, fixed and moving, got {sorted(data)}"
             )
         own, target = (np.asarray(image.affine, dtype=np.float64) for image in grids)
+        if not _same_orientation(own, target):
+            raise ValueError(
+                f"preprocessing of bundle {self.folder} must bring fixed and moving into one orientation, "
+                f"as Orientationd does, got the affines\n{own}\nand\n{target}"
+            )
         images = torch.as_tensor(data["image"])[None].to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._naming(f"cannot register {fixed} and {moving}"):
             predicted = self.inferer.predict(images, self.network)
             result = None if self.inferer.refine is None else self.inferer.refined(images, predicted)
 
@@ -107,10 +116,22 @@ class RegistrationBundle:
         found = name if parser.get(name) is not None or name != "network" else "network_def"
         if parser.get(found) is None:
             raise ValueError(f"bundle {self.folder} must define {name} in its inference configuration")
-        try:
+        with self._naming(f"cannot make its {name}"):
             return parser.get_parsed_content(found)
-        except RuntimeError as error:  # MONAI's for whatever went wrong in a component
-            raise ValueError(f"{name} of bundle {self.folder} cannot be made: {error.__cause__ or error}") from error
+
+    @contextmanager
+    def _naming(self, problem: str) -> Iterator[None]:
+        """Make a ValueError of RuntimeError, which MONAI and torch raise for whatever goes wrong in a component."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(f"bundle {self.folder} {problem}: {error.__cause__ or error}") from error
+
+
+def _same_orientation(affine: np.ndarray, other: np.ndarray) -> bool:
+    """Whether voxel axes point the same way, to within 60 degrees."""
+    a, b = (m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0) for m in (affine, other))
+    return bool(((a * b).sum(0) > 0.5).all())
 
 
 @contextmanager

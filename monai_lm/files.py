@@ -88,6 +88,9 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
+    given = [name for name, value in (("ddf", ddf), ("affine", affine), ("mask", mask)) if value is not None]
+    if bundle is not None and given:
+        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     folder, suffix = Path(output_dir), file_suffix(file_format)
     names = ["warped.nii.gz", "metrics.json", f"ddf{suffix}", f"inverse{suffix}"]
     names += ["warped_label.nii.gz"] * bool(labels) + ["report.html", "report.png"] * report
@@ -108,7 +111,7 @@ def refine_pair(
         if bundle is None:
             result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
         else:
-            start, result = _registered(bundle, pair, chosen, settings, {"ddf": ddf, "affine": affine, "mask": mask})
+            start, result = _registered(bundle, pair, chosen, settings)
             predicted = start
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
@@ -127,15 +130,9 @@ def refine_pair(
 
 
 def _registered(
-    bundle: str | Path,
-    pair: Pair,
-    device: torch.device,
-    settings: Mapping[str, Any] | None,
-    unused: Mapping[str, Any],
+    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
 ) -> tuple[Tensor, RefinementResult]:
     """A bundle's prediction and its refinement, on the fixed grid."""
-    if given := [name for name, value in unused.items() if value is not None]:
-        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     registration = RegistrationBundle(bundle, device, settings)
     predicted, result = registration.register(pair.fixed.path, pair.moving.path, pair.fixed.size, pair.fixed.affine)
     if result is None:

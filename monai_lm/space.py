@@ -222,6 +222,7 @@ def _map_points(points: Tensor, matrix: np.ndarray) -> Tensor:
 
 def _affine_sum(field: Tensor, linear: np.ndarray, grid: np.ndarray) -> Tensor:
     """``linear · field(x) + grid · (x, 1)``, in float64 and component by component, in the dtype of the field."""
+    field = field.as_subclass(Tensor)  # the affine of a MetaTensor would be that of another grid
     n = field.shape[1]
     size: Sequence[int] = field.shape[2:]
     rows = []

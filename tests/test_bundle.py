@@ -20,6 +20,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.networks.nets import DynUNet, VoxelMorphUNet
 
 from monai_lm import refine
+from monai_lm.bundles import RegistrationBundle
 from monai_lm.fields import fold_count, warp
 from monai_lm.pairs import named
 
@@ -388,3 +389,21 @@ def test_trained_weights_register_a_pair(tmp_path):
     metrics = read_csv(tmp_path / "metrics.csv")
     assert metrics["mean_dice"][0] > metrics["mean_dice_before"][0] + 0.05
     assert int(fold_count(voxel_field(next(tmp_path.glob("*_ddf.nii.gz"))))) == 0
+
+
+@needs_data
+@needs_model
+def test_orientation_does_not_matter(tmp_path):
+    """The same images with other array axes: the field leads to the same places."""
+    subjects = {"fixed": "hippocampus_327", "moving": "hippocampus_320"}
+    pair = {name: DATA / "images" / f"{subject}.nii.gz" for name, subject in subjects.items()}
+    turned = {}
+    for name, path in pair.items():
+        image = nib.load(path).as_reoriented(np.array([[0, -1], [2, 1], [1, -1]]))
+        nib.save(image, turned.setdefault(name, tmp_path / f"{name}.nii.gz"))
+    settings = {"iterations": [3, 2], "scales": [2, 1], "compile": False}
+    registration = RegistrationBundle(BUNDLE, settings=settings)
+    grid = nib.load(pair["fixed"])
+    fields = [registration.register(**files, size=grid.shape, affine=grid.affine)[1].ddf for files in (pair, turned)]
+    assert fields[0].norm(dim=1).mean() > 0.5
+    assert (fields[1] - fields[0]).norm(dim=1).mean() < 0.02

@@ -10,6 +10,7 @@ import torch
 
 from monai_lm import cli, files
 from monai_lm.bundles import RegistrationBundle
+from monai_lm.cohort import refine_cohort
 from monai_lm.fileio import read_ddf
 
 SHIFT = (1.5, -1.0, 0.5)  # voxels of the bundle's grid
@@ -104,7 +105,7 @@ def test_the_field_is_brought_to_any_grid(bundle, pair):
 def test_settings_replace_those_of_the_bundle(bundle, pair):
     result = RegistrationBundle(bundle, settings={"iterations": 3}).register(**pair, size=(14, 13, 12), affine=FIXED)[1]
     assert len(result.history[0]) == 4
-    with pytest.raises(ValueError, match=r"inferer of bundle .* cannot be made: .*got \['steps'\]"):
+    with pytest.raises(ValueError, match=r"(?s)bundle .* cannot make its inferer: .*got \['steps'\]"):
         RegistrationBundle(bundle, settings={"steps": 3})
 
 
@@ -121,6 +122,22 @@ def test_the_command_registers_and_measures(bundle, pair, tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", ["monai-lm", *arguments, "--json=true"])
     cli.main()
     assert json.loads(capsys.readouterr().out)["folds"] == 0
+
+
+def test_images_that_a_bundle_cannot_take_are_refused_and_stop_no_cohort(bundle, pair, tmp_path):
+    flat = {name: image(tmp_path / f"flat_{name}.nii.gz", (14, 13), np.eye(4), 2) for name in pair}
+    turned = nib.load(pair["moving"]).slicer[::-1]
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    registration = RegistrationBundle(bundle)
+    with pytest.raises(ValueError, match=r"(?s)must bring fixed and moving into one orientation, .*got the affines"):
+        registration.register(pair["fixed"], tmp_path / "turned.nii.gz", (14, 13, 12), FIXED)
+    with pytest.raises(ValueError, match=r"(?s)bundle .* cannot (prepare|register) .*flat_fixed"):
+        registration.register(**flat, size=(14, 13), affine=np.eye(4))
+    rows, failed = refine_cohort(
+        [flat | {"name": "a"}, pair | {"name": "b"}], tmp_path / "out", report=False, bundle=bundle
+    )
+    assert [row["name"] for row in rows] == ["b"]
+    assert list(failed) == ["a"]
 
 
 def test_two_bundles_do_not_take_each_others_modules(bundle, pair, tmp_path):
@@ -163,5 +180,7 @@ def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
     refused(ValueError, r"must make image, fixed and moving, got \['fixed', 'moving'\]")
     change(bundle, inferer=None)
     refused(ValueError, "must define inferer in its inference configuration")
+    (bundle / "configs" / "inference.json").write_text('{"a":')
+    refused(ValueError, r"inference.json cannot be read: ")
     (bundle / "configs" / "inference.json").unlink()
     refused(FileNotFoundError, "must have configs/inference.json, it is missing")

@@ -172,16 +172,13 @@ class WarpPoints(Transform):
             TypeError: a field that is not a ``MetaTensor``, for ``world``.
             ValueError: shapes that do not fit, or a field that is not finite.
         """
-        field = convert_to_tensor(ddf, track_meta=False).double()
+        field = _field(ddf).double()
+        points = np.asarray(points) if isinstance(points, list | tuple) else points
         given = convert_to_tensor(points, track_meta=False, device=field.device).double()
-        if field.dim() not in (3, 4) or len(field) != field.dim() - 1 or given.dim() not in (2, 3):
+        if given.dim() not in (2, 3) or given.shape[-1] != len(field):
             raise ValueError(
-                f"points must be (N, n) or (C, N, n) for a field (n, *S), got shapes {tuple(given.shape)} and "
-                f"{tuple(field.shape)}"
+                f"points must be (N, {len(field)}) or (C, N, {len(field)}) for this field, got {tuple(given.shape)}"
             )
-        if given.shape[-1] != len(field):
-            raise ValueError(f"points must have {len(field)} coordinates for this field, got {given.shape[-1]}")
-        check_finite("ddf", field)
         if not self.world:
             return given + sample_points(field[None], given.reshape(1, -1, len(field))).reshape(given.shape)
         if not isinstance(ddf, MetaTensor):
@@ -201,8 +198,8 @@ class InvertDDF(Transform):
 
         Args:
             ddf: ``(n, *S)`` displacement in voxels on the fixed grid. ``meta["moving_affine"]`` and
-                ``meta["moving_size"]``, which :class:`RefineDDF` and :class:`LoadDDF` set, say what the moving grid is;
-                without them it is the fixed one.
+                ``meta["moving_size"]``, which :class:`LoadDDF` sets (:class:`RefineDDF` the former, since its images
+                have one size), say what the moving grid is; without them it is the fixed one.
 
         Returns:
             ``(n, *M)`` displacement in voxels on the moving grid, see :func:`monai_lm.fields.invert`; its ``meta`` says
@@ -212,10 +209,7 @@ class InvertDDF(Transform):
             ValueError: a field of another shape, one that is not finite, or one between grids whose axes differ in
                 direction or spacing (``monai-lm invert`` inverts the files of those).
         """
-        field = convert_to_tensor(ddf, track_meta=False).float()
-        if field.dim() not in (3, 4) or len(field) != field.dim() - 1:
-            raise ValueError(f"ddf must be (n, *S) with n = len(S) = 2 or 3, got shape {tuple(field.shape)}")
-        check_finite("ddf", field)
+        field = _field(ddf).float()
         meta = ddf.meta if isinstance(ddf, MetaTensor) else {}
         affine = ddf.affine if isinstance(ddf, MetaTensor) else torch.eye(4, dtype=torch.float64)
         target = torch.as_tensor(meta.get("moving_affine", affine))
@@ -227,7 +221,21 @@ class InvertDDF(Transform):
         inverse = invert(field[None], meta.get("moving_size"))[0][0]
         out = MetaTensor(inverse, affine=target.clone())
         out.meta["moving_affine"], out.meta["moving_size"] = affine.clone(), tuple(field.shape[1:])
+        if "filename_or_obj" in meta:
+            out.meta["filename_or_obj"] = meta["filename_or_obj"]
         return out
+
+
+def _field(ddf: NdarrayOrTensor) -> Tensor:
+    """A field without its metadata; ValueError if it is none."""
+    field: Tensor = convert_to_tensor(ddf, track_meta=False)
+    if field.dim() not in (3, 4) or len(field) != field.dim() - 1 or min(field.shape) < 2:
+        raise ValueError(
+            "ddf must be (n, *S) with n = len(S) = 2 or 3 and at least 2 voxels along every axis, got shape "
+            f"{tuple(field.shape)}"
+        )
+    check_finite("ddf", field)
+    return field
 
 
 def has_affine(image: Any) -> bool:

@@ -30,6 +30,7 @@ def test_points_go_where_the_warped_image_takes_its_values_from(size, field):
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-9)
     assert (moved - points).norm(dim=1).max() > 0.3
     torch.testing.assert_close(WarpPoints()(points[None], ddf), moved[None])  # MONAI's (C, N, n)
+    torch.testing.assert_close(WarpPoints()(points.tolist(), ddf), moved)
     assert WarpPoints()(torch.full((1, len(size)), torch.nan), ddf).isnan().all()
 
 
@@ -60,13 +61,14 @@ def test_the_inverse_lies_on_the_moving_grid_and_leads_to_the_fixed_one():
     moving[:3, 3] -= AFFINE[:3, :3] @ torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)  # begins two voxels earlier
     shift = torch.tensor([2.0, 0.0, 0.0]).view(3, 1, 1, 1)
     ddf = MetaTensor(shift.expand(3, 12, 12, 12).clone(), affine=AFFINE)
-    ddf.meta |= {"moving_affine": moving, "moving_size": (15, 12, 12)}
+    ddf.meta |= {"moving_affine": moving, "moving_size": (15, 12, 12), "filename_or_obj": "a/fixed.nii.gz"}
     inverse = InvertDDF()(ddf)
     assert inverse.shape == (3, 15, 12, 12)
     torch.testing.assert_close(inverse.as_tensor(), -shift.expand(3, 15, 12, 12))
     torch.testing.assert_close(inverse.affine, moving)
     torch.testing.assert_close(inverse.meta["moving_affine"], AFFINE)
     assert inverse.meta["moving_size"] == (12, 12, 12)
+    assert inverse.meta["filename_or_obj"] == "a/fixed.nii.gz"
     again = InvertDDF()(inverse)
     torch.testing.assert_close(again.as_tensor(), ddf.as_tensor())
     torch.testing.assert_close(again.affine, AFFINE)
@@ -86,9 +88,10 @@ def test_dictionary_versions_do_what_the_array_versions_do(field):
 @pytest.mark.parametrize(
     ("points", "ddf", "message"),
     [
-        (torch.zeros(2, 2), torch.zeros(3, 4, 4, 4), "points must have 3 coordinates for this field, got 2"),
-        (torch.zeros(3), torch.zeros(3, 4, 4, 4), r"points must be \(N, n\) or \(C, N, n\)"),
-        (torch.zeros(2, 3), torch.zeros(2, 4, 4, 4), r"got shapes \(2, 3\) and \(2, 4, 4, 4\)"),
+        (torch.zeros(2, 2), torch.zeros(3, 4, 4, 4), r"points must be \(N, 3\) or \(C, N, 3\) .* got \(2, 2\)"),
+        (torch.zeros(3), torch.zeros(3, 4, 4, 4), r"points must be \(N, 3\) or \(C, N, 3\) .* got \(3,\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 4, 4, 4), r"ddf must be \(n, \*S\).* got shape \(2, 4, 4, 4\)"),
+        (torch.zeros(2, 3), torch.zeros(3, 4, 4, 1), "at least 2 voxels along every axis"),
         (torch.zeros(2, 2), torch.full((2, 4, 4), torch.inf), "ddf must be finite"),
     ],
 )
@@ -102,6 +105,8 @@ def test_what_cannot_be_inverted_or_placed_is_refused():
         InvertDDF()(torch.zeros(2, 4, 4, 4))
     with pytest.raises(ValueError, match="ddf must be finite"):
         InvertDDF()(torch.full((2, 4, 4), torch.nan))
+    with pytest.raises(ValueError, match="at least 2 voxels along every axis"):
+        InvertDDF()(torch.zeros(3, 8, 8, 1))
     turned = MetaTensor(torch.zeros(3, 4, 4, 4), affine=AFFINE, meta={"moving_affine": torch.eye(4)})
     with pytest.raises(ValueError, match="voxel axes of the same direction and spacing"):
         InvertDDF()(turned)
