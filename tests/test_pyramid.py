@@ -134,7 +134,7 @@ def test_shrink_keeps_linear_ramps_away_from_the_edge(size):
         line = line.reshape(-1, new)[0]
         expected = 2 * (torch.arange(new, dtype=torch.float64) - (new - 1) / 2) + (old - 1) / 2
         torch.testing.assert_close(line[3:-3], expected[3:-3], rtol=0, atol=1e-9)
-        assert (line - expected).abs().max() < 1.5
+        assert (line - expected.clamp(0, old - 1)).abs().max() < 1
 
 
 def test_shrink_commutes_with_mirrors(size, random_tensor):
@@ -146,6 +146,7 @@ def test_shrink_commutes_with_mirrors(size, random_tensor):
 def test_shrink_removes_what_the_coarse_grid_cannot_hold():
     stripes = torch.tensor([1.0, -1.0]).repeat(32).view(1, 1, 64, 1).expand(1, 1, 64, 64)
     assert half(stripes)[:, :, 2:-2].abs().max() < 0.05
+    assert shrink(stripes, make_level((64, 64), (1.0, 1.0), 4))[:, :, 2:-2].abs().max() < 1e-3
     slow = torch.sin(torch.arange(64.0) * 2 * math.pi / 32).view(1, 1, 64, 1).expand(1, 1, 64, 64)
     assert half(slow).abs().max() > 0.95
 

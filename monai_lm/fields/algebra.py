@@ -51,7 +51,7 @@ def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
     return ddf
 
 
-def resample(ddf: Tensor, size: Sequence[int], out: Tensor | None = None) -> Tensor:
+def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
     """Resample a field onto another grid that spans the same space (corner voxels coincide), units included.
 
     A grid twice as fine holds displacements of twice as many voxels: channel ``a`` is multiplied by
@@ -60,10 +60,9 @@ def resample(ddf: Tensor, size: Sequence[int], out: Tensor | None = None) -> Ten
     Args:
         ddf: ``(B, n, *S)`` in voxels of its own grid.
         size: ``n`` voxel counts of the new grid, each at least 2.
-        out: ``(B, n, *size)`` to write to, channel by channel, in a precision of its own; for fields that are large.
 
     Returns:
-        ``(B, n, *size)`` in voxels of the new grid; the same tensor if the size is unchanged and there is no ``out``.
+        ``(B, n, *size)`` in voxels of the new grid; the same tensor if the size is unchanged.
 
     Raises:
         ValueError: another number of axes, or an axis, old or new, of fewer than 2 voxels.
@@ -74,13 +73,8 @@ def resample(ddf: Tensor, size: Sequence[int], out: Tensor | None = None) -> Ten
             f"size must be {len(old)} voxel counts of at least 2 for a field of {tuple(old)} voxels, got {tuple(size)}"
         )
     if tuple(old) == tuple(size):
-        return ddf if out is None else out.copy_(ddf)
+        return ddf
     mode = "bilinear" if ddf.shape[1] == 2 else "trilinear"
-    if out is not None:
-        for axis, (new, previous) in enumerate(zip(size, old, strict=True)):
-            channel = F.interpolate(ddf[:, axis : axis + 1], size=tuple(size), mode=mode, align_corners=True)
-            out[:, axis : axis + 1] = channel.mul_((new - 1) / (previous - 1))
-        return out
     out = F.interpolate(ddf, size=tuple(size), mode=mode, align_corners=True)
     factor = [(new - 1) / (previous - 1) for new, previous in zip(size, old, strict=True)]
     return out.mul_(out.new_tensor(factor).view(1, -1, *[1] * len(old)))  # in place: a field is large
