@@ -24,14 +24,17 @@ class RegistrationInferer(Inferer):
 
     Args:
         prediction: what the network returns: ``"velocity"`` (stationary, integrated here) or ``"displacement"``, in
-            voxels of the grid it is returned on. A velocity is integrated on its own grid; a displacement on a coarser
-            grid than the images is resampled, units included.
+            voxels of the grid it is returned on, or ``"features"`` ``(B, 2 · C, *P)``, the moving image's and then the
+            fixed one's, which are registered here. A velocity is integrated, and features are registered, on their own
+            grid; a displacement on a coarser grid than the images is resampled, units included.
         integration_steps: squarings of the integration.
         divisible_pad: what the network and ``features`` see is padded with zeros at its end to multiples of this;
             ``None`` does not pad.
         refine: keyword arguments of :func:`monai_lm.refine`; ``None`` returns the network's own field.
         features: maps an image ``(B, 1, *S)`` to ``(B, C, *S)`` channels that the refinement matches beside the image:
             the soft labels of a segmenter, for one. ``None`` refines on the images alone.
+        match: keyword arguments of :func:`monai_lm.refine` for registering predicted features from the identity, on
+            their grid; mean squared differences unless they name a similarity.
 
     Raises:
         TypeError: an argument of the wrong type, or one that :func:`monai_lm.refine` does not know.
@@ -46,24 +49,30 @@ class RegistrationInferer(Inferer):
         divisible_pad: int | None = None,
         refine: Mapping[str, Any] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
+        match: Mapping[str, Any] | None = None,
     ) -> None:
-        if prediction not in ("velocity", "displacement"):
-            raise ValueError(f"prediction must be 'velocity' or 'displacement', got {prediction!r}")
+        if prediction not in ("velocity", "displacement", "features"):
+            raise ValueError(f"prediction must be 'velocity', 'displacement' or 'features', got {prediction!r}")
         if integration_steps < 1:
             raise ValueError(f"integration_steps must be at least 1, got {integration_steps}")
         if divisible_pad is not None and (not isinstance(divisible_pad, int) or divisible_pad < 1):
             raise ValueError(f"divisible_pad must be None or a whole number of at least 1, got {divisible_pad!r}")
         self.prediction = prediction
+        if match is not None and prediction != "features":
+            raise ValueError(f"match is for prediction='features', got it with prediction={prediction!r}")
         self.integration_steps = integration_steps
         self.divisible_pad = divisible_pad
-        if refine is not None:
-            if not isinstance(refine, Mapping):
-                raise TypeError(f"refine must be None or keyword arguments of monai_lm.refine, got {refine!r}")
-            check_keywords("refine", refine)
+        for name, settings in (("refine", refine), ("match", match)):
+            if settings is None:
+                continue
+            if not isinstance(settings, Mapping):
+                raise TypeError(f"{name} must be None or keyword arguments of monai_lm.refine, got {settings!r}")
+            check_keywords(name, settings)
         if features is not None and not callable(features):
             raise TypeError(f"features must be None or a function of an image, got {type(features).__name__}")
         self.refine = refine
         self.features = features
+        self.match = {"similarity": "mse", **(match or {})}
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Refined field that warps channel 0 of ``inputs`` onto channel 1.
@@ -95,7 +104,10 @@ class RegistrationInferer(Inferer):
         return refine(fixed, moving, ddf, **self.refine)
 
     def predict(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The network's own field ``(B, n, *S)`` in voxels, differentiable; the arguments are those of a call."""
+        """The network's own field ``(B, n, *S)`` in voxels; the arguments are those of a call.
+
+        Differentiable, unless the network predicts features.
+        """
         inputs = _images(inputs)
         ddf = self.displacement(network(self.padded(inputs), *args, **kwargs), inputs.shape[2:])
         if ddf.shape[0] != inputs.shape[0]:
@@ -123,15 +135,27 @@ class RegistrationInferer(Inferer):
         size = self._padded_size(images.shape[2:])
         return F.pad(images, [p for s, t in zip(size[::-1], images.shape[:1:-1], strict=True) for p in (0, s - t)])
 
+    def _matched(self, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Register features ``(B, 2 · C, *P)``; the field on the grid of images of ``size``."""
+        n = len(size)
+        if not isinstance(features, Tensor) or features.dim() != n + 2 or features.shape[1] % 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"network must return features (B, 2 · C, *P), moving and fixed, for {n}D images, got {got}")
+        check_finite("the network's features", features)
+        moving, fixed = features.float().chunk(2, 1)
+        return _cropped(resample(refine(fixed, moving, **self.match).ddf, self._padded_size(size)), size)
+
     def _padded_size(self, size: Sequence[int]) -> list[int]:
         return [s + -s % (self.divisible_pad or 1) for s in size]
 
     def displacement(self, prediction: Tensor, size: Sequence[int]) -> Tensor:
         """Turn a network's prediction ``(B, n, *P)`` for (padded) images of ``size`` into a displacement on their grid.
 
-        Differentiable.
+        Differentiable, unless the prediction is features.
         """
         n = len(size)
+        if self.prediction == "features":
+            return self._matched(prediction, size)
         if not isinstance(prediction, Tensor) or prediction.dim() != n + 2 or prediction.shape[1] != n:
             got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
             raise ValueError(f"network must return a {self.prediction} (B, {n}, *P), got {got}")

@@ -1,11 +1,12 @@
-"""A registration network that knows what it looks at: MONAI networks, put together."""
+"""Networks that know what they look at: MONAI networks, put together."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SemanticRegistrationNet"]
+__all__ = ["SemanticRegistrationNet", "StructureCodes"]
 
 
 class SemanticRegistrationNet(nn.Module):
@@ -51,6 +52,90 @@ class SemanticRegistrationNet(nn.Module):
         labels = self.features(torch.cat([moving, fixed]))
         channels = torch.cat([moving, fixed, labels[: len(images)], labels[len(images) :]], 1)
         return self.registration(_to_channels(channels, self.factor))
+
+
+class StructureCodes(nn.Module):
+    """Codes of the structures that a segmenter sees: few channels that tell many structures apart.
+
+    A hundred soft labels are too many channels to register. Here every structure has a code, a point on the unit sphere
+    as far from the others as they get (the background's is 0), and a voxel has the mean of the codes, weighted by the
+    probabilities that the segmenter gives there. Two codes differ as the soft labels do, nearly. The segmenter sees the
+    blocks of ``factor`` voxels per axis as channels, and where they lie, from the centre of what is not background.
+
+    Args:
+        segmenter: maps ``(B, factor ** n + n, *S / factor)`` to logits ``(B, labels, *S / factor)``, background first.
+        labels: how many, the background included.
+        codes: channels of a code.
+        factor: 1 or more; the grid must be divisible by it, and by what the segmenter needs on its own.
+        background: values up to this are none of the image's content, which is in [0, 1].
+    """
+
+    def __init__(
+        self, segmenter: nn.Module, labels: int, codes: int = 16, factor: int = 2, background: float = 0.05
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("labels", labels, 2), ("codes", codes, 2), ("factor", factor, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        self.segmenter = segmenter
+        self.factor = factor
+        self.background = background
+        self.register_buffer("codes", torch.cat([torch.zeros(1, codes), _spread(labels - 1, codes)]))
+
+    def logits(self, image: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Logits ``(B, labels, *S / factor)`` of an image ``(B, 1, *S)``.
+
+        Args:
+            image: values in [0, 1].
+            centre: of the grid ``(B, n)`` in voxels from the centre of the content, where that is not to be seen, as in
+                a patch.
+        """
+        if not torch.jit.is_scripting() and any(s % self.factor for s in image.shape[2:]):
+            raise ValueError(f"image must have a grid divisible by {self.factor}, got shape {tuple(image.shape)}")
+        if centre is None:
+            centre = torch.stack([_grid_centre(one[0], self.background) for one in image])
+        return self.segmenter(torch.cat([_to_channels(image, self.factor), _positions(image, centre, self.factor)], 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Codes ``(B, C · codes, *S / factor)`` of images ``(B, C, *S)``, of one channel after the other."""
+        out = []
+        for image in images.split(1, 1):
+            logits = self.logits(image)
+            slabs = [torch.movedim(slab.float().softmax(1), 1, -1) @ self.codes for slab in logits.split(8, 2)]
+            out.append(torch.movedim(torch.cat(slabs, 1), -1, 1))
+        return torch.cat(out, 1)
+
+
+def _spread(count: int, dimensions: int) -> Tensor:
+    """Points on the unit sphere that repel one another, the same at every call."""
+    points = F.normalize(torch.randn(count, dimensions, generator=torch.Generator().manual_seed(0)), dim=1)
+    for _ in range(200):
+        force = torch.exp(8 * (points @ points.T - 1)).fill_diagonal_(0)
+        points = F.normalize(points - 0.5 * force @ points, dim=1)
+    return points
+
+
+def _grid_centre(image: Tensor, background: float) -> Tensor:
+    """Centre of the grid ``(n,)`` of an image ``(*S)``, in voxels from the centre of the box around its content."""
+    content = (image > background).nonzero()
+    size = torch.tensor(image.shape, dtype=torch.float32, device=image.device)
+    if len(content) == 0:
+        return torch.zeros_like(size)
+    return (size - 1) / 2 - (content.amin(0) + content.amax(0)) / 2
+
+
+def _positions(image: Tensor, centre: Tensor, factor: int) -> Tensor:
+    """Where the centres of the blocks lie, ``(B, n, *S / factor)``, in units of 50 voxels."""
+    n = image.dim() - 2
+    small = [s // factor for s in image.shape[2:]]
+    axes = []
+    for axis in range(n):
+        at = torch.arange(small[axis], device=image.device) * factor + (factor - 1) / 2 - (image.shape[axis + 2] - 1) / 2
+        shape = [1 for _ in range(n + 1)]
+        shape[axis + 1] = small[axis]
+        offset = centre[:, axis].view([-1] + [1 for _ in range(n)])
+        axes.append(((at.view(shape) + offset) / 50).expand([len(image)] + small))
+    return torch.stack(axes, 1).to(image.dtype)
 
 
 # MONAI's pixelunshuffle and pixelshuffle, as TorchScript understands them

@@ -205,7 +205,7 @@ def test_meta_tensors_give_the_same_field(settings):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prediction": "flow"}, "prediction must be 'velocity' or 'displacement', got 'flow'"),
+        ({"prediction": "flow"}, "prediction must be 'velocity', 'displacement' or 'features', got 'flow'"),
         ({"integration_steps": 0}, "integration_steps must be at least 1, got 0"),
         ({"divisible_pad": -3}, "divisible_pad must be"),
     ],
@@ -333,3 +333,54 @@ def test_features_are_padded_like_the_networks_input_and_keep_their_values():
     assert torch.equal(channels[:, :1], images[:, :1].float())
     assert bool((channels[:, 1] == 0.25).all())
     assert torch.equal(images, before)
+
+
+# --- networks that predict features ---
+
+MATCH = {"scales": (1,), "iterations": (5,)}
+
+
+@pytest.mark.parametrize("shape", [(13, 18), (9, 11, 16)])
+def test_predicted_features_are_registered_on_their_own_grid(shape):
+    inputs, _ = inputs_and_field(shape, batch=2)
+    padded = [s + -s % 4 for s in shape]
+    small = [s // 2 for s in padded]
+    features = gaussian_smooth(noise(2, 6, *small, seed=7), 1.0)
+    network = Constant(features)
+    ddf = RegistrationInferer("features", divisible_pad=4, match=MATCH)(inputs, network)
+    expected = resample(refine(features[:, 3:], features[:, :3], similarity="mse", **MATCH).ddf, padded)
+    torch.testing.assert_close(ddf, expected[(..., *[slice(s) for s in shape])])
+    assert ddf.abs().max() > 0.5
+    assert list(network.seen[0].shape[2:]) == padded
+
+
+def test_a_shift_between_features_is_found_and_refined():
+    shape = (16, 18, 20)
+    image = gaussian_smooth(noise(1, 1, *shape, seed=3), 2.0)
+    shift = torch.ones(1, 3, *shape)
+    inputs = torch.cat([image, warp(image, shift)], 1)
+    inferer = RegistrationInferer("features", match={"scales": (2, 1), "iterations": (30, 30)}, refine=MATCH)
+    own = inferer.predict(inputs, nn.Identity())
+    inner = (..., *[slice(4, -4)] * 3)
+    assert (own - shift)[inner].abs().mean() < 0.15
+    torch.testing.assert_close(inferer(inputs, nn.Identity()), inferer.refined(inputs, own).ddf)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [(torch.zeros(1, 3, 8, 8), r"\(1, 3, 8, 8\)"), (torch.zeros(1, 4, 8), r"\(1, 4, 8\)"), ("codes", "str")],
+)
+def test_features_for_two_images_are_asked_for(output, got):
+    with pytest.raises(ValueError, match=rf"network must return features \(B, 2 · C, \*P\).*2D images, got {got}"):
+        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda x: output)
+
+
+def test_match_is_for_features_and_is_checked():
+    with pytest.raises(ValueError, match="match is for prediction='features', got it with prediction='velocity'"):
+        RegistrationInferer(match={})
+    with pytest.raises(TypeError, match="match takes the keyword arguments"):
+        RegistrationInferer("features", match={"steps": 3})
+    with pytest.raises(TypeError, match="match must be None or keyword arguments of monai_lm.refine, got 3"):
+        RegistrationInferer("features", match=3)
+    with pytest.raises(ValueError, match="the network's features must be finite"):
+        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda x: torch.full((1, 2, 8, 8), float("nan")))

@@ -1,4 +1,4 @@
-"""SemanticRegistrationNet: what its parts are fed, and where their outputs go."""
+"""Networks: what their parts are fed, and where their outputs go."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from monai.networks.utils import pixelunshuffle
 from torch import nn
 
 from monai_lm import networks
-from monai_lm.networks import SemanticRegistrationNet
+from monai_lm.networks import SemanticRegistrationNet, StructureCodes
 
 
 class Recorder(nn.Module):
@@ -74,3 +74,91 @@ def test_blocks_become_channels_as_monai_makes_them(size, random_tensor):
     channels = networks._to_channels(image, 2)
     assert torch.equal(channels, pixelunshuffle(image, n, 2))
     assert torch.equal(networks._to_voxels(channels, 2), image)
+
+
+# --- codes of structures ---
+
+
+def coded(n, factor=2, labels=4):
+    """A segmenter that sees structure ``k`` where the first voxel of a block is ``k / 10``."""
+
+    def logits(channels):
+        return -1e4 * torch.stack([(channels[:, 0] - k / 10).abs() for k in range(labels)], 1)
+
+    return StructureCodes(Recorder(logits), labels, codes=3, factor=factor)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (4, 8, 6)])
+def test_a_voxel_has_the_code_of_its_structure_channel_by_channel(shape):
+    n = len(shape)
+    small = torch.randint(4, (2, 2, *[s // 2 for s in shape]), generator=torch.Generator().manual_seed(0))
+    images = small / 10
+    for axis in range(2, n + 2):
+        images = images.repeat_interleave(2, axis)
+    net = coded(n)
+    expected = torch.cat([net.codes[small[:, k]].movedim(-1, 1) for k in range(2)], 1)
+    torch.testing.assert_close(net(images), expected)
+    assert net.codes.shape == (4, 3)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_codes_of_a_doubtful_voxel_are_weighted_by_the_probabilities(factor):
+    net = StructureCodes(Recorder(lambda x: torch.stack([0 * x[:, 0], x[:, 0], -x[:, 0]], 1)), 3, 2, factor)
+    image = torch.rand(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.einsum("blxyz,lk->bkxyz", net.logits(image).softmax(1), net.codes)
+    torch.testing.assert_close(net(image), expected)
+
+
+def test_codes_have_length_1_and_keep_apart_and_the_background_is_nothing():
+    codes = StructureCodes(nn.Identity(), 140, 16).codes
+    assert torch.equal(codes[0], torch.zeros(16))
+    torch.testing.assert_close(codes[1:].norm(dim=1), torch.ones(139))
+    cosines = (codes[1:] @ codes[1:].T).fill_diagonal_(-1)
+    assert cosines.max() < 0.45
+    assert torch.equal(codes, StructureCodes(nn.Identity(), 140, 16).codes)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_positions_count_from_the_centre_of_the_content(n):
+    image = torch.zeros(2, 1, *[20] * n)
+    image[(0, 0, *[slice(4, 10)] * n)] = 1  # centre 6.5
+    image[(1, 0, *[slice(8, 14)] * n)] = 1
+    net = coded(n)
+    net.logits(image)
+    seen = net.segmenter.seen[:, -n:]
+    for axis in range(n):
+        shape = [1] * n
+        shape[axis] = 10
+        for pair, centre in ((0, 6.5), (1, 10.5)):
+            expected = ((2 * torch.arange(10.0) + 0.5 - centre) / 50).view(shape).expand([10] * n)
+            torch.testing.assert_close(seen[pair, axis], expected)
+
+
+def test_a_patch_with_its_centre_is_seen_as_a_part_of_the_whole():
+    image = torch.rand(1, 1, 16, 12, 20, generator=torch.Generator().manual_seed(0)) + 0.1
+    net = coded(3)
+    net.logits(image)
+    whole = net.segmenter.seen
+    patch = image[:, :, 4:12, 2:12, 8:20]
+    net.logits(patch, torch.tensor([[4 + 3.5 - 7.5, 2 + 4.5 - 5.5, 8 + 5.5 - 9.5]]))
+    torch.testing.assert_close(net.segmenter.seen, whole[:, :, 2:6, 1:6, 4:10])
+
+
+def test_an_image_without_content_has_its_centre_in_the_middle():
+    net = coded(3)
+    net.logits(torch.zeros(1, 1, 4, 4, 4))
+    torch.testing.assert_close(net.segmenter.seen[0, -3:, 0, 0, 0], torch.full((3,), -1 / 50))
+
+
+def test_code_networks_can_be_scripted():
+    net = StructureCodes(nn.Conv3d(11, 5, 1), 5, 4)
+    images = torch.rand(2, 2, 8, 10, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.jit.script(net)(images), net(images))
+
+
+def test_codes_of_grids_and_numbers_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"image must have a grid divisible by 2, got shape \(1, 1, 7, 8\)"):
+        coded(2)(torch.zeros(1, 1, 7, 8))
+    for arguments, name in (((1,), "labels"), ((3, 1), "codes"), ((3, 2, 0), "factor"), ((True,), "labels")):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
+            StructureCodes(nn.Identity(), *arguments)
