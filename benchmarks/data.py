@@ -75,8 +75,8 @@ def hippocampus_network(weights: str | Path) -> tuple[nn.Module, RegistrationInf
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Values as float32, and the affine; the values in memory and in C order, as MONAI's readers give them.
 
-    A file's own order is Fortran's, and its pages stay in memory as long as somebody looks at them: an image would count
-    twice.
+    A file's own order is Fortran's, and its pages stay in memory as long as somebody looks at them: an image would
+    count twice.
     """
     image = nib.Nifti1Image.from_filename(path)
     return np.array(image.dataobj, dtype=np.float32, order="C"), np.asarray(image.affine)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.metrics import compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
 from monai_lm.fields import fold_count, warp
-from monai_lm.metrics import sd_log_jacobian, target_registration_error
+from monai_lm.metrics import compare_labels, sd_log_jacobian, target_registration_error
 
-__all__ = ["compare_labels", "images_of", "label_overlap", "measure", "spacing_of", "tensor_of"]
+__all__ = ["images_of", "measure", "spacing_of", "tensor_of"]
 
 
 def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
@@ -42,55 +40,6 @@ def spacing_of(image: Any, pair: int = 0) -> tuple[float, ...]:
         return (1.0,) * n
     affine = image.affine if image.affine.dim() == 2 else image.affine[pair]
     return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].double(), dim=0))
-
-
-def label_overlap(
-    warped: Tensor, fixed: Tensor, spacing: Sequence[float] | None = None
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Dice and, given a spacing, 95 % Hausdorff distance in millimetres, of every label above 0 of one pair.
-
-    Label maps are ``(*S)``. One label at a time: 138 structures of a brain as channels would take gigabytes.
-    A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
-    """
-    dice, hd95 = {}, {}
-    for value in torch.cat([warped.unique(), fixed.unique()]).unique().tolist():
-        if value == 0:
-            continue
-        masks = (warped == value).float()[None, None], (fixed == value).float()[None, None]
-        dice[int(value)] = float(compute_dice(*masks, include_background=True, ignore_empty=False))
-        if spacing is not None:
-            distance = float("nan")
-            if all(mask.any() for mask in masks):
-                with warnings.catch_warnings():  # MONAI's about a deprecated argument of its own
-                    warnings.simplefilter("ignore", FutureWarning)
-                    distance = float(
-                        compute_hausdorff_distance(
-                            *masks, include_background=True, percentile=95, spacing=list(spacing)
-                        )
-                    )
-            hd95[int(value)] = distance
-    return dice, hd95
-
-
-def compare_labels(
-    warped: Tensor, fixed: Tensor, spacings: Sequence[Sequence[float]] | None = None
-) -> dict[str, Tensor]:
-    """``dice`` of label maps ``(B, 1, *S)``, and, given the spacing of every pair, ``hd95`` in millimetres, ``(B,)``.
-
-    Means over the labels above 0 that either map of the pair has; ``hd95`` over those that both have, so that two
-    fields are compared on other labels where one of them loses a structure. NaN where there is no label.
-    """
-    pairs = [
-        label_overlap(w[0], f[0], None if spacings is None else spacings[i])
-        for i, (w, f) in enumerate(zip(warped, fixed, strict=True))
-    ]
-    out = {"dice": [list(dice.values()) for dice, _ in pairs]}
-    if spacings is not None:
-        out["hd95"] = [list(hd95.values()) for _, hd95 in pairs]
-    return {
-        name: torch.stack([torch.tensor(v, dtype=torch.float32).nanmean() for v in values]).to(warped.device)
-        for name, values in out.items()
-    }
 
 
 def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:

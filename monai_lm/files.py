@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from monai_lm.bundles import RegistrationBundle
-from monai_lm.evaluation import compare_labels
 from monai_lm.fields import compose, fold_count, invert, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.fileio.points import POINT_SUFFIXES
-from monai_lm.metrics import sd_log_jacobian
+from monai_lm.metrics import compare_labels, sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
 from monai_lm.space import (

@@ -140,7 +140,9 @@ class RegistrationInferer(Inferer):
         n = len(size)
         if not isinstance(features, Tensor) or features.dim() != n + 2 or features.shape[1] % 2:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"network must return features (B, 2 · C, *P), moving and fixed, for {n}D images, got {got}")
+            raise ValueError(
+                f"network must return features (B, 2 · C, *P), moving and fixed, for {n}D images, got {got}"
+            )
         check_finite("the network's features", features)
         moving, fixed = features.float().chunk(2, 1)
         return _cropped(resample(refine(fixed, moving, **self.match).ddf, self._padded_size(size)), size)

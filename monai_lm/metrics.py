@@ -1,4 +1,4 @@
-"""Metrics of displacement fields: folds, regularity, landmarks, the inverse; as functions and as MONAI's metrics.
+"""Metrics of fields: folds, regularity, landmarks, the inverse, labels; as functions and as MONAI's metrics.
 
 A metric of MONAI gathers values batch by batch, across processes too::
 
@@ -9,10 +9,12 @@ A metric of MONAI gathers values batch by batch, across processes too::
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.metrics import CumulativeIterationMetric
+from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance
 from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 from torch import Tensor
@@ -22,9 +24,12 @@ from monai_lm.fields import compose, fold_count, jacobian_determinant, sample_po
 __all__ = [
     "FoldCountMetric",
     "InverseConsistencyMetric",
+    "LabelDiceMetric",
     "SDLogJacobianMetric",
     "TargetRegistrationErrorMetric",
+    "compare_labels",
     "inverse_consistency",
+    "label_overlap",
     "sd_log_jacobian",
     "target_registration_error",
 ]
@@ -93,6 +98,55 @@ def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
     return missed.masked_fill(~inside, torch.nan).flatten(1).nanmean(1)
 
 
+def label_overlap(
+    warped: Tensor, fixed: Tensor, spacing: Sequence[float] | None = None
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Dice and, given a spacing, 95 % Hausdorff distance in millimetres, of every label above 0 of one pair.
+
+    Label maps are ``(*S)``. One label at a time: 138 structures of a brain as channels would take gigabytes.
+    A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
+    """
+    dice, hd95 = {}, {}
+    for value in torch.cat([warped.unique(), fixed.unique()]).unique().tolist():
+        if value == 0:
+            continue
+        masks = (warped == value).float()[None, None], (fixed == value).float()[None, None]
+        dice[int(value)] = float(compute_dice(*masks, include_background=True, ignore_empty=False))
+        if spacing is not None:
+            distance = float("nan")
+            if all(mask.any() for mask in masks):
+                with warnings.catch_warnings():  # MONAI's about a deprecated argument of its own
+                    warnings.simplefilter("ignore", FutureWarning)
+                    distance = float(
+                        compute_hausdorff_distance(
+                            *masks, include_background=True, percentile=95, spacing=list(spacing)
+                        )
+                    )
+            hd95[int(value)] = distance
+    return dice, hd95
+
+
+def compare_labels(
+    warped: Tensor, fixed: Tensor, spacings: Sequence[Sequence[float]] | None = None
+) -> dict[str, Tensor]:
+    """``dice`` of label maps ``(B, 1, *S)``, and, given the spacing of every pair, ``hd95`` in millimetres, ``(B,)``.
+
+    Means over the labels above 0 that either map of the pair has; ``hd95`` over those that both have, so that two
+    fields are compared on other labels where one of them loses a structure. NaN where there is no label.
+    """
+    pairs = [
+        label_overlap(w[0], f[0], None if spacings is None else spacings[i])
+        for i, (w, f) in enumerate(zip(warped, fixed, strict=True))
+    ]
+    out = {"dice": [list(dice.values()) for dice, _ in pairs]}
+    if spacings is not None:
+        out["hd95"] = [list(hd95.values()) for _, hd95 in pairs]
+    return {
+        name: torch.stack([torch.tensor(v, dtype=torch.float32).nanmean() for v in values]).to(warped.device)
+        for name, values in out.items()
+    }
+
+
 class _FieldMetric(CumulativeIterationMetric):
     """A value per pair, gathered and reduced as MONAI's metrics are.
 
@@ -146,3 +200,12 @@ class InverseConsistencyMetric(_FieldMetric):
         if y is None:
             raise ValueError("the inverse field (y) must be given for its consistency")
         return inverse_consistency(y_pred, y)[:, None]
+
+
+class LabelDiceMetric(_FieldMetric):
+    """Mean Dice over the labels that either of two label maps ``(B, 1, *S)`` has, see :func:`compare_labels`."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
+        if y is None:
+            raise ValueError("the fixed label maps (y) must be given for their Dice with the warped ones")
+        return compare_labels(y_pred, y)["dice"][:, None]

@@ -80,6 +80,7 @@ class StructureCodes(nn.Module):
         self.segmenter = segmenter
         self.factor = factor
         self.background = background
+        self.codes: Tensor
         self.register_buffer("codes", torch.cat([torch.zeros(1, codes), _spread(labels - 1, codes)]))
 
     def logits(self, image: Tensor, centre: Tensor | None = None) -> Tensor:
@@ -101,7 +102,10 @@ class StructureCodes(nn.Module):
         out = []
         for image in images.split(1, 1):
             logits = self.logits(image)
-            slabs = [torch.movedim(slab.float().softmax(1), 1, -1) @ self.codes for slab in logits.split(8, 2)]
+            slabs = []
+            for slab in logits.split(8, 2):  # probabilities of the whole would take as much memory as the logits
+                probabilities = torch.movedim(slab.float().softmax(1), 1, -1)
+                slabs.append(probabilities @ self.codes)
             out.append(torch.movedim(torch.cat(slabs, 1), -1, 1))
         return torch.cat(out, 1)
 
@@ -130,11 +134,13 @@ def _positions(image: Tensor, centre: Tensor, factor: int) -> Tensor:
     small = [s // factor for s in image.shape[2:]]
     axes = []
     for axis in range(n):
-        at = torch.arange(small[axis], device=image.device) * factor + (factor - 1) / 2 - (image.shape[axis + 2] - 1) / 2
+        at = (
+            torch.arange(small[axis], device=image.device) * factor + (factor - 1) / 2 - (image.shape[axis + 2] - 1) / 2
+        )
         shape = [1 for _ in range(n + 1)]
         shape[axis + 1] = small[axis]
         offset = centre[:, axis].view([-1] + [1 for _ in range(n)])
-        axes.append(((at.view(shape) + offset) / 50).expand([len(image)] + small))
+        axes.append(((at.view(shape) + offset) / 50).expand([len(image)] + small))  # noqa: RUF005 (TorchScript)
     return torch.stack(axes, 1).to(image.dtype)
 
 

@@ -247,7 +247,7 @@ def test_inputs_that_do_not_fit(inputs, got):
 @pytest.mark.parametrize("prediction", ["velocity", "displacement"])
 def test_networks_that_do_not_fit(prediction, output):
     with pytest.raises((TypeError, ValueError), match=rf"network must return a {prediction} "):
-        RegistrationInferer(prediction)(torch.zeros(2, 2, 8, 8), lambda x: output)  # noqa: ARG005
+        RegistrationInferer(prediction)(torch.zeros(2, 2, 8, 8), lambda _: output)
 
 
 def test_refinement_settings_are_checked_by_refine():
@@ -372,7 +372,7 @@ def test_a_shift_between_features_is_found_and_refined():
 )
 def test_features_for_two_images_are_asked_for(output, got):
     with pytest.raises(ValueError, match=rf"network must return features \(B, 2 · C, \*P\).*2D images, got {got}"):
-        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda x: output)
+        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda _: output)
 
 
 def test_match_is_for_features_and_is_checked():
@@ -380,7 +380,7 @@ def test_match_is_for_features_and_is_checked():
         RegistrationInferer(match={})
     with pytest.raises(TypeError, match="match takes the keyword arguments"):
         RegistrationInferer("features", match={"steps": 3})
-    with pytest.raises(TypeError, match="match must be None or keyword arguments of monai_lm.refine, got 3"):
+    with pytest.raises(TypeError, match=r"match must be None or keyword arguments of monai_lm\.refine, got 3"):
         RegistrationInferer("features", match=3)
     with pytest.raises(ValueError, match="the network's features must be finite"):
-        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda x: torch.full((1, 2, 8, 8), float("nan")))
+        RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda _: torch.full((1, 2, 8, 8), float("nan")))

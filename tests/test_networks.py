@@ -79,7 +79,7 @@ def test_blocks_become_channels_as_monai_makes_them(size, random_tensor):
 # --- codes of structures ---
 
 
-def coded(n, factor=2, labels=4):
+def coded(factor=2, labels=4):
     """A segmenter that sees structure ``k`` where the first voxel of a block is ``k / 10``."""
 
     def logits(channels):
@@ -90,12 +90,11 @@ def coded(n, factor=2, labels=4):
 
 @pytest.mark.parametrize("shape", [(8, 12), (4, 8, 6)])
 def test_a_voxel_has_the_code_of_its_structure_channel_by_channel(shape):
-    n = len(shape)
     small = torch.randint(4, (2, 2, *[s // 2 for s in shape]), generator=torch.Generator().manual_seed(0))
     images = small / 10
-    for axis in range(2, n + 2):
+    for axis in range(2, images.dim()):
         images = images.repeat_interleave(2, axis)
-    net = coded(n)
+    net = coded()
     expected = torch.cat([net.codes[small[:, k]].movedim(-1, 1) for k in range(2)], 1)
     torch.testing.assert_close(net(images), expected)
     assert net.codes.shape == (4, 3)
@@ -123,7 +122,7 @@ def test_positions_count_from_the_centre_of_the_content(n):
     image = torch.zeros(2, 1, *[20] * n)
     image[(0, 0, *[slice(4, 10)] * n)] = 1  # centre 6.5
     image[(1, 0, *[slice(8, 14)] * n)] = 1
-    net = coded(n)
+    net = coded()
     net.logits(image)
     seen = net.segmenter.seen[:, -n:]
     for axis in range(n):
@@ -136,7 +135,7 @@ def test_positions_count_from_the_centre_of_the_content(n):
 
 def test_a_patch_with_its_centre_is_seen_as_a_part_of_the_whole():
     image = torch.rand(1, 1, 16, 12, 20, generator=torch.Generator().manual_seed(0)) + 0.1
-    net = coded(3)
+    net = coded()
     net.logits(image)
     whole = net.segmenter.seen
     patch = image[:, :, 4:12, 2:12, 8:20]
@@ -145,7 +144,7 @@ def test_a_patch_with_its_centre_is_seen_as_a_part_of_the_whole():
 
 
 def test_an_image_without_content_has_its_centre_in_the_middle():
-    net = coded(3)
+    net = coded()
     net.logits(torch.zeros(1, 1, 4, 4, 4))
     torch.testing.assert_close(net.segmenter.seen[0, -3:, 0, 0, 0], torch.full((3,), -1 / 50))
 
@@ -158,7 +157,7 @@ def test_code_networks_can_be_scripted():
 
 def test_codes_of_grids_and_numbers_that_do_not_fit():
     with pytest.raises(ValueError, match=r"image must have a grid divisible by 2, got shape \(1, 1, 7, 8\)"):
-        coded(2)(torch.zeros(1, 1, 7, 8))
+        coded()(torch.zeros(1, 1, 7, 8))
     for arguments, name in (((1,), "labels"), ((3, 1), "codes"), ((3, 2, 0), "factor"), ((True,), "labels")):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
             StructureCodes(nn.Identity(), *arguments)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_lm.evaluation import label_overlap
 from monai_lm.fields import fold_count, warp
-from monai_lm.metrics import sd_log_jacobian, target_registration_error
+from monai_lm.metrics import label_overlap, sd_log_jacobian, target_registration_error
 from monai_lm.result import RefinementResult
 
 __all__ = ["LARGE_MISALIGNMENT", "Case", "FieldMetrics", "centre_of_mass", "measure_field", "verdict", "warnings_of"]
