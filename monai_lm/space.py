@@ -8,7 +8,8 @@ FSL's by a matrix of their own. In 2D the in-plane part of a matrix (rows and co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -149,9 +150,14 @@ def move_to_grid(
         ``(B, n, *size)`` displacement in voxels of the new grid; linear in between, extended by the border value.
 
     Raises:
-        ValueError: a field of another shape, or a matrix that is no invertible 4×4.
+        ValueError: a field of another shape or one that is not finite, a size that is none, or a matrix that is no
+            invertible 4×4.
     """
     _check_field(ddf)
+    if bad := int((~torch.isfinite(ddf)).sum()):
+        raise ValueError(f"ddf must be finite, got {bad} NaN or infinite values")
+    if len(size) != ddf.shape[1] or not all(isinstance(s, SupportsIndex) and index(s) > 0 for s in size):
+        raise ValueError(f"size must be {ddf.shape[1]} whole numbers above 0, got {size!r}")
     still = ddf.new_zeros(ddf.shape[0], ddf.shape[1], *size)
     sampled = resample_moving(ddf, still, new_affine, affine)
     n = ddf.shape[1]

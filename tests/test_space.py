@@ -9,6 +9,7 @@ from monai_lm.fields import compose, warp
 from monai_lm.space import (
     fixed_to_moving,
     from_space,
+    move_to_grid,
     resample_moving,
     spacing_of,
     through_affine,
@@ -229,3 +230,28 @@ def test_shapes_that_do_not_fit_are_named():
         resample_moving(torch.zeros(2, 1, 4, 5, 6), torch.zeros(1, 3, 4, 5, 6), LAS, LAS)
     with pytest.raises(ValueError, match=r"points must be \(..., 2\) or \(..., 3\), got shape \(5, 4\)"):
         to_world(torch.zeros(5, 4), LAS)
+
+
+def test_a_field_on_another_grid_points_to_the_same_places():
+    old, new = affine(rotation("xyz", (10, -20, 30)) @ np.diag([2.0, 1.5, 1.0])), affine(np.diag([-1.0, 1.0, 2.0]))
+    old[:3, 3] = new[:3, :3] @ [5, 6, 4] + new[:3, 3] - old[:3, :3] @ [5, 5, 5]  # centres of both meet
+    slope = 0.01 * np.arange(9).reshape(3, 3)
+    index = np.stack(np.meshgrid(*[np.arange(11.0)] * 3, indexing="ij"), -1)
+    field = torch.from_numpy(np.moveaxis(index @ slope.T + [1, 2, 3], -1, 0))[None]
+    moved = move_to_grid(field, old, (11, 13, 9), new)
+    assert moved.shape == (1, 3, 11, 13, 9)
+    for voxel in ((5, 6, 4), (4, 6, 4), (6, 7, 5)):
+        place = new[:3, :3] @ voxel + new[:3, 3]
+        at = np.linalg.inv(old[:3, :3]) @ (place - old[:3, 3])
+        vector = old[:3, :3] @ (slope @ at + [1, 2, 3])
+        np.testing.assert_allclose(new[:3, :3] @ moved[(0, slice(None), *voxel)].numpy(), vector, atol=1e-9)
+
+
+def test_fields_and_sizes_that_cannot_be_moved_are_refused():
+    field, eye = torch.zeros(1, 3, 4, 4, 4), np.eye(4)
+    for size in ((4, 4), (4, 4, 0), (4, 4, 4.5), (4, 4, "4")):
+        with pytest.raises(ValueError, match="size must be 3 whole numbers above 0, got"):
+            move_to_grid(field, eye, size, eye)
+    field[0, 1, 2, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="ddf must be finite, got 1 NaN or infinite values"):
+        move_to_grid(field, eye, (4, 4, 4), eye)

@@ -14,7 +14,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_lm.fields import invert, sample_points, warp
+from monai_lm.fields import fold_count, invert, sample_points, warp
 from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
 from monai_lm.space import to_voxel, to_world
@@ -208,8 +208,13 @@ class InvertDDF(Transform):
         Raises:
             ValueError: a field of another shape, one that is not finite, or one between grids whose axes differ in
                 direction or spacing (``monai-lm invert`` inverts the files of those).
+
+        Warns:
+            UserWarning: a field that folds: there is no inverse where it does.
         """
         field = _field(ddf).float()
+        if folds := int(fold_count(field[None])):
+            warnings.warn(f"ddf folds in {folds} cells, where it has no inverse", stacklevel=2)
         meta = ddf.meta if isinstance(ddf, MetaTensor) else {}
         affine = ddf.affine if isinstance(ddf, MetaTensor) else torch.eye(4, dtype=torch.float64)
         target = torch.as_tensor(meta.get("moving_affine", affine))

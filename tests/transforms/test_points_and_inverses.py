@@ -74,6 +74,13 @@ def test_the_inverse_lies_on_the_moving_grid_and_leads_to_the_fixed_one():
     torch.testing.assert_close(again.affine, AFFINE)
 
 
+def test_a_field_that_folds_is_inverted_with_a_warning():
+    ddf = torch.zeros(2, 12, 12)
+    ddf[0, 5], ddf[0, 6] = 2.0, -2.0
+    with pytest.warns(UserWarning, match="ddf folds in .* cells, where it has no inverse"):
+        InvertDDF()(ddf)
+
+
 def test_dictionary_versions_do_what_the_array_versions_do(field):
     ddf, points = field((16, 18, 17)), np.array([[4.0, 5.0, 6.0]])
     out = WarpPointsd("points", ddf_key="field")({"points": points, "field": ddf})
