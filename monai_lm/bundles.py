@@ -20,7 +20,7 @@ from monai_lm.inferers import RegistrationInferer
 from monai_lm.result import RefinementResult
 from monai_lm.space import fixed_to_moving, from_space, move_to_grid
 
-__all__ = ["RegistrationBundle"]
+__all__ = ["RegistrationBundle", "save_weights"]
 
 
 class RegistrationBundle:
@@ -145,3 +145,17 @@ def _scripts_of(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
         for name in [name for name in sys.modules if name not in before and name.split(".")[0] == "scripts"]:
             del sys.modules[name]  # another bundle has modules of the same name
+
+
+def save_weights(network: nn.Module, file: str | Path) -> None:
+    """Write a plain state dictionary in half precision, as ``models/model.pt`` of a bundle."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(_halved(network.state_dict()), file)
+
+
+def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision; modules that share a tensor still share it, so that the file holds it once."""
+    shared: dict[int, Tensor] = {}
+    for tensor in weights.values():
+        shared.setdefault(tensor.data_ptr(), tensor.half() if tensor.is_floating_point() else tensor)
+    return {name: shared[tensor.data_ptr()] for name, tensor in weights.items()}

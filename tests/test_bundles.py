@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from monai_lm import cli, files
-from monai_lm.bundles import RegistrationBundle
+from monai_lm.bundles import RegistrationBundle, save_weights
 from monai_lm.cohort import refine_cohort
 from monai_lm.fileio import read_ddf
 
@@ -184,3 +184,15 @@ def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
     refused(ValueError, r"inference.json cannot be read: ")
     (bundle / "configs" / "inference.json").unlink()
     refused(FileNotFoundError, "must have configs/inference.json, it is missing")
+
+
+def test_saved_weights_are_halved_and_shared_tensors_are_written_once(tmp_path):
+    first = torch.nn.Linear(100, 100)
+    network = torch.nn.ModuleDict({"a": first, "b": torch.nn.Sequential(first), "c": torch.nn.BatchNorm1d(3)})
+    save_weights(network, tmp_path / "new" / "model.pt")
+    weights = torch.load(tmp_path / "new" / "model.pt", weights_only=True)
+    assert weights.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(weights[name], value.half() if value.is_floating_point() else value)
+    assert (tmp_path / "new" / "model.pt").stat().st_size < 2 * 100 * 101 + 5000
+    network.load_state_dict(weights)
