@@ -107,7 +107,7 @@ class RegistrationBundle:
             result = None if self.inferer.refine is None else self.inferer.refined(images, predicted)
 
         def seen(ddf: Tensor) -> Tensor:
-            inner = from_space(ddf.cpu(), np.eye(4), fixed_to_moving(own, target))
+            inner = from_space(ddf.detach().cpu(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, size, affine))
 
         return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf))
