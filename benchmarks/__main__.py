@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.ablation import ablation
 from benchmarks.brain import brain
+from benchmarks.brain_bundle import brain_bundle
 from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     commands: list[Any] = [
         hippocampus,
         brain,
+        brain_bundle,
         ablation,
         speed,
         memory,

@@ -18,8 +18,9 @@ from monai_lm import RegistrationInferer
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "bundles" / "hippocampus_mr_registration"
+BRAIN_BUNDLE = ROOT / "bundles" / "brain_mri_registration"
 
-# fixed subjects; a prototype was tuned on some of the validation pairs
+# fixed subjects; a prototype was tuned on some of the validation pairs; the brain bundle has a split of its own
 BRAIN_SPLIT = {
     "validation": ("1000", "1001", "1002", "1006", "1007"),
     "test": ("1008", "1009", "1010", "1011", "1012", "1013", "1014", "1015", "1017", "1036"),

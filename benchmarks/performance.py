@@ -17,8 +17,6 @@ from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
 from benchmarks.metrics import mean_dice
 from benchmarks.peers import Outcome, machine, work
 
-FULL = {"scales": (4, 2, 1), "iterations": (100, 50, 25)}
-
 
 def speed(
     peers: tuple[str, ...] = ("greedy", "fireants", "adam"),
@@ -128,15 +126,21 @@ def accuracy(
     methods: tuple[str, ...] = ("lm", "greedy", "fireants", "fireants-lm", "ants"),
     part: str = "test",
     pairs: int = 3,
+    scales: tuple[int, ...] = (4, 2, 1),
+    iterations: tuple[int, ...] = (100, 50, 25),
+    settings: dict[str, dict[str, Any]] | None = None,
     threads: int = 2,
     json_file: str | None = None,
 ) -> None:
-    """Dice and seconds of whole registrations of 1 mm brains, scales 4-2-1, iterations 100-50-25.
+    """Dice and seconds of whole registrations of 1 mm brains.
 
     Args:
         methods: to compare; ``lm`` runs with the defaults, in a new process: kernels come from the cache on disk.
         part: of the split by fixed subject: ``test`` to report, ``validation`` to tune.
         pairs: how many, each fixed subject with the next one of the part as moving.
+        scales: of all methods.
+        iterations: per scale.
+        settings: of fireants and fireants-lm by name, over those in ``workers/run_fireants.py``; to tune them.
         threads: for every method.
         json_file: write one line per run here, as it goes.
     """
@@ -145,7 +149,8 @@ def accuracy(
     scores: dict[str, list[float]] = {method: [] for method in methods}
     for fixed, moving in list(zip(subjects, (*subjects[1:], subjects[0]), strict=True))[:pairs]:
         for method in methods:
-            task = {**_brain_pair(fixed, moving), **FULL, "threads": threads}
+            task = {**_brain_pair(fixed, moving), "scales": scales, "iterations": iterations, "threads": threads}
+            task["settings"] = (settings or {}).get(method, {})
             dice, seconds = _dice_of(method, fixed, moving, **task)
             scores[method].append(dice)
             _row(json_file, {"fixed": fixed, "moving": moving, "method": method, "dice": dice, "seconds": seconds})
