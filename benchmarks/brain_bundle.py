@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from itertools import permutations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 import monai_lm
-from benchmarks.data import BRAIN_BUNDLE, brain_image, data_root
+from benchmarks.data import BRAIN_BUNDLE, data_root
 from benchmarks.metrics import mean_dice
 from monai_lm.bundles import RegistrationBundle
 from monai_lm.fields import fold_count
@@ -26,6 +28,7 @@ FULL: dict[str, Any] = {"scales": (4, 2, 1), "iterations": (100, 50, 25)}
 def brain_bundle(
     part: str = "test",
     pairs: int = 6,
+    invented: bool = False,
     schedules: dict[str, dict[str, Any]] | None = None,
     json_file: str | None = None,
 ) -> None:
@@ -36,6 +39,7 @@ def brain_bundle(
     Args:
         part: of the bundle's split by subject: ``test`` to report, ``validation`` to tune.
         pairs: how many of the ordered pairs of the part.
+        invented: give the moving image a contrast that is invented from its label map, another one for every pair.
         schedules: what to refine with, by name, keyword arguments of :func:`monai_lm.refine` over the bundle's own.
         json_file: write one line per pair and method here, as it goes.
     """
@@ -47,7 +51,7 @@ def brain_bundle(
     print(f"match: {bundle.inferer.match}; refine: {bundle.inferer.refine}; {schedules}", flush=True)
     rows: list[dict[str, Any]] = []
     for number, (fixed, moving) in enumerate([chosen[0], *chosen]):
-        found = _registered(bundle, fixed, moving, schedules)
+        found = _registered(bundle, fixed, moving, schedules, number if invented else None)
         if number == 0:
             continue
         for row in found:
@@ -71,13 +75,17 @@ def brain_bundle(
 
 
 def _registered(
-    bundle: RegistrationBundle, fixed: str, moving: str, schedules: dict[str, dict[str, Any]]
+    bundle: RegistrationBundle, fixed: str, moving: str, schedules: dict[str, dict[str, Any]], contrast: int | None
 ) -> list[dict[str, Any]]:
     """A row per method. Reading files does not count; the network's time is in that of what refines its field."""
-    files = {role: str(data_root("brain") / f"{s}_t1.nii.gz") for role, s in (("fixed", fixed), ("moving", moving))}
+    subjects = {"fixed": fixed, "moving": moving}
+    files = {role: str(data_root("brain") / f"{s}_t1.nii.gz") for role, s in subjects.items()}
+    files |= {f"{role}_label": str(data_root("brain") / f"{s}_seg.nii.gz") for role, s in subjects.items()}
     data = bundle.preprocessing(files)
-    images = torch.as_tensor(data["image"])[None]
-    first, second = (brain_image(s, "seg").flip(2) for s in (fixed, moving))  # LAS; the bundle works in RAS
+    images = torch.as_tensor(data["image"])[None].contiguous()
+    first, second = (torch.as_tensor(data[f"{role}_label"])[None] for role in subjects)
+    if contrast is not None:
+        images = torch.cat([_invented(images[:, :1], second, contrast), images[:, 1:]], 1)
     inferer = bundle.inferer
 
     @torch.no_grad()
@@ -102,3 +110,14 @@ def _registered(
         row = {"method": name, "dice": mean_dice(first, second, ddf), "folds": int(fold_count(ddf))}
         rows.append({**row, "sdlogj": float(sd_log_jacobian(ddf)), "seconds": seconds})
     return rows
+
+
+def _invented(image: Tensor, label: Tensor, seed: int) -> Tensor:
+    """What the bundle's own script makes of an image and its label map."""
+    sys.path.insert(0, str(BRAIN_BUNDLE))
+    try:
+        data = importlib.import_module("scripts.data")
+    finally:
+        sys.path.remove(str(BRAIN_BUNDLE))
+    invented: Tensor = data.invented_contrast(image, data.to_classes(label), seed)
+    return invented

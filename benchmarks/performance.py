@@ -144,6 +144,8 @@ def accuracy(
         threads: for every method.
         json_file: write one line per run here, as it goes.
     """
+    if unknown := sorted(set(settings or {}) - {"fireants", "fireants-lm"}):
+        raise SystemExit(f"settings must be those of fireants or fireants-lm, got {unknown}")
     print(f"accuracy, {part}: {machine(threads)}", flush=True)
     subjects = BRAIN_SPLIT[part]
     scores: dict[str, list[float]] = {method: [] for method in methods}

@@ -155,7 +155,9 @@ def save_weights(network: nn.Module, file: str | Path) -> None:
 
 def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights in half precision; modules that share a tensor still share it, so that the file holds it once."""
-    shared: dict[int, Tensor] = {}
-    for tensor in weights.values():
-        shared.setdefault(tensor.data_ptr(), tensor.half() if tensor.is_floating_point() else tensor)
-    return {name: shared[tensor.data_ptr()] for name, tensor in weights.items()}
+    shared: dict[tuple[object, ...], Tensor] = {}
+    halved = {}
+    for name, tensor in weights.items():
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        halved[name] = shared.setdefault(key, tensor.half() if tensor.is_floating_point() else tensor)
+    return halved

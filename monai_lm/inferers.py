@@ -25,8 +25,10 @@ class RegistrationInferer(Inferer):
     Args:
         prediction: what the network returns: ``"velocity"`` (stationary, integrated here) or ``"displacement"``, in
             voxels of the grid it is returned on, or ``"features"`` ``(B, 2 · C, *P)``, the moving image's and then the
-            fixed one's, which are registered here. A velocity is integrated, and features are registered, on their own
-            grid; a displacement on a coarser grid than the images is resampled, units included.
+            fixed one's, which are registered here (what ``features`` makes is another thing: it is for the refinement).
+            A velocity is integrated, and features are registered, on their own grid; a field on a coarser grid than
+            the images is resampled, units included: the corner voxels of the two grids coincide, except for features,
+            whose voxels are blocks of the images' (the corners of those coincide).
         integration_steps: squarings of the integration.
         divisible_pad: what the network and ``features`` see is padded with zeros at its end to multiples of this;
             ``None`` does not pad.
@@ -99,7 +101,7 @@ class RegistrationInferer(Inferer):
         if self.refine is None:
             raise ValueError("refine must be keyword arguments of monai_lm.refine, if only {}, got None")
         inputs = _images(inputs)
-        check_finite(f"the network's {self.prediction}", ddf)
+        check_finite("ddf", ddf)
         moving, fixed = (self.channels(image) for image in inputs.split(1, dim=1))
         return refine(fixed, moving, ddf, **self.refine)
 
@@ -145,7 +147,10 @@ class RegistrationInferer(Inferer):
             )
         check_finite("the network's features", features)
         moving, fixed = features.float().chunk(2, 1)
-        return _cropped(resample(refine(fixed, moving, **self.match).ddf, self._padded_size(size)), size)
+        ddf, whole = refine(fixed, moving, **self.match).ddf, self._padded_size(size)
+        ratio = ddf.new_tensor([s / p for s, p in zip(whole, ddf.shape[2:], strict=True)]).view(-1, *[1] * n)
+        mode = "trilinear" if n == 3 else "bilinear"
+        return _cropped(F.interpolate(ddf, size=whole, mode=mode, align_corners=False) * ratio, size)
 
     def _padded_size(self, size: Sequence[int]) -> list[int]:
         return [s + -s % (self.divisible_pad or 1) for s in size]

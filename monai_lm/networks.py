@@ -55,12 +55,12 @@ class SemanticRegistrationNet(nn.Module):
 
 
 class StructureCodes(nn.Module):
-    """Codes of the structures that a segmenter sees: few channels that tell many structures apart.
+    """Codes of the structures that a segmenter sees, beside the image: few channels that tell many structures apart.
 
-    A hundred soft labels are too many channels to register. Here every structure has a code, a point on the unit sphere
-    as far from the others as they get (the background's is 0), and a voxel has the mean of the codes, weighted by the
+    A hundred soft labels are too many channels to register. Here every structure has a code, one of the points that are
+    spread over the unit sphere (the background's is 0), and a voxel has the mean of the codes, weighted by the
     probabilities that the segmenter gives there. Two codes differ as the soft labels do, nearly. The segmenter sees the
-    blocks of ``factor`` voxels per axis as channels, and where they lie, from the centre of what is not background.
+    blocks of ``factor`` voxels per axis as channels, and where they lie, from the centre of the box around the content.
 
     Args:
         segmenter: maps ``(B, factor ** n + n, *S / factor)`` to logits ``(B, labels, *S / factor)``, background first.
@@ -88,8 +88,8 @@ class StructureCodes(nn.Module):
 
         Args:
             image: values in [0, 1].
-            centre: of the grid ``(B, n)`` in voxels from the centre of the content, where that is not to be seen, as in
-                a patch.
+            centre: of the grid ``(B, n)`` in voxels from the centre of the box around the content, where that is not to
+                be seen, as in a patch.
         """
         if not torch.jit.is_scripting() and any(s % self.factor for s in image.shape[2:]):
             raise ValueError(f"image must have a grid divisible by {self.factor}, got shape {tuple(image.shape)}")
@@ -98,14 +98,19 @@ class StructureCodes(nn.Module):
         return self.segmenter(torch.cat([_to_channels(image, self.factor), _positions(image, centre, self.factor)], 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Codes ``(B, C · codes, *S / factor)`` of images ``(B, C, *S)``, of one channel after the other."""
+        """Of images ``(B, C, *S)``, one channel after the other: block means, then codes.
+
+        Returns:
+            ``(B, C · (1 + codes), *S / factor)``.
+        """
         out = []
         for image in images.split(1, 1):
             logits = self.logits(image)
+            out.append(_to_channels(image, self.factor).mean(1, keepdim=True))
             slabs = []
             for slab in logits.split(8, 2):  # probabilities of the whole would take as much memory as the logits
                 probabilities = torch.movedim(slab.float().softmax(1), 1, -1)
-                slabs.append(probabilities @ self.codes)
+                slabs.append(probabilities @ self.codes.float())
             out.append(torch.movedim(torch.cat(slabs, 1), -1, 1))
         return torch.cat(out, 1)
 

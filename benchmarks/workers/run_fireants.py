@@ -18,14 +18,13 @@ started = time.perf_counter()
 settings = {"optimizer": "Adam", "optimizer_lr": 0.5}  # its recommended ones
 if job.get("optimizer") == "levenberg":
     settings = {"optimizer": "levenberg", "optimizer_lr": 0.75, "reduction": "sum"}
-settings = {"smooth_warp_sigma": 0.5, "smooth_grad_sigma": 1.0, **settings, **job.get("settings", {})}
+settings |= {"cc_kernel_size": 7, "smooth_warp_sigma": 0.5, "smooth_grad_sigma": 1.0, "tolerance": 0}
+settings |= job.get("settings", {})
 registration = GreedyRegistration(
     scales=job["scales"],
     iterations=job["iterations"],
     fixed_images=fixed,
     moving_images=moving,
-    cc_kernel_size=7,
-    tolerance=0,
     max_tolerance_iters=10**6,
     **settings,
 )

@@ -1,0 +1,1 @@
+"""Code of the bundle that is not a class of MONAI or monai_lm."""
