@@ -15,7 +15,8 @@ MODES = ("full", "low", "half")
 
 _NEED = {"full": 25.0, "low": 8.5}
 """Bytes needed beside the images and the prediction, as multiples of one image channel in float32: the peaks that were
-measured on a CPU at 256³ (docs/performance.md) less the images; not measured on a GPU."""
+measured on a CPU at 256³ less the images, copies of those included (images that are not in C order are copied); not
+measured on a GPU."""
 
 
 def automatic_mode(fixed: Tensor, similarity: Similarity) -> str:
