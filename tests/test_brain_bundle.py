@@ -161,6 +161,7 @@ def test_a_view_says_where_it_lies_mirrored_or_not(scripts, toy_brain, monkeypat
         right, left = ((label == k).nonzero()[:, 0].float().mean() for k in (4, 5))
         assert right < left  # a mirrored brain has its right side where the right side is
         mirrored.append(bool(view["centre"][0] < 0))
+    assert set(mirrored) == {True, False}  # boxes lie on one side of this brain's centre
     assert len({tuple(views[k]["centre"].tolist()) for k in range(12)}) > 6
 
 
@@ -309,11 +310,11 @@ def test_a_few_steps_train_the_segmenter(small_brains, tmp_path):
     assert {t.dtype for t in weights.values() if t.is_floating_point()} == {torch.float16}
     rows = list(csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()))
     assert 0 <= float(next(row["val_dice"] for row in rows if row["val_dice"])) < 0.5
-    torch.manual_seed(0)
-    fresh = network().state_dict()
-    moved = {k for k, v in weights.items() if v.is_floating_point() and not torch.equal(v, fresh[k].half())}
-    assert "codes" not in moved
-    assert len(moved) > 0.9 * sum(v.is_floating_point() for v in weights.values()) - 1
+    assert torch.equal(weights["codes"].float(), network().codes.half().float())
+    scales = [v for k, v in weights.items() if ".norm" in k and k.endswith(".weight")]  # 1 until they are trained
+    assert len(scales) > 10
+    assert all((v != 1).any() for v in scales)
+    assert {int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")} == {4}
     assert all(torch.isfinite(v).all() for v in weights.values() if v.is_floating_point())
 
 
