@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def refine_pair(
             them once.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
-            :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``affine`` and ``mask``.
+            :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an ``affine``, the
+            identity included, it gets the moving image on the fixed grid, else both files as they are.
 
     Returns:
         The metrics, before (``…_before``) and after.
@@ -87,7 +89,7 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
-    given = [name for name, value in (("ddf", ddf), ("affine", affine), ("mask", mask)) if value is not None]
+    given = [name for name, value in (("ddf", ddf), ("mask", mask)) if value is not None]
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     folder, suffix = Path(output_dir), file_suffix(file_format)
@@ -110,7 +112,7 @@ def refine_pair(
         if bundle is None:
             result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
         else:
-            start, result = _registered(bundle, pair, chosen, settings)
+            start, result = _registered(bundle, pair, onto, chosen, settings)
             predicted = start
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
@@ -129,11 +131,16 @@ def refine_pair(
 
 
 def _registered(
-    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
+    bundle: str | Path, pair: Pair, onto: Tensor, device: torch.device, settings: Mapping[str, Any] | None
 ) -> tuple[Tensor, RefinementResult]:
-    """A bundle's prediction and its refinement, on the fixed grid."""
-    registration = RegistrationBundle(bundle, device, settings)
-    predicted, result = registration.register(pair.fixed.path, pair.moving.path, pair.fixed.size, pair.fixed.affine)
+    """A bundle's prediction and its refinement, on the fixed grid; after an affine of ``onto``, which it has led to."""
+    registration, f = RegistrationBundle(bundle, device, settings), pair.fixed
+    with TemporaryDirectory() as folder:
+        moving: str | Path = pair.moving.path
+        if pair.initial is not None:
+            moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
+            save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
+        predicted, result = registration.register(f.path, moving, f.size, f.affine)
     if result is None:
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
     return predicted, result

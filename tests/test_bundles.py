@@ -92,6 +92,25 @@ def test_the_field_leads_from_point_to_point_as_the_bundles_does(bundle, pair, t
     np.testing.assert_allclose(values, np.broadcast_to(np.reshape(SHIFT, (3, 1, 1, 1)), values.shape), atol=1e-4)
 
 
+def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pair, tmp_path):
+    """What the bundle sees of a fixed image that lies two voxels further on in a larger one is the fixed image."""
+    values = nib.load(pair["fixed"]).get_fdata(dtype=np.float32)
+    larger = np.pad(values, ((2, 1), (0, 2), (3, 0)))
+    nib.save(nib.Nifti1Image(larger, MOVING), pair["moving"])
+    step = np.eye(4)
+    step[:3, 3] = (2, 0, 3)
+    affine = MOVING @ step @ np.linalg.inv(FIXED)
+    np.savetxt(tmp_path / "affine.txt", affine)
+    change(bundle, refine={"similarity": "mse", "iterations": 0, "scales": [1], "compile": False})
+    further = {"bundle": bundle, "affine": tmp_path / "affine.txt", "report": False}
+    files.refine_pair(**pair, **further, output_dir=tmp_path / "shifted")
+    shifted, _ = read_ddf(tmp_path / "shifted" / "ddf.nii.gz", moving_affine=MOVING)
+    expected = np.reshape(np.add(SHIFT, (2, 0, 3)), (3, 1, 1, 1))
+    np.testing.assert_allclose(shifted, np.broadcast_to(expected, shifted.shape), atol=1e-4)
+    torch.save({"shift": torch.zeros(3)}, bundle / "models" / "model.pt")
+    assert files.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss"] < 1e-9
+
+
 def test_the_field_is_brought_to_any_grid(bundle, pair):
     registration = RegistrationBundle(bundle)
     affine = np.diag([2.0, 1.0, 1.0, 1.0])
@@ -160,10 +179,8 @@ def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
             files.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
         assert not (tmp_path / "out").exists()
 
-    affine = tmp_path / "affine.txt"
-    np.savetxt(affine, np.eye(4))
-    with pytest.raises(ValueError, match="affine cannot be used together with bundle"):
-        files.refine_pair(**pair, output_dir=tmp_path / "out", affine=affine, bundle=bundle)
+    with pytest.raises(ValueError, match="mask cannot be used together with bundle"):
+        files.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
     weights = bundle / "models" / "model.pt"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:100])
