@@ -14,6 +14,9 @@ from torch import Tensor
 
 __all__ = ["sample_points", "warp"]
 
+_FEW = 4
+"""Channels that a compiler is shown one by one."""
+
 
 def _along(values: Tensor, axis: int, n: int) -> Tensor:
     """Shape a 1D tensor so that it broadcasts along spatial ``axis`` of a ``(B, *S)`` tensor."""
@@ -61,8 +64,9 @@ def warp(
         voxels[axis] = voxels[axis] + first
     position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
     flat = image.reshape(image.shape[0], image.shape[1], -1)
-    # channel by channel, a compiler computes indices and weights once for all, in one loop
-    blocks = list(flat.split(1, 1)) if torch.compiler.is_compiling() else [flat]
+    # channel by channel, a compiler computes indices and weights once for all, in one loop; many take it minutes
+    one_by_one = torch.compiler.is_compiling() and flat.shape[1] <= _FEW
+    blocks = list(flat.split(1, 1)) if one_by_one else [flat]
     if mode == "nearest":
         return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
     sample = _zero_padded if padding_mode == "zeros" else _border
