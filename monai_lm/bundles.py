@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,10 +84,12 @@ class RegistrationBundle:
 
         Returns:
             The network's own field ``(1, n, *size)``, in voxels of the grid, and the result of the refinement with its
-            field on that grid too, or ``None`` where the bundle does not refine.
+            field on that grid too and the ``seconds`` of prediction and refinement, or ``None`` where the bundle does
+            not refine.
 
         Raises:
-            ValueError: files that the bundle cannot take, or preprocessing that does not make of them what it must.
+            ValueError: files that the bundle cannot take, images that are constant where it looks at them, or
+                preprocessing that does not make of the files what it must.
         """
         with self._naming(f"cannot prepare {fixed} and {moving}"):
             data = self.preprocessing({"fixed": str(fixed), "moving": str(moving)})
@@ -102,15 +105,23 @@ class RegistrationBundle:
                 f"as Orientationd does, got the affines\n{own}\nand\n{target}"
             )
         images = torch.as_tensor(data["image"])[None].to(self.device)
+        for role, image in zip(("moving", "fixed"), images[0], strict=False):
+            if image.numel() and bool(image.min() == image.max()):
+                raise ValueError(
+                    f"bundle {self.folder} cannot register {fixed} and {moving}: {role} is constant where the bundle "
+                    f"looks at it, {float(image.min()):.4g} everywhere; it is empty, or does not overlap with the other"
+                )
+        started = time.perf_counter()
         with torch.no_grad(), self._naming(f"cannot register {fixed} and {moving}"):
             predicted = self.inferer.predict(images, self.network)
             result = None if self.inferer.refine is None else self.inferer.refined(images, predicted)
+        seconds = time.perf_counter() - started
 
         def seen(ddf: Tensor) -> Tensor:
             inner = from_space(ddf.detach().cpu(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, size, affine))
 
-        return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf))
+        return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf), seconds=seconds)
 
     def _part(self, parser: ConfigParser, name: str) -> Any:
         found = name if parser.get(name) is not None or name != "network" else "network_def"

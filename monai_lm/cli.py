@@ -56,7 +56,8 @@ def refine(
         fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
-        bundle: folder of a MONAI bundle that predicts the field and refines it; options below replace its settings.
+        bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
+            replaces its settings.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -104,7 +105,8 @@ def cohort(
         pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
             moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
-        bundle: folder of a MONAI bundle that predicts the fields and refines them; options below replace its settings.
+        bundle: folder of a MONAI bundle that predicts the fields and refines them; what differs from the defaults below
+            replaces its settings.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.

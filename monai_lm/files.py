@@ -112,7 +112,7 @@ def refine_pair(
         if bundle is None:
             result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
         else:
-            start, result = _registered(bundle, pair, onto, chosen, settings)
+            start, result = _registered(bundle, pair, chosen, settings)
             predicted = start
     refined = result.ddf.cpu()
     before, after = _measure(start, pair), _measure(refined, pair)
@@ -131,14 +131,17 @@ def refine_pair(
 
 
 def _registered(
-    bundle: str | Path, pair: Pair, onto: Tensor, device: torch.device, settings: Mapping[str, Any] | None
+    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
 ) -> tuple[Tensor, RefinementResult]:
-    """A bundle's prediction and its refinement, on the fixed grid; after an affine of ``onto``, which it has led to."""
+    """A bundle's prediction and its refinement, on the fixed grid; after an affine, of what that brings there."""
     registration, f = RegistrationBundle(bundle, device, settings), pair.fixed
     with TemporaryDirectory() as folder:
         moving: str | Path = pair.moving.path
         if pair.initial is not None:
             moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
+            still = torch.zeros(1, len(f.size), *f.size)
+            m = pair.moving
+            onto = resample_moving(m.data, still, f.affine, m.affine, pair.initial, padding_mode="zeros")
             save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
         predicted, result = registration.register(f.path, moving, f.size, f.affine)
     if result is None:

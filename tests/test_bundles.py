@@ -1,6 +1,7 @@
 """Two files registered with a bundle: whatever its grid, the field leads where the bundle's does."""
 
 import json
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -31,6 +32,14 @@ FIXED = np.array([[0, -1.5, 0, 20.0], [1.25, 0, 0, -3.0], [0, 0, 2.0, 1.0], [0, 
 MOVING = FIXED + np.array([[0, 0, 0, 4.0], [0, 0, 0, 0], [0, 0, 0, -2.0], [0, 0, 0, 0]])
 
 
+KEYS = ["fixed", "moving"]
+PLAIN = [
+    {"_target_": "LoadImaged", "keys": KEYS},
+    {"_target_": "EnsureChannelFirstd", "keys": KEYS},
+    {"_target_": "ConcatItemsd", "keys": KEYS[::-1], "name": "image"},
+]
+
+
 def image(path: Path, size, affine, seed):
     values = np.random.default_rng(seed).random(size, dtype=np.float32)
     nib.save(nib.Nifti1Image(values, affine), path)
@@ -49,19 +58,13 @@ def pair(tmp_path):
 def bundle(tmp_path):
     """A bundle on a grid of its own: 2 voxels more on every side."""
     folder = tmp_path / "bundle"
-    keys = ["fixed", "moving"]
     config = {
         "imports": ["$from scripts.network import Shift"],
         "bundle_root": ".",
         "network_def": {"_target_": "scripts.network.Shift"},
         "preprocessing": {
             "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": keys},
-                {"_target_": "EnsureChannelFirstd", "keys": keys},
-                {"_target_": "BorderPadd", "keys": keys, "spatial_border": 2},
-                {"_target_": "ConcatItemsd", "keys": ["moving", "fixed"], "name": "image"},
-            ],
+            "transforms": [*PLAIN[:2], {"_target_": "BorderPadd", "keys": KEYS, "spatial_border": 2}, PLAIN[2]],
         },
         "refine": {"iterations": 0, "scales": [1], "compile": False},
         "inferer": {
@@ -111,6 +114,21 @@ def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pai
     assert files.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss"] < 1e-9
 
 
+def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
+    """A network invents a field for an image that holds nothing."""
+    far = np.eye(4)
+    far[0, 3] = 5000
+    np.savetxt(tmp_path / "far.txt", far)
+    options = {"bundle": bundle, "report": False, "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"moving is constant where the bundle looks at it, 0 everywhere"):
+        files.refine_pair(**pair, **options, affine=tmp_path / "far.txt")
+    nib.save(nib.Nifti1Image(np.full((14, 13, 12), 3, np.float32), FIXED), pair["fixed"])
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": PLAIN})
+    with pytest.raises(ValueError, match=r"fixed is constant where the bundle looks at it, 3 everywhere"):
+        files.refine_pair(**pair, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_field_is_brought_to_any_grid(bundle, pair):
     registration = RegistrationBundle(bundle)
     affine = np.diag([2.0, 1.0, 1.0, 1.0])
@@ -126,6 +144,13 @@ def test_settings_replace_those_of_the_bundle(bundle, pair):
     assert len(result.history[0]) == 4
     with pytest.raises(ValueError, match=r"(?s)bundle .* cannot make its inferer: .*got \['steps'\]"):
         RegistrationBundle(bundle, settings={"steps": 3})
+
+
+def test_the_seconds_are_those_of_network_and_refinement(bundle, pair):
+    registration = RegistrationBundle(bundle)
+    registration.network.register_forward_hook(lambda *_: time.sleep(0.3))
+    result = registration.register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    assert 0.3 < result.seconds < 60
 
 
 def test_a_bundle_that_does_not_refine_gives_its_own_field(bundle, pair):
