@@ -146,6 +146,12 @@ def test_views_follow_from_their_number(scripts, toy_brain):
     assert not torch.equal(other[0]["image"], views[0]["image"])
 
 
+@pytest.mark.parametrize("size", [(32, 48, 48), (48, 56, 48), (64, 64)])
+def test_views_that_end_on_two_voxels_are_refused(scripts, size):
+    with pytest.raises(ValueError, match="size must be three multiples of 16 from 48, got"):
+        scripts("data").RandomViews([], 1, size)
+
+
 def test_a_view_says_where_it_lies_mirrored_or_not(scripts, toy_brain, monkeypatch):
     data = scripts("data")
     monkeypatch.setattr(data._Draw, "normal", lambda _, *shape: torch.zeros(shape))  # neither deformed nor noisy
@@ -303,7 +309,7 @@ def test_two_processes_evaluate_what_one_does(small_brains, tmp_path):
 
 
 def test_a_few_steps_train_the_segmenter(small_brains, tmp_path):
-    settings = {"views": 4, "view_size": "[32,48,32]", "num_workers": 0, "validate_every": 4}
+    settings = {"views": 4, "view_size": "[48,64,48]", "num_workers": 0, "validate_every": 4}
     run(["train"], small_brains, tmp_path, device="$torch.device('cpu')", **settings)
     weights, start = torch.load(tmp_path / "model.pt", weights_only=True), torch.load(MODEL, weights_only=True)
     assert weights.keys() == start.keys()
