@@ -165,7 +165,8 @@ def load_pair(
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
-    return Pair(f, m, None if affine is None else read_affine(affine), maps, landmarks, weight)
+    initial = None if affine is None else read_affine(affine, len(f.size))
+    return Pair(f, m, initial, maps, landmarks, weight)
 
 
 def load_points(path: str | Path, n: int) -> Tensor:

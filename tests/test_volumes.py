@@ -118,9 +118,14 @@ def test_what_does_not_fit_together_is_refused(save, tmp_path):
     for name, text in (("one", "1,2,3\n"), ("two", "1,2,3\n4,5,6\n"), ("plane", "1,2\n")):
         (tmp_path / f"{name}.csv").write_text(text)
     one, two, plane = (tmp_path / f"{name}.csv" for name in ("one", "two", "plane"))
+    planar = tmp_path / "planar.tfm"
+    planar.write_text(
+        "#Insight Transform File V1.0\nTransform: AffineTransform_double_2_2\nParameters: 1 0 0 1 0 0\nFixedParameters: 0 0\n"
+    )
     for moving, extra, message in (
         (flat, {}, "fixed and moving must both be 2D or 3D"),
         (image, {"labels": (elsewhere, image)}, r"elsewhere.nii must lie on the grid of its image"),
+        (image, {"affine": planar}, r"planar.tfm must hold a transform of points in space, .* got 'AffineTransform_"),
         (image, {"points": (one, two)}, "points must be as many in the fixed as in the moving image"),
         (image, {"points": (one, plane)}, r"plane.csv must hold points of 3 coordinates, got 2"),
     ):

@@ -223,14 +223,15 @@ def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
 
 def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
     """Tiles, by their number along every axis, that have a voxel within ``reach`` of one of a folded cell's."""
-    at = folded[0].nonzero()
-    last = at.new_tensor([size - 2 for size in folded.shape[1:]])  # the last voxel
-    low = (at - 1 - reach).clamp(min=0).div(_TILE, rounding_mode="floor")
-    high = torch.minimum(at + reach, last).div(_TILE, rounding_mode="floor")
-    spread = range(int((high - low).max()) + 1)
-    offsets = at.new_tensor(list(product(spread, repeat=at.shape[1])))
-    tiles = torch.minimum(low[:, None] + offsets, high[:, None]).flatten(0, 1).unique(dim=0)
-    return [tuple(tile) for tile in tiles.tolist()]
+    near = folded[0]
+    for axis in range(near.dim()):  # cell i has the voxels i - 1 and i
+        starts = range(0, near.shape[axis] - 1, _TILE)
+        slabs = [
+            near.narrow(axis, low := max(0, t - reach), min(near.shape[axis], t + _TILE + reach + 1) - low)
+            for t in starts
+        ]
+        near = torch.stack([slab.any(axis) for slab in slabs], axis)
+    return [tuple(tile) for tile in near.nonzero().tolist()]
 
 
 def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:

@@ -23,7 +23,7 @@ Part = tuple[str, np.ndarray, np.ndarray]
 """Name, parameters and fixed parameters of one of ITK's transforms."""
 
 
-def read_affine(path: str | Path) -> np.ndarray:
+def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     """Read a linear transform.
 
     Args:
@@ -31,6 +31,7 @@ def read_affine(path: str | Path) -> np.ndarray:
             four numbers, which are taken as they are: RAS millimetres, from fixed to moving (as greedy writes). The
             content decides, not the suffix. FSL's FLIRT writes four rows of four numbers too that mean something else
             (FSL's millimetres, from moving to fixed): they cannot be told apart.
+        dimensions: 3 refuses transforms of a plane, for images that have three axes; default: both are read.
 
     Returns:
         ``(4, 4)`` float64 in RAS millimetres, from points of the fixed to points of the moving image; of a 2D transform
@@ -38,18 +39,21 @@ def read_affine(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: none of these formats, a transform that is not linear, or one that is singular.
+        ValueError: none of these formats, a transform that is not linear, one of other ``dimensions``, or one that is singular.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     content = path.read_bytes()
     if content.startswith(b"#Insight Transform File"):
-        lps = _combined(path, _text_parts(path, content.decode("utf-8", "replace")))
+        parts = _text_parts(path, content.decode("utf-8", "replace"))
     elif (rows := _four_by_four(content)) is not None:
         return check_affine(f"the matrix in {path}", rows)
     else:
-        lps = _combined(path, _matlab_parts(path, content))
+        parts = _matlab_parts(path, content)
+    if dimensions == 3 and (planar := [name for name, _, _ in parts if name.endswith("_2_2")]):
+        raise ValueError(f"{path} must hold a transform of points in space, as the images are, got {planar[0]!r}")
+    lps = _combined(path, parts)
     return check_affine(f"the matrix in {path}", _LPS @ lps @ _LPS)
 
 

@@ -349,6 +349,20 @@ def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatc
     assert torch.equal(folded_cells(field), whole)
 
 
+@pytest.mark.parametrize("reach", [2, 6, 16])
+@pytest.mark.parametrize("size", [(70, 48), (49, 24, 3)], ids=["2D", "3D"])
+def test_tiles_are_those_near_a_folded_cells_voxels(reach, size):
+    generator = torch.Generator().manual_seed(0)
+    for chance in (0.0, 1e-4, 1e-3, 1.0):
+        folded = torch.rand(1, *(s + 1 for s in size), generator=generator) < chance
+        folded[0][(-1,) * len(size)] |= chance == 1e-4  # in the ring
+        expected = set()
+        for cell in folded[0].nonzero().tolist():
+            spans = [range(max(0, c - 1 - reach), min(s, c + reach + 1)) for c, s in zip(cell, size, strict=True)]
+            expected |= set(itertools.product(*({voxel // 24 for voxel in span} for span in spans)))
+        assert topology._tiles_near(folded, reach) == sorted(expected)
+
+
 @pytest.mark.parametrize("sigma", [1.0, 2.4, 6.0])
 @pytest.mark.parametrize("size", [(70, 66), (50, 41, 46)], ids=["2D", "3D"])
 def test_repair_by_tiles_is_repair_of_the_whole(sigma, size, random_tensor, monkeypatch):
