@@ -120,7 +120,8 @@ def test_what_does_not_fit_together_is_refused(save, tmp_path):
     one, two, plane = (tmp_path / f"{name}.csv" for name in ("one", "two", "plane"))
     planar = tmp_path / "planar.tfm"
     planar.write_text(
-        "#Insight Transform File V1.0\nTransform: AffineTransform_double_2_2\nParameters: 1 0 0 1 0 0\nFixedParameters: 0 0\n"
+        "#Insight Transform File V1.0\nTransform: AffineTransform_double_2_2\n"
+        "Parameters: 1 0 0 1 0 0\nFixedParameters: 0 0\n"
     )
     for moving, extra, message in (
         (flat, {}, "fixed and moving must both be 2D or 3D"),

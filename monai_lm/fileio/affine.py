@@ -39,7 +39,8 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: none of these formats, a transform that is not linear, one of other ``dimensions``, or one that is singular.
+        ValueError: none of these formats, a transform that is not linear, one of other ``dimensions``, or one
+            that is singular.
     """
     path = Path(path)
     if not path.is_file():
