@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repa
 
 _SLAB = 2**18
 """Cells whose determinants are computed at a time: what they need stays in a processor's cache."""
+
+_Box = list[tuple[int, int]]
+"""First and last index, the last not in it, along every axis."""
 
 _TILE = 24
 """Edge in voxels of the tiles that are repaired one by one."""
@@ -108,19 +112,38 @@ def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) 
         margin: smallest determinant that still counts as folded; 0 is the definition.
         outer: ``(B, n, *M)`` field that is applied after ``ddf``: the cells of the composed map are looked at.
     """
-    rows = ddf.shape[2]
     ring = torch.Size(s + 1 for s in ddf.shape[2:])
     thickness = max(1, _SLAB // (ddf.shape[0] * ring[1:].numel()))
     folded = torch.empty(ddf.shape[0], *ring, dtype=torch.bool, device=ddf.device)
-    for first in range(0, rows + 1, thickness):
-        last = min(first + thickness, rows + 1)  # cells [first, last) have the voxels [first - 1, last)
-        start, stop = max(first - 1, 0), min(last, rows)
-        slab = ddf[:, :, start:stop].to(torch.promote_types(ddf.dtype, torch.float32))
-        if outer is not None:
-            slab = compose(outer, slab, (slab.new_tensor(start),))
-        pads = [1, 1] * (ddf.dim() - 3) + [start - first + 1, last - stop]
-        folded[:, first:last] = _folded(F.pad(slab, pads, mode="replicate"), margin)
+    whole = [(0, length) for length in ring[1:]]
+    for first in range(0, ring[0], thickness):
+        last = min(first + thickness, ring[0])
+        folded[:, first:last] = _folded_in([(first, last), *whole], ddf, margin, outer)
     return folded
+
+
+def _folded_in(box: _Box, ddf: Tensor, margin: float, outer: Tensor | None) -> Tensor:
+    """Which cells of a box are folded; see :func:`folded_cells`."""
+    around: _Box = []
+    pads: list[int] = []
+    for (first, last), size in zip(box, ddf.shape[2:], strict=True):  # they have the voxels [first - 1, last)
+        start, stop = max(first - 1, 0), min(last, size)
+        around.append((start, stop))
+        pads = [start - first + 1, last - stop, *pads]
+    part = ddf[_index(around)].to(torch.promote_types(ddf.dtype, torch.float32))
+    if outer is not None:
+        part = compose(outer, part, tuple(part.new_tensor(start) for start, _ in around))
+    return _folded(F.pad(part, pads, mode="replicate"), margin)
+
+
+def _index(box: _Box) -> tuple[Any, ...]:
+    """Index of a box in a tensor whose last axes are those of the grid."""
+    return (..., *(slice(first, last) for first, last in box))
+
+
+def _cells(box: _Box) -> _Box:
+    """The cells that voxels of a box belong to."""
+    return [(first, last + 1) for first, last in box]
 
 
 def _folded(padded: Tensor, margin: float) -> Tensor:
@@ -196,10 +219,13 @@ def _repair_pairs(ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: flo
         _unfold(ddf[pair], folded[pair], None if outer is None else outer[pair], margin, rounds)
 
 
-def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
+def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> list[_Box]:
     """Smooth a field ``(1, n, *S)`` in and around its folded cells, in place; tile by tile, because those are few.
 
     A tile is computed with so much around it that the result is that of the whole field at once.
+
+    Returns:
+        The tiles.
     """
     reach = max(1, round(sigma))
     margin = max(2 * reach + 1, len(gaussian_taps(sigma)) - 1)
@@ -210,15 +236,13 @@ def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> None:
         for number, size in zip(tile, field.shape[2:], strict=True):
             core.append((number * _TILE, min((number + 1) * _TILE, size)))
             box.append((max(core[-1][0] - margin, 0), min(core[-1][1] + margin, size)))
-        around = (slice(None), slice(None), *(slice(first, last) for first, last in box))
-        cells = (slice(None), *(slice(first, last + 1) for first, last in box))
-        inner = (slice(None), slice(None), *(slice(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)))
-        values, weight = field[around].to(wide), _near(folded[cells], reach)
+        inner = [(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)]
+        values, weight = field[_index(box)].to(wide), _near(folded[_index(_cells(box))], reach)
         smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
-        target = (slice(None), slice(None), *(slice(first, last) for first, last in core))
-        tiles.append((target, smooth[inner].clone()))
-    for target, smooth in tiles:  # when none needs the old values any more
-        field[target] = smooth
+        tiles.append((core, smooth[_index(inner)].clone()))
+    for core, smooth in tiles:  # when none needs the old values any more
+        field[_index(core)] = smooth
+    return [core for core, _ in tiles]
 
 
 def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
@@ -244,8 +268,9 @@ def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, 
         if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
-        _smooth_near(field, folded, sigma)
-        folded = folded_cells(field, margin, outer)
+        for tile in _smooth_near(field, folded, sigma):
+            cells = _cells(tile)
+            folded[_index(cells)] = _folded_in(cells, field, margin, outer)
     wide = torch.promote_types(field.dtype, torch.float32)
     mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True, dtype=wide)
     for _ in range(50):

@@ -349,6 +349,19 @@ def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatc
     assert torch.equal(folded_cells(field), whole)
 
 
+@NOISY
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_box_has_the_folded_cells_of_the_whole(size, composed, random_tensor):
+    field = 0.8 * random_tensor((1, len(size), *size), 7, dtype=torch.float32)
+    outer = gaussian_smooth(random_tensor(field.shape, 8, dtype=torch.float32), 1.0) if composed else None
+    whole = folded_cells(field, MARGIN, outer)
+    assert 0.05 < float(whole.float().mean()) < 0.95
+    for first, length in itertools.product((0, 1, 4), (1, 3, 100)):  # the ring on one side, none of it, on both
+        box = [(first, min(first + length, s + 1)) for s in size]
+        part = whole[(0, *(slice(*span) for span in box))]
+        assert torch.equal(topology._folded_in(box, field, MARGIN, outer)[0], part)
+
+
 @pytest.mark.parametrize("reach", [2, 6, 16])
 @pytest.mark.parametrize("size", [(70, 48), (49, 24, 3)], ids=["2D", "3D"])
 def test_tiles_are_those_near_a_folded_cells_voxels(reach, size):
