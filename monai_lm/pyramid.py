@@ -83,10 +83,13 @@ def shrink(image: Tensor, level: Level) -> Tensor:
         image: ``(B, C, *S)`` on the finest grid.
         level: where to.
     """
-    if max(level.factor) == 1:
-        return image
-    sigma = [0.5 * factor if factor > 1 else 0.0 for factor in level.factor]
-    return _regrid(gaussian_smooth(image, sigma), level.size, level.factor)
+    n = len(level.size)
+    for axis, factor in enumerate(level.factor):  # the next axis has fewer voxels to filter
+        if factor > 1:
+            size, ratio, sigma = list(image.shape[2:]), [1.0] * n, [0.0] * n
+            size[axis], ratio[axis], sigma[axis] = level.size[axis], factor, 0.5 * factor
+            image = _regrid(gaussian_smooth(image, sigma), size, ratio)
+    return image
 
 
 def move_field(ddf: Tensor, old: Level, new: Level, out: Tensor | None = None) -> Tensor:
