@@ -324,6 +324,17 @@ def test_a_few_steps_train_the_segmenter(small_brains, tmp_path):
     assert all(torch.isfinite(v).all() for v in weights.values() if v.is_floating_point())
 
 
+def test_training_starts_from_given_weights(small_brains, tmp_path):
+    settings = {"views": 2, "view_size": "[48,64,48]", "num_workers": 0, "validate_every": 2, "start": MODEL}
+    run(["train"], small_brains, tmp_path, device="$torch.device('cpu')", **settings)
+    weights, start = (torch.load(file, weights_only=True) for file in (tmp_path / "model.pt", MODEL))
+    trained = [k for k in start if k.endswith("conv.weight")]
+    assert len(trained) > 10
+    for key in trained:  # AdamW moves a weight by the learning rate, at most 2e-3 a step
+        change = (weights[key].float() - start[key].float()).abs().max()
+        assert 0 < change < 5e-3 < start[key].float().std(), key
+
+
 def test_a_bundles_field_has_no_folds_and_fits_the_fixed_files_grid(small_brains):
     grid = nib.load(small_brains / "1008_t1.nii.gz")
     bundle = RegistrationBundle(BUNDLE, settings={"scales": [2, 1], "iterations": 20, "compile": False})
