@@ -116,7 +116,7 @@ class Engine:
 
     def loss(self, residual: Tensor | None) -> Tensor:
         """Loss ``(B,)`` at a residual, ``None`` for zero; call :meth:`evaluate` before the next step."""
-        for window in windows(self.residual, self.residual.shape[1], 0):
+        for window in windows(self.residual, max(self.residual.shape[1], self.moving.shape[1]), 0):
             window.right(self.warped).copy_(window.cut(self._warp(window, residual)))
         if self.similarity.halo is None:
             given = self.warped, self.reference, self.similarity

@@ -250,8 +250,8 @@ def test_network_has_the_shapes_of_the_metadata_and_the_exported_model_is_the_sa
     with torch.no_grad():
         codes = net(images)
         torch.testing.assert_close(torch.jit.load(MODEL.with_suffix(".ts")).eval()(images), codes, rtol=1e-4, atol=1e-5)
-    assert codes.shape == (1, 34, 16, 24, 16)
-    assert 0.1 < codes[:, 1:17].norm(dim=1).max() <= 1.0
+    assert codes.shape == (1, 18, 16, 24, 16)
+    assert 0.1 < codes[:, 1:9].norm(dim=1).max() <= 1.0
 
 
 @pytest.mark.usefixtures("scripts")
