@@ -71,7 +71,7 @@ class StructureCodes(nn.Module):
     """
 
     def __init__(
-        self, segmenter: nn.Module, labels: int, codes: int = 16, factor: int = 2, background: float = 0.05
+        self, segmenter: nn.Module, labels: int, codes: int = 8, factor: int = 2, background: float = 0.05
     ) -> None:
         super().__init__()
         for name, value, least in (("labels", labels, 2), ("codes", codes, 2), ("factor", factor, 1)):

@@ -220,29 +220,41 @@ def _repair_pairs(ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: flo
 
 
 def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> list[_Box]:
-    """Smooth a field ``(1, n, *S)`` in and around its folded cells, in place; tile by tile, because those are few.
+    """Smooth a field ``(1, n, *S)`` in and around its folded cells, in place; box by box, because those are few.
 
-    A tile is computed with so much around it that the result is that of the whole field at once.
+    A box is computed with so much around it that the result is that of the whole field at once.
 
     Returns:
-        The tiles.
+        The boxes, each within a tile, outside of which nothing has changed.
     """
-    reach = max(1, round(sigma))
-    margin = max(2 * reach + 1, len(gaussian_taps(sigma)) - 1)
+    reach, size = max(1, round(sigma)), field.shape[2:]
     wide = torch.promote_types(field.dtype, torch.float32)
-    tiles = []
+    parts = []
     for tile in _tiles_near(folded, 2 * reach):
-        core, box = [], []
-        for number, size in zip(tile, field.shape[2:], strict=True):
-            core.append((number * _TILE, min((number + 1) * _TILE, size)))
-            box.append((max(core[-1][0] - margin, 0), min(core[-1][1] + margin, size)))
-        inner = [(a - b, c - b) for (a, c), (b, _) in zip(core, box, strict=True)]
-        values, weight = field[_index(box)].to(wide), _near(folded[_index(_cells(box))], reach)
-        smooth = torch.where(weight == 0, values, values + weight * (gaussian_smooth(values, sigma) - values))
-        tiles.append((core, smooth[_index(inner)].clone()))
-    for core, smooth in tiles:  # when none needs the old values any more
-        field[_index(core)] = smooth
-    return [core for core, _ in tiles]
+        core = [(number * _TILE, min((number + 1) * _TILE, length)) for number, length in zip(tile, size, strict=True)]
+        around = _grown(core, 2 * reach + 1, size)
+        weight = _near(folded[_index(_cells(around))], reach)[_index(_seen_from(around, core))]
+        near = weight[0, 0].nonzero()
+        low, high = near.amin(0).tolist(), near.amax(0).tolist()
+        inner = [(first, last + 1) for first, last in zip(low, high, strict=True)]
+        box = [(first + start, last + start) for (first, last), (start, _) in zip(inner, core, strict=True)]
+        around = _grown(box, len(gaussian_taps(sigma)) - 1, size)
+        values, within = field[_index(around)].to(wide), _index(_seen_from(around, box))
+        smooth, values, weight = gaussian_smooth(values, sigma)[within], values[within], weight[_index(inner)]
+        parts.append((box, torch.where(weight == 0, values, values + weight * (smooth - values))))
+    for box, smooth in parts:  # when none needs the old values any more
+        field[_index(box)] = smooth
+    return [box for box, _ in parts]
+
+
+def _grown(box: _Box, margin: int, size: torch.Size) -> _Box:
+    """A box with a margin, as far as the grid reaches."""
+    return [(max(first - margin, 0), min(last + margin, s)) for (first, last), s in zip(box, size, strict=True)]
+
+
+def _seen_from(outer: _Box, box: _Box) -> _Box:
+    """A box, counted from the first voxel of another one."""
+    return [(first - start, last - start) for (first, last), (start, _) in zip(box, outer, strict=True)]
 
 
 def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
@@ -268,8 +280,8 @@ def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, 
         if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
-        for tile in _smooth_near(field, folded, sigma):
-            cells = _cells(tile)
+        for box in _smooth_near(field, folded, sigma):
+            cells = _cells(box)
             folded[_index(cells)] = _folded_in(cells, field, margin, outer)
     wide = torch.promote_types(field.dtype, torch.float32)
     mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True, dtype=wide)
