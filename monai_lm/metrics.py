@@ -17,6 +17,7 @@ import torch
 from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance
 from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
+from scipy.ndimage import find_objects
 from torch import Tensor
 
 from monai_lm.fields import compose, fold_count, jacobian_determinant, sample_points
@@ -103,14 +104,17 @@ def label_overlap(
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Dice and, given a spacing, 95 % Hausdorff distance in millimetres, of every label above 0 of one pair.
 
-    Label maps are ``(*S)``. One label at a time: 138 structures of a brain as channels would take gigabytes.
-    A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
+    Label maps are ``(*S)``. One label at a time, in the box that holds it in both maps: 138 structures of a brain as
+    channels would take gigabytes. A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
     """
     dice, hd95 = {}, {}
-    for value in torch.cat([warped.unique(), fixed.unique()]).unique().tolist():
+    values = torch.cat([warped.unique(), fixed.unique()]).unique()
+    boxes = [_boxes(labels, values) for labels in (warped, fixed)]
+    for value, *found in zip(values.tolist(), *boxes, strict=True):
         if value == 0:
             continue
-        masks = (warped == value).float()[None, None], (fixed == value).float()[None, None]
+        box = _around([b for b in found if b is not None])
+        masks = (warped[box] == value).float()[None, None], (fixed[box] == value).float()[None, None]
         dice[int(value)] = float(compute_dice(*masks, include_background=True, ignore_empty=False))
         if spacing is not None:
             distance = float("nan")
@@ -124,6 +128,20 @@ def label_overlap(
                     )
             hd95[int(value)] = distance
     return dice, hd95
+
+
+def _boxes(labels: Tensor, values: Tensor) -> list[tuple[slice, ...] | None]:
+    """For each of the sorted values the box of a label map ``(*S)`` that holds it; ``None`` where it is not there."""
+    number = torch.searchsorted(values, labels.contiguous(), out_int32=True) + 1
+    boxes: list[tuple[slice, ...] | None] = find_objects(number.cpu().numpy(), len(values))
+    return boxes
+
+
+def _around(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The box that holds all of them and, where the map goes on, a voxel more on every side."""
+    return tuple(
+        slice(max(0, min(s.start for s in a) - 1), max(s.stop for s in a) + 1) for a in zip(*boxes, strict=True)
+    )
 
 
 def compare_labels(
