@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -304,11 +305,22 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
         print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
 
 
+def _with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
+    """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
+    parameters = [p for command in commands for p in signature(command).parameters.values()]
+    switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
+    out = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        out += [word, "true"] if word in switches and following.startswith("-") else [word]
+    return out
+
+
 def main() -> None:
     """Run a subcommand; errors that a user can mend end with one paragraph and exit code 2."""
     commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
     try:
-        auto_cli({command.__name__: command for command in commands}, as_positional=False)
+        named: dict[str, Any] = {command.__name__: command for command in commands}
+        auto_cli(named, args=_with_values(sys.argv[1:], commands), as_positional=False)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"monai-lm: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -84,3 +84,22 @@ def test_info_names_versions_and_devices(monkeypatch, capsys):
     info = json.loads(capsys.readouterr().out)
     assert info["torch"] == torch.__version__
     assert info["devices"]
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "true"]])
+def test_a_switch_alone_means_true(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "info", *words])
+    cli.main()
+    assert "torch" in json.loads(capsys.readouterr().out)
+
+
+def test_a_switch_before_another_option_means_true(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli.files, "invert_field", lambda *values: given.update(values=values) or 0.0)
+    words = ["--ddf", "a.nii.gz", "--overwrite", "--output", "b.nii.gz"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words])
+    cli.main()
+    assert True in given["values"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words[:2], *words[3:], "--overwrite", "false"])
+    cli.main()
+    assert True not in given["values"]
