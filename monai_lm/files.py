@@ -73,7 +73,7 @@ def refine_pair(
         mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
-        overwrite: replace what is in ``output_dir``.
+        overwrite: replace what is in ``output_dir``; a former run's report and warped labels do not stay.
         report: write the report; its Dice is that of labels brought onto the fixed grid first, ``metrics.json`` samples
             them once.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
@@ -127,6 +127,9 @@ def refine_pair(
         _report(folder / "report.html", pair, onto, result, predicted, keywords)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(as_json(metrics) + "\n")
+    if overwrite:
+        for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
+            (folder / name).unlink(missing_ok=True)
     return metrics
 
 

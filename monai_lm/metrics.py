@@ -102,13 +102,21 @@ def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
 def label_overlap(
     warped: Tensor, fixed: Tensor, spacing: Sequence[float] | None = None
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Dice and, given a spacing, 95 % Hausdorff distance in millimetres, of every label above 0 of one pair.
+    """Dice and, given a spacing, 95 % Hausdorff distance in millimetres, of every label but 0 of one pair.
 
     Label maps are ``(*S)``. One label at a time, in the box that holds it in both maps: 138 structures of a brain as
     channels would take gigabytes. A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
+
+    Raises:
+        ValueError: maps of different shapes, or with values that are not whole numbers.
     """
+    if warped.shape != fixed.shape:
+        raise ValueError(f"warped and fixed must have one shape, got {tuple(warped.shape)} and {tuple(fixed.shape)}")
+    warped, fixed = (labels if labels.is_floating_point() else labels.long() for labels in (warped, fixed))
     dice, hd95 = {}, {}
     values = torch.cat([warped.unique(), fixed.unique()]).unique()
+    if bool((values != values.round()).any()):
+        raise ValueError(f"label maps must hold whole numbers, got {float(values[values != values.round()][0])}")
     boxes = [_boxes(labels, values) for labels in (warped, fixed)]
     for value, *found in zip(values.tolist(), *boxes, strict=True):
         if value == 0:

@@ -16,7 +16,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-__all__ = ["PARTS", "PATHS", "check_files", "draw_pairs", "named", "raise_all", "read_list", "split_subjects"]
+__all__ = ["PARTS", "PATHS", "check_files", "draw_pairs", "named", "raise_all", "read_list", "share", "split_subjects"]
 
 PARTS = ("train", "validation", "test", "predict")
 SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
@@ -189,6 +189,17 @@ def named(pairs: Iterable[Mapping[str, Any]]) -> list[Entry]:
         taken.add(name)
         out.append({**pair, "name": name})
     return out
+
+
+def share(pairs: Sequence[Entry], rank: int, processes: int) -> list[Entry]:
+    """The pairs of one of several processes that evaluate together.
+
+    Raises:
+        ValueError: fewer pairs than processes: one without pairs would leave the others waiting for its metrics.
+    """
+    if len(pairs) < processes:
+        raise ValueError(f"there must be a pair for each of the {processes} processes, got {len(pairs)} pairs")
+    return list(pairs[rank::processes])
 
 
 def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid: bool) -> None:

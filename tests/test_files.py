@@ -223,6 +223,15 @@ def test_nothing_is_replaced_unless_asked(pair, tmp_path):
     _refine(pair, tmp_path / "out", overwrite=True, settings=QUICK | {"iterations": 0})
 
 
+def test_a_former_runs_report_and_labels_do_not_stay(pair, tmp_path):
+    names = {"ddf.nii.gz", "inverse.nii.gz", "warped.nii.gz", "metrics.json"}
+    (tmp_path / "out").mkdir()
+    for name in ("report.html", "report.png", "warped_label.nii.gz", "mine.txt"):
+        (tmp_path / "out" / name).write_text("of a former run")
+    _refine(pair, tmp_path / "out", overwrite=True, labels=None, settings=QUICK | {"iterations": 0})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"mine.txt"}
+
+
 def test_bad_files_are_named_and_nothing_is_written(pair, tmp_path):
     (tmp_path / "text.nii.gz").write_text("no image")
     four = _save(tmp_path / "four.nii.gz", np.zeros((4, 4, 4, 2), np.float32), FIXED)

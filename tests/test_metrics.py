@@ -133,6 +133,20 @@ def test_overlap_per_label_is_that_of_brute_force(labels):
     assert label_overlap(first, second) == (dice, {})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.int8, torch.float64, torch.half])
+def test_label_maps_of_any_type_are_compared(labels, dtype):
+    first, second = ((maps[1, 0] % 2).to(dtype) for maps in labels)
+    assert label_overlap(first, second, SPACING) == label_overlap(first.float(), second.float(), SPACING)
+
+
+def test_maps_that_hold_no_labels_are_refused(labels):
+    first = labels[0][1, 0].float()
+    with pytest.raises(ValueError, match=r"label maps must hold whole numbers, got 0.5"):
+        label_overlap(first, first + 0.5 * (first == 0))
+    with pytest.raises(ValueError, match=r"warped and fixed must have one shape, got .* and .*"):
+        label_overlap(first, first[:-1])
+
+
 def test_means_are_over_the_labels_of_each_pair(labels):
     out = compare_labels(*labels, [SPACING, SPACING])
     for pair in range(2):

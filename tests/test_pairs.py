@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_lm.pairs import check_files, draw_pairs, named, read_list, split_subjects
+from monai_lm.pairs import check_files, draw_pairs, named, read_list, share, split_subjects
 
 
 def test_a_folder_is_a_list_of_subjects(cohort):
@@ -95,6 +95,14 @@ def test_random_pairs_are_seeded_and_different():
     assert drawn == draw_pairs(entries, "random", 12, seed=5) != draw_pairs(entries, "random", 12, seed=6)
     assert len(set(drawn)) == 12
     assert all(f != m for f, m in drawn)
+
+
+def test_every_process_has_its_share_of_the_pairs():
+    pairs = [{"name": str(i)} for i in range(5)]
+    shares = [share(pairs, rank, 3) for rank in range(3)]
+    assert [[int(p["name"]) for p in part] for part in shares] == [[0, 3], [1, 4], [2]]
+    with pytest.raises(ValueError, match="there must be a pair for each of the 6 processes, got 5 pairs"):
+        share(pairs, 0, 6)
 
 
 def test_namesakes_are_numbered():

@@ -40,7 +40,7 @@ def warp(
         mode: ``"bilinear"`` (trilinear in 3D) or ``"nearest"`` (for label maps).
         padding_mode: what lies outside the image: ``"border"`` extends the edge voxels, ``"zeros"`` is zero.
         origin: where ``ddf`` holds a window of its grid only, the index of its first voxel along the first axes, each a
-            tensor of one number in the dtype of ``ddf``; 0 along the others.
+            tensor of one number, float32 or the dtype of ``ddf`` if that is wider; 0 along the others.
 
     Returns:
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
@@ -59,7 +59,8 @@ def warp(
             "image must be (B, C, *M) with at least 2 voxels along every axis and ddf (B, n, *S) with n = len(M) = "
             f"len(S), got shapes {tuple(image.shape)} and {tuple(ddf.shape)}"
         )
-    voxels = [torch.arange(length, device=ddf.device, dtype=ddf.dtype) for length in ddf.shape[2:]]
+    wide = torch.promote_types(ddf.dtype, torch.float32)  # half precision cannot hold positions
+    voxels = [torch.arange(length, device=ddf.device, dtype=wide) for length in ddf.shape[2:]]
     for axis, first in enumerate(origin):
         voxels[axis] = voxels[axis] + first
     position = [ddf[:, a] + _along(voxels[a], a, n) for a in range(n)]
@@ -70,7 +71,7 @@ def warp(
     if mode == "nearest":
         return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
     sample = _zero_padded if padding_mode == "zeros" else _border
-    return torch.cat(sample(blocks, position, sizes), 1)
+    return torch.cat(sample(blocks, position, sizes), 1).to(torch.promote_types(image.dtype, ddf.dtype))
 
 
 def sample_points(ddf: Tensor, points: Tensor) -> Tensor:

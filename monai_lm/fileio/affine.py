@@ -31,7 +31,8 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
             four numbers, which are taken as they are: RAS millimetres, from fixed to moving (as greedy writes). The
             content decides, not the suffix. FSL's FLIRT writes four rows of four numbers too that mean something else
             (FSL's millimetres, from moving to fixed): they cannot be told apart.
-        dimensions: 3 refuses transforms of a plane, for images that have three axes; default: both are read.
+        dimensions: of the images: 3 refuses transforms of a plane, 2 those that lead out of it (but for a shift, which
+            is of no account there); default: all are read.
 
     Returns:
         ``(4, 4)`` float64 in RAS millimetres, from points of the fixed to points of the moving image; of a 2D transform
@@ -49,13 +50,20 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     if content.startswith(b"#Insight Transform File"):
         parts = _text_parts(path, content.decode("utf-8", "replace"))
     elif (rows := _four_by_four(content)) is not None:
-        return check_affine(f"the matrix in {path}", rows)
+        return _checked(path, rows, dimensions)
     else:
         parts = _matlab_parts(path, content)
     if dimensions == 3 and (planar := [name for name, _, _ in parts if name.endswith("_2_2")]):
         raise ValueError(f"{path} must hold a transform of points in space, as the images are, got {planar[0]!r}")
     lps = _combined(path, parts)
-    return check_affine(f"the matrix in {path}", _LPS @ lps @ _LPS)
+    return _checked(path, _LPS @ lps @ _LPS, dimensions)
+
+
+def _checked(path: Path, matrix: np.ndarray, dimensions: int | None) -> np.ndarray:
+    matrix = check_affine(f"the matrix in {path}", matrix)
+    if dimensions == 2 and max(np.abs(matrix[2, :2]).max(), np.abs(matrix[:2, 2]).max()) > 1e-6:
+        raise ValueError(f"{path} must keep to the plane of the images, got the matrix\n{matrix}")
+    return matrix
 
 
 def _four_by_four(content: bytes) -> np.ndarray | None:
@@ -153,7 +161,7 @@ def _matrix(path: Path, name: str, parameters: np.ndarray, fixed: np.ndarray) ->
     known = _KINDS.get((match[1], int(match[2]))) if match else None
     if match is None or known is None:
         kinds = sorted({kind for kind, _ in _KINDS})
-        raise ValueError(f"{path} must hold a linear transform, one of {kinds}, got {name!r}")
+        raise ValueError(f"{path} must hold one of the linear transforms {kinds}, got {name!r}")
     n, (count, parse) = int(match[2]), known
     centre = fixed[:n] if len(fixed) else np.zeros(n)
     if len(parameters) != count or len(centre) != n or not np.isfinite([*parameters, *fixed]).all():

@@ -170,6 +170,22 @@ def test_a_compiler_is_shown_the_same_samples(mode, padding_mode, channels, rand
     assert torch.equal(warp(image, whole, mode, padding_mode)[:, :, 2:], rows)
 
 
+@pytest.mark.parametrize(("mode", "padding_mode"), MODES)
+def test_positions_of_a_half_precision_field_are_not_rounded(mode, padding_mode, random_tensor):
+    image = torch.arange(3000.0).view(1, 1, -1, 1).expand(1, 1, 3000, 2)
+    field = torch.zeros(1, 2, 3000, 2, dtype=torch.half)
+    field[:, 0] = 0.25
+    expected = warp(image, field.float(), mode, padding_mode)
+    assert torch.equal(warp(image, field, mode, padding_mode), expected)
+    assert float(expected[0, 0, 2500, 0]) == 2500 + 0.25 * (mode == "bilinear")
+    field = 3 * random_tensor((1, 2, 9, 8)).half()
+    for values in (field.float(), field):
+        out = warp(values, field, mode, padding_mode)
+        assert out.dtype == values.dtype
+        reference = warp(values.float(), field.float(), mode, padding_mode)
+        torch.testing.assert_close(out.float(), reference, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(6, 7), (5, 6, 7)])
 def test_points_are_sampled_as_scipy_does(size):
     ndimage = pytest.importorskip("scipy.ndimage")

@@ -137,7 +137,7 @@ HEAD = "#Insight Transform File V1.0\n"
         (HEAD, "must hold one transform or one composite transform, got 0 transforms"),
         (
             HEAD + "Transform: BSplineTransform_double_3_3\nParameters: 1 2\nFixedParameters: 0 0 0\n",
-            r"must hold a linear transform, one of \['AffineTransform', .* got 'BSplineTransform_double_3_3'",
+            r"must hold one of the linear transforms \['AffineTransform', .* got 'BSplineTransform_double_3_3'",
         ),
         (
             HEAD + "Transform: AffineTransform_double_3_3\nParameters: 1 0 0 0 1 0\nFixedParameters: 0 0 0\n",
@@ -167,6 +167,20 @@ def test_texts_that_hold_no_linear_transform_are_refused(tmp_path, text, message
     with pytest.raises(ValueError, match=message) as error:
         read_affine(tmp_path / "x.txt")
     assert "x.txt" in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["mat", "tfm"])
+def test_transforms_fit_the_images_dimensions(tmp_path, suffix):
+    flat, shifted, tilted = (str(tmp_path / f"{name}.{suffix}") for name in ("flat", "shifted", "tilted"))
+    sitk.WriteTransform(affine(2), flat)
+    sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, -2.0, 5.0)), shifted)
+    sitk.WriteTransform(sitk.Euler3DTransform((0.0, 0.0, 0.0), 0.3, 0.0, 0.0), tilted)
+    with pytest.raises(ValueError, match=r"must hold a transform of points in space, .* got 'AffineTransform_"):
+        read_affine(flat, 3)
+    with pytest.raises(ValueError, match="must keep to the plane of the images"):
+        read_affine(tilted, 2)
+    for path, dimensions in ((flat, 2), (shifted, 2), (shifted, 3), (tilted, 3)):
+        np.testing.assert_array_equal(read_affine(path, dimensions), read_affine(path))
 
 
 def test_an_absent_file(tmp_path):

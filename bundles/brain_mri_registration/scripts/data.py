@@ -100,6 +100,8 @@ class RandomViews(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be below {self.count}, got {index}")
         draw = _Draw(self.seed, index)
         subject = self.subjects[draw.whole(len(self.subjects))]
         image, label, centre = self._deformed(subject["image"][None], subject["label"][None], draw)
