@@ -99,7 +99,7 @@ def test_a_switch_before_another_option_means_true(monkeypatch):
     words = ["--ddf", "a.nii.gz", "--overwrite", "--output", "b.nii.gz"]
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words])
     cli.main()
-    assert True in given["values"]
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", True)
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words[:2], *words[3:], "--overwrite", "false"])
     cli.main()
-    assert True not in given["values"]
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False)
