@@ -242,11 +242,10 @@ def _finish(
     if rounded:  # what was rounded may fold
         repair_in_place(ddf)
     folds, shift = torch.zeros_like(constant, dtype=torch.long), torch.zeros_like(initial)
-    if (
-        predicted is not None and engine.prediction is not None and engine.prediction is not predicted
-    ):  # it was repaired
+    repaired = engine.prediction
+    if predicted is not None and repaired is not None and repaired is not predicted:
         folds = fold_count(predicted)
-        shift = torch.linalg.vector_norm(engine.prediction - predicted, dim=1).flatten(1).mean(1)
+        shift = torch.linalg.vector_norm(repaired - predicted, dim=1).flatten(1).mean(1)
     return RefinementResult(
         ddf=ddf,
         history=record.history(),

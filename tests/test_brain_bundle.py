@@ -142,6 +142,7 @@ def test_views_follow_from_their_number(scripts, toy_brain):
         assert first["image"].shape == first["label"].shape == (1, 64, 64, 64)
         assert (first["image"].min(), first["image"].max()) == (0, 1)
         assert set(first["label"].unique().tolist()) <= {0, 4, 5}
+    assert len(list(views)) == len(views) == 4
     assert not torch.equal(views[0]["image"], views[1]["image"])
     assert not torch.equal(other[0]["image"], views[0]["image"])
 

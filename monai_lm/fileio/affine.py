@@ -60,6 +60,7 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
 
 
 def _checked(path: Path, matrix: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """A matrix ``(4, 4)`` in RAS millimetres that can be inverted and, for images of a plane, stays in it."""
     matrix = check_affine(f"the matrix in {path}", matrix)
     if dimensions == 2 and max(np.abs(matrix[2, :2]).max(), np.abs(matrix[:2, 2]).max()) > 1e-6:
         raise ValueError(f"{path} must keep to the plane of the images, got the matrix\n{matrix}")
