@@ -67,7 +67,7 @@ class RegistrationBundle:
         self.network: nn.Module = network.to(self.device).eval()
         self.inferer = inferer
         try:
-            self.network.load_state_dict(torch.load(weights, map_location=self.device, weights_only=True))
+            self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises what it likes for files that are cut off or of another network
             raise ValueError(f"{weights} cannot be loaded into the network of bundle {folder}: {error}") from error
 
@@ -118,7 +118,7 @@ class RegistrationBundle:
         seconds = time.perf_counter() - started
 
         def seen(ddf: Tensor) -> Tensor:
-            inner = from_space(ddf.detach().cpu(), np.eye(4), fixed_to_moving(own, target))
+            inner = from_space(ddf.detach(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, size, affine))
 
         return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf), seconds=seconds)

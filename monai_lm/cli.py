@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 
 import monai_lm
@@ -143,6 +144,7 @@ def apply(
     moving: str | None = None,
     label: bool = False,
     file_format: str = "auto",
+    device: str = "auto",
     overwrite: bool = False,
 ) -> None:
     """Warp an image or a label map with a field, or lead points of the fixed image to the moving image.
@@ -155,12 +157,20 @@ def apply(
         moving: image that the field leads to, for points and voxel fields.
         label: the image is a label map: nearest neighbour.
         file_format: of the field: auto, itk, fsl, voxel or learn2reg.
+        device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
-    files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format)
+    files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
 
 
-def invert(ddf: str, output: str, moving: str | None = None, file_format: str = "itk", overwrite: bool = False) -> None:
+def invert(
+    ddf: str,
+    output: str,
+    moving: str | None = None,
+    file_format: str = "itk",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
     """Invert a field: from points of the moving to points of the fixed image.
 
     Args:
@@ -168,9 +178,10 @@ def invert(ddf: str, output: str, moving: str | None = None, file_format: str = 
         output: its inverse.
         moving: image on whose grid the inverse shall lie; default: the field's grid.
         file_format: of the output.
+        device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
-    missed = files.invert_field(ddf, output, moving, file_format, overwrite)
+    missed = files.invert_field(ddf, output, moving, file_format, overwrite, device)
     print(f"field and inverse miss the identity by at most {missed:.4f} voxel away from the border")
 
 
@@ -218,6 +229,7 @@ def evaluate(
     fixed_points: str | None = None,
     moving_points: str | None = None,
     file_format: str = "auto",
+    device: str = "auto",
     json: bool = False,
 ) -> None:
     """Measure a field: folds, SDlogJ and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm).
@@ -231,10 +243,11 @@ def evaluate(
         fixed_points: landmarks in the fixed image.
         moving_points: the same points in the moving image.
         file_format: of the field.
+        device: auto, cpu, cuda, cuda:1, ...
         json: print JSON.
     """
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
-    _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format), json)
+    _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
 
 
 def info(json: bool = False) -> None:
@@ -246,7 +259,6 @@ def info(json: bool = False) -> None:
     import monai
     import nibabel
     import pytorch_lightning
-    import torch
 
     from monai_lm.compilation import compiler_found
 
@@ -321,7 +333,7 @@ def main() -> None:
     try:
         named: dict[str, Any] = {command.__name__: command for command in commands}
         auto_cli(named, args=_with_values(sys.argv[1:], commands), as_positional=False)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         print(f"monai-lm: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from monai_lm.fileio.files import write_table
@@ -66,7 +67,7 @@ def refine_cohort(
             further = {"labels": labels, "points": points, "mask": entry.get("fixed_mask")}
             try:  # what an interrupted run left of a pair is replaced
                 refine_pair(**given, output_dir=done.parent, **further, overwrite=True, **kwargs)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, torch.OutOfMemoryError) as error:
                 failed[name] = str(error)
                 continue
         rows.append({"name": name} | json.loads(done.read_text()))

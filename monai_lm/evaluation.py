@@ -39,7 +39,7 @@ def spacing_of(image: Any, pair: int = 0) -> tuple[float, ...]:
     if not isinstance(image, MetaTensor):
         return (1.0,) * n
     affine = image.affine if image.affine.dim() == 2 else image.affine[pair]
-    return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].double(), dim=0))
+    return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].cpu().double(), dim=0))
 
 
 def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:

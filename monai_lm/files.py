@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.bundles import RegistrationBundle
+from monai_lm.devices import find_device, widest_float
 from monai_lm.fields import compose, fold_count, invert, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
@@ -99,30 +100,28 @@ def refine_pair(
     pair = load_pair(fixed, moving, affine, labels, points, mask)
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
-    chosen = _device(device)
-    start = torch.zeros(1, len(f.size), *f.size)
-    predicted = None if ddf is None else Field(ddf, f, m).ddf
+    chosen = find_device(device)
+    start = torch.zeros(1, len(f.size), *f.size, device=chosen)
+    predicted = None if ddf is None else Field(ddf, f, m).ddf.to(chosen)
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
-    weight = None if pair.mask is None else pair.mask.data
-    further = [None if tensor is None else tensor.to(chosen) for tensor in (predicted, weight)]
+    weight = None if pair.mask is None else pair.mask.data.to(chosen)
     with _made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            result = refine(f.data.to(chosen), onto.to(chosen), *further, **keywords)
+            result = refine(f.data.to(chosen), onto, predicted, weight, **keywords)
         else:
             start, result = _registered(bundle, pair, chosen, settings)
             predicted = start
-    refined = result.ddf.cpu()
-    before, after = _measure(start, pair), _measure(refined, pair)
+    before, after = _measure(start, pair), _measure(result.ddf, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
     metrics |= {
         "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
     }  # fmt: skip
-    _write_fields(folder, suffix, file_format, pair, refined)
-    _write_warped(folder, pair, refined)
+    _write_fields(folder, suffix, file_format, pair, result.ddf)
+    _write_warped(folder, pair, result.ddf)
     if report:
         _report(folder / "report.html", pair, onto, result, predicted, keywords)
     with replacing(folder / "metrics.json") as temporary:
@@ -180,19 +179,29 @@ def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: 
     f, m = pair.fixed, pair.moving
     whole = through_affine(ddf, f.affine, m.affine, pair.initial)
     write_ddf(
-        folder / f"ddf{suffix}", whole[0].numpy(), f.affine, file_format, moving_affine=m.affine, moving_size=m.size
+        folder / f"ddf{suffix}",
+        whole[0].cpu().numpy(),
+        f.affine,
+        file_format,
+        moving_affine=m.affine,
+        moving_size=m.size,
     )
     back = _inverse(ddf, f.affine, m.affine, pair.initial, m.size)
     write_ddf(
-        folder / f"inverse{suffix}", back[0].numpy(), m.affine, file_format, moving_affine=f.affine, moving_size=f.size
+        folder / f"inverse{suffix}",
+        back[0].cpu().numpy(),
+        m.affine,
+        file_format,
+        moving_affine=f.affine,
+        moving_size=f.size,
     )
 
 
 def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
-    warped = pair.brought(pair.moving, ddf)
+    warped = pair.brought(pair.moving, ddf).cpu()
     save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), pair.fixed.affine, "none")
     if pair.labels:
-        label = pair.brought(pair.labels[1], ddf)
+        label = pair.brought(pair.labels[1], ddf).cpu()
         kind = label_type(label.numpy())
         save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
 
@@ -210,7 +219,7 @@ def _report(
 
     labels, points, affine = None, None, pair.fixed.affine
     if pair.labels:
-        labels = (pair.labels[0].data, pair.brought(pair.labels[1], torch.zeros_like(result.ddf).cpu()))
+        labels = (pair.labels[0].data, pair.brought(pair.labels[1], torch.zeros_like(result.ddf)))
     if pair.points and pair.initial is None:
         points = (to_voxel(pair.points[0], affine), to_voxel(pair.points[1], affine))
     write_report(
@@ -224,21 +233,19 @@ def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
     """Metrics of a field on the fixed grid, with the affine after it."""
     out = {"folds": float(fold_count(ddf)), "sdlogj": float(sd_log_jacobian(ddf))}
     if pair.labels:
-        label = pair.brought(pair.labels[1], ddf)
+        label, fixed = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
         spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
-        out |= {key: float(value) for key, value in compare_labels(label, pair.labels[0].data, [spacing]).items()}
+        out |= {key: float(value) for key, value in compare_labels(label, fixed, [spacing]).items()}
     if pair.points:
         moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
-        out["tre"] = float(torch.linalg.vector_norm(moved - pair.points[1], dim=1).mean())
+        out["tre"] = float(torch.linalg.vector_norm(moved - pair.points[1].to(moved), dim=1).mean())
     return out
 
 
 def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray | None = None) -> Tensor:
     """Points ``(N, n)`` in RAS millimetres, led by a field on the fixed grid, then by an affine in RAS millimetres."""
-    voxels = to_voxel(points.double(), affine)
-    return to_world(
-        voxels + sample_points(ddf.double(), voxels[None])[0], affine if initial is None else initial @ affine
-    )
+    voxels = to_voxel(points.to(ddf.device, widest_float(ddf.device)), affine)
+    return to_world(voxels + sample_points(ddf, voxels[None])[0], affine if initial is None else initial @ affine)
 
 
 def _inverse(
@@ -263,6 +270,7 @@ def apply_field(
     label: bool = False,
     overwrite: bool = False,
     file_format: str = "auto",
+    device: str = "auto",
 ) -> None:
     """Warp an image or a label map onto the grid of a field, or lead points of the fixed image to the moving one.
 
@@ -276,8 +284,9 @@ def apply_field(
         label: take the nearest label instead of interpolating.
         overwrite: replace ``output``.
         file_format: of the field.
+        device: where it is computed; ``"auto"`` takes a GPU if there is one.
     """
-    output = Path(output)
+    output, chosen = Path(output), find_device(device)
     free(output.parent, [output.name], overwrite)
     grid, target = (None if path is None else Image(path) for path in (fixed, moving))
     if Path(source).name.lower().endswith(POINT_SUFFIXES):
@@ -285,7 +294,7 @@ def apply_field(
             raise ValueError(f"output must end in .csv for points, got {output.name!r}")
         field = Field(ddf, grid, target, file_format)
         points = load_points(source, field.ddf.shape[1])
-        moved = _move(points, field.inner(), field.affine)
+        moved = _move(points, field.inner().to(chosen), field.affine).cpu()
         with replacing(output) as temporary:
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
@@ -296,7 +305,8 @@ def apply_field(
         image.check_labels()
     field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
-    warped = resample_moving(image.data, field.inner(), field.affine, image.affine, None, mode, outside)
+    ddf_inside, data = field.inner().to(chosen), image.data.to(chosen)
+    warped = resample_moving(data, ddf_inside, field.affine, image.affine, None, mode, outside).cpu()
     save_nifti(output, warped[0, 0].numpy(), field.affine, "none", label_type(warped.numpy()) if label else np.float32)
 
 
@@ -306,6 +316,7 @@ def invert_field(
     moving: str | Path | None = None,
     file_format: str = "itk",
     overwrite: bool = False,
+    device: str = "auto",
 ) -> float:
     """Write the inverse of a field, on the grid of the ``moving`` image (default: the field's own).
 
@@ -313,12 +324,12 @@ def invert_field(
         Largest distance in voxels that inverse and field together miss the identity by, an eighth of the grid away from
         its border and where the field leads into the grid of the inverse; NaN where it does nowhere.
     """
-    output = Path(output)
+    output, chosen = Path(output), find_device(device)
     free(output.parent, [output.name], overwrite)
     image = None if moving is None else Image(moving)
     field = Field(ddf, None, image)
     size = tuple(field.ddf.shape[2:]) if image is None else image.size
-    inverse = _inverse(field.inner(), field.affine, field.moving_affine, None, size)
+    inverse = _inverse(field.inner().to(chosen), field.affine, field.moving_affine, None, size).cpu()
     write_ddf(
         output, inverse[0].numpy(), field.moving_affine, file_format,
         moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
@@ -374,11 +385,13 @@ def evaluate_field(
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
     file_format: str = "auto",
+    device: str = "auto",
 ) -> dict[str, float]:
     """Folds and SDlogJ of a field and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
+    chosen = find_device(device)
     pair = load_pair(fixed, moving, None, labels, points)
     field = Field(ddf, pair.fixed, pair.moving, file_format)
-    return _measure(field.inner(), pair)
+    return _measure(field.inner().to(chosen), pair)
 
 
 def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
@@ -386,15 +399,3 @@ def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise FileExistsError(f"{', '.join(str(folder / n) for n in taken)} exists; --overwrite replaces it")
-
-
-def _device(name: str) -> torch.device:
-    """A device that is there; ``"auto"`` is a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be auto or one that torch has here, got {name!r}: {error}") from error
-    return device

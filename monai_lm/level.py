@@ -125,7 +125,8 @@ class LevelRun:
             done = k
             bar.update()
             if k % _LOOK == 0:
-                bar.set_postfix(scale=self.level.scale, loss=f"{float(best_loss.mean()) / engine.voxels:.4f}")
+                if not bar.disable:  # the host waits for what it shows
+                    bar.set_postfix(scale=self.level.scale, loss=f"{float(best_loss.mean()) / engine.voxels:.4f}")
                 if settings.tolerance > 0:
                     active = active & (looked_at - best_loss > settings.tolerance * (first - best_loss))
                     trust, looked_at = _freeze(trust, active), best_loss

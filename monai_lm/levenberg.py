@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.compilation import piece
+from monai_lm.devices import widest_float
 from monai_lm.fields import compose, gaussian_smooth
 from monai_lm.fields.smoothing import box_sum, inverse_window_counts
 
@@ -136,8 +137,7 @@ def initial_trust_of(gradients: Callable[[], Iterable[Tensor]], loss: Tensor, da
     """
     info = torch.finfo(loss.dtype)
     largest = torch.stack([part.flatten(1).abs().amax(1) for part in gradients()]).amax(0).clamp(min=info.tiny)
-    # so exact that it does not matter how the gradient is cut; Apple's GPUs have no doubles
-    exact = loss.dtype if loss.device.type == "mps" else torch.float64
+    exact = widest_float(loss.device)  # so exact that it does not matter how the gradient is cut
     squares = lengths = torch.zeros_like(loss, dtype=exact)
     for part in gradients():
         squared = (part / per_voxel(largest, part)).square().sum(1).flatten(1)  # in the range of float32

@@ -112,7 +112,8 @@ def label_overlap(
     """
     if warped.shape != fixed.shape:
         raise ValueError(f"warped and fixed must have one shape, got {tuple(warped.shape)} and {tuple(fixed.shape)}")
-    warped, fixed = (labels if labels.is_floating_point() else labels.long() for labels in (warped, fixed))
+    # surfaces are measured on the CPU in any case: two copies instead of some waits for each label
+    warped, fixed = (m if m.is_floating_point() else m.long() for m in (warped.cpu(), fixed.cpu()))
     dice, hd95 = {}, {}
     values = torch.cat([warped.unique(), fixed.unique()]).unique()
     if bool((values != values.round()).any()):
@@ -141,7 +142,7 @@ def label_overlap(
 def _boxes(labels: Tensor, values: Tensor) -> list[tuple[slice, ...] | None]:
     """For each of the sorted values the box of a label map ``(*S)`` that holds it; ``None`` where it is not there."""
     number = torch.searchsorted(values, labels.contiguous(), out_int32=True) + 1
-    boxes: list[tuple[slice, ...] | None] = find_objects(number.cpu().numpy(), len(values))
+    boxes: list[tuple[slice, ...] | None] = find_objects(number.numpy(), len(values))
     return boxes
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monai_lm.devices import widest_float
 from monai_lm.fields import gaussian_smooth
 
 __all__ = ["Level", "automatic_scales", "make_level", "move_field", "shrink"]
@@ -122,13 +123,13 @@ def _regrid(values: Tensor, size: Sequence[int], ratio: Sequence[float], rows: s
     for axis, (count, step) in enumerate(zip(size, ratio, strict=True)):
         dim, length = axis + 2, values.shape[axis + 2]
         some = rows if axis == 0 else slice(None)
-        k = torch.arange(count, dtype=torch.float64)[some]
+        k = torch.arange(count, dtype=widest_float(values.device), device=values.device)[some]
         if len(k) == length and step == 1:
             continue
         at = ((k - (count - 1) / 2) * step + (length - 1) / 2).clamp(0, length - 1)
         lower = at.floor().clamp(max=length - 2)
-        weight = (at - lower).to(values.dtype).to(values.device).view(-1, *[1] * (values.dim() - dim - 1))
-        index = lower.long().to(values.device)
+        weight = (at - lower).to(values.dtype).view(-1, *[1] * (values.dim() - dim - 1))
+        index = lower.long()
         below = values.index_select(dim, index)
         values = below.lerp_(values.index_select(dim, index + 1), weight.expand_as(below))
     return values

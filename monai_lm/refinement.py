@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from monai_lm.compilation import CompileClock, many_shapes
+from monai_lm.devices import Stopwatch
 from monai_lm.fields import fold_count, repair
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.level import LevelRun, Settings
@@ -101,7 +102,7 @@ def refine(
             about four times the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
             precision images, or copies are made). The last two are for measures that look at a neighbourhood, LNCC and
             MSE. ``"auto"`` is the first of the three that fits on a GPU, ``"full"`` elsewhere; when a GPU runs out of
-            memory, the next leaner one is tried, once, with a warning.
+            memory, the next leaner ones are tried, each with a warning.
         progress: show a progress bar.
 
     Returns:
@@ -110,6 +111,7 @@ def refine(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range, or shapes, grids or devices that do not fit; the message names it.
+        torch.OutOfMemoryError: a GPU with too little memory for the leanest mode.
 
     Warns:
         UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
@@ -153,16 +155,19 @@ def refine(
         nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        try:
-            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
-        except torch.OutOfMemoryError as error:
-            leaner = MODES[MODES.index(memory) + 1 :]
-            if not leaner or measure.halo is None:
-                raise
-            warnings.warn(f"memory={memory!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=2)
-        bar.reset()
-        leaner_settings = replace(settings, memory=leaner[0])
-        return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, leaner_settings, bar, started)
+        while True:
+            try:
+                return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
+            except torch.OutOfMemoryError as error:
+                given, leaner = settings.memory, MODES[MODES.index(settings.memory) + 1 :]
+                if not leaner or measure.halo is None:
+                    raise torch.OutOfMemoryError(
+                        f"{fixed.device} has too little memory for images {tuple(fixed.shape)} with memory={given!r}, "
+                        f"the leanest mode for {type(measure).__name__}"
+                    ) from error
+                warnings.warn(f"memory={given!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=2)
+            settings = replace(settings, memory=leaner[0])
+            bar.reset()
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -195,7 +200,7 @@ def _coarse_to_fine(
     repaired = None if ddf is None else repair(ddf)
     given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
     with CompileClock() as clock:
-        record = Record(fixed.shape[0], started, clock)
+        record = Record(fixed.shape[0], Stopwatch(fixed.device, started), clock)
         for level, count, delta, sigma in stages:
             run = level_run(level, fixed, moving, repaired, given_up, finest, settings, sigma, count)
             loss = run.iterate(delta, count, record, bar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.compilation import CompileClock
+from monai_lm.devices import Stopwatch
 from monai_lm.fields import invert
 
 __all__ = ["Iteration", "Record", "RefinementResult"]
@@ -24,7 +24,8 @@ class Iteration(NamedTuple):
         damping: λ that the step was taken with, relative to the typical squared gradient at the start of the level.
         gain_ratio: actual over expected decrease; NaN where it was not computed (``control="simple"``) or no step.
         accepted: whether the step was kept.
-        seconds: since the call of :func:`monai_lm.refine`.
+        seconds: since the call of :func:`monai_lm.refine`, when the iteration was done; on a GPU that is not a CUDA
+            device, when it was queued.
         compile_seconds: what of them went into compiling kernels, or loading them from the compiler's cache on disk.
     """
 
@@ -42,31 +43,32 @@ class Record:
 
     Args:
         pairs: batch size.
-        started: ``time.perf_counter()`` at the start.
+        watch: started with the call.
         clock: of compiling.
     """
 
-    def __init__(self, pairs: int, started: float, clock: CompileClock) -> None:
+    def __init__(self, pairs: int, watch: Stopwatch, clock: CompileClock) -> None:
         self._pairs = pairs
-        self._started = started
+        self._watch = watch
         self._clock = clock
-        self._levels: list[tuple[float, float, float]] = []
+        self._levels: list[tuple[float, float]] = []
         self._values: list[Tensor] = []
 
     def add(self, level: float, loss: Tensor, damping: Tensor, gain: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Note one iteration of all pairs, ``(B,)`` each; pairs that are not ``active`` have stopped."""
-        self._levels.append((level, time.perf_counter() - self._started, self._clock.seconds))
+        self._watch.lap()
+        self._levels.append((level, self._clock.seconds))
         self._values.append(torch.stack([loss, damping, gain, accepted.to(loss), active.to(loss)]))
 
     def history(self) -> list[list[Iteration]]:
         """Per pair, its iterations."""
         if not self._values:
             return [[] for _ in range(self._pairs)]
-        values = torch.stack(self._values).cpu()
+        values, seconds = torch.stack(self._values).cpu(), self._watch.seconds()
         history: list[list[Iteration]] = []
         for pair in range(self._pairs):
-            rows = zip(self._levels, values[:, :, pair].tolist(), strict=True)
-            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, *t) for (lv, *t), x in rows if x[4] > 0])
+            rows = zip(self._levels, seconds, values[:, :, pair].tolist(), strict=True)
+            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, s, c) for (lv, c), s, x in rows if x[4] > 0])
         return history
 
 

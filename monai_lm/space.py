@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm.devices import widest_float
 from monai_lm.fields import warp
 
 __all__ = [
@@ -48,7 +49,9 @@ def spacing_of(affine: np.ndarray | Tensor, n: int = 3) -> tuple[float, ...]:
 
 
 def to_world(points: Tensor, affine: np.ndarray | Tensor) -> Tensor:
-    """Voxel positions ``(..., n)`` to RAS millimetres ``(..., n)``, computed in float64, in the dtype of the points.
+    """Voxel positions ``(..., n)`` to RAS millimetres ``(..., n)``, in the dtype of the points.
+
+    Computed in float64, or what is the widest that the device has.
 
     Raises:
         ValueError: points that are not ``(..., 2)`` or ``(..., 3)``, or an affine that is no invertible 4×4.
@@ -92,7 +95,8 @@ def to_space(ddf: Tensor, fixed_space: np.ndarray, moving_space: np.ndarray) -> 
         moving_space: ``(4, 4)`` matrix ``M`` from voxels of the moving grid to coordinates.
 
     Returns:
-        ``(B, n, *S)`` in the units of the space, in the dtype of ``ddf``; the sums are in float64.
+        ``(B, n, *S)`` in the units of the space, in the dtype of ``ddf``; the sums are in float64
+        where the device has it.
     """
     n = ddf.shape[1]
     fixed, moving = _plane(fixed_space, n), _plane(moving_space, n)
@@ -221,25 +225,26 @@ def _plane(matrix: np.ndarray, n: int) -> np.ndarray:
 
 def _map_points(points: Tensor, matrix: np.ndarray) -> Tensor:
     n = len(matrix) - 1
-    linear, offset = (torch.from_numpy(m.copy()).to(points.device) for m in (matrix[:n, :n].T, matrix[:n, n]))
-    out = points.double() @ linear + offset
+    wide = widest_float(points.device)
+    linear, offset = (torch.from_numpy(m.copy()).to(wide).to(points.device) for m in (matrix[:n, :n].T, matrix[:n, n]))
+    out = points.to(wide) @ linear + offset
     return out.to(points.dtype if points.is_floating_point() else torch.float32)
 
 
 def _affine_sum(field: Tensor, linear: np.ndarray, grid: np.ndarray) -> Tensor:
-    """``linear · field(x) + grid · (x, 1)``, in float64 and component by component, in the dtype of the field."""
+    """``linear · field(x) + grid · (x, 1)``, summed widely and component by component, in the dtype of the field."""
     field = field.as_subclass(Tensor)  # the affine of a MetaTensor would be that of another grid
-    n = field.shape[1]
+    n, wide = field.shape[1], widest_float(field.device)
     size: Sequence[int] = field.shape[2:]
     rows = []
     for i in range(n):
-        row = field.new_full((1,) * (n + 1), grid[i, n], dtype=torch.float64)
+        row = field.new_full((1,) * (n + 1), grid[i, n], dtype=wide)
         for j in range(n):
             if grid[i, j] != 0:
-                voxels = torch.arange(size[j], dtype=torch.float64, device=field.device)
+                voxels = torch.arange(size[j], dtype=wide, device=field.device)
                 row = row + grid[i, j] * voxels.view([-1 if a == j else 1 for a in range(-1, n)])
         for j in range(n):
             if linear[i, j] != 0:
-                row = row + linear[i, j] * field[:, j].double()
+                row = row + linear[i, j] * field[:, j].to(wide)
         rows.append(row.expand(field.shape[0], *size).to(field.dtype))
     return torch.stack(rows, 1)

@@ -131,9 +131,13 @@ class Pair:
     mask: Image | None = None
 
     def brought(self, image: Image, ddf: Tensor) -> Tensor:
-        """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``."""
+        """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``.
+
+        It is computed where the field is.
+        """
         mode, outside = ("nearest", "zeros") if image.is_label else ("bilinear", "border")
-        return resample_moving(image.data, ddf, self.fixed.affine, image.affine, self.initial, mode, outside)
+        data = image.data.to(ddf.device)
+        return resample_moving(data, ddf, self.fixed.affine, image.affine, self.initial, mode, outside)
 
 
 def load_pair(

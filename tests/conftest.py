@@ -15,6 +15,11 @@ from monai_lm.fields import gaussian_smooth
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser):
+    """``--device``, for the tests that are marked ``gpu``."""
+    parser.addoption("--device", help="device of the tests marked gpu, such as cuda:1, or cpu to try them out")
+
+
 @pytest.fixture(params=[(6, 5), (4, 5, 3)], ids=["2D", "3D"])
 def size(request):
     """A tiny grid with a different length along every axis; a test that uses it runs in 2D and in 3D."""

@@ -5,27 +5,21 @@ import torch
 
 from monai_lm.memory import automatic_mode, halved
 from monai_lm.similarity import LNCC, MSE, NCC
+from tests.gpu.pretend import Pretend
 
 
-class FakeCuda:
-    """A tensor that claims to be on a GPU."""
-
-    def __init__(self, shape):
-        self.tensor, self.shape, self.device = torch.zeros(shape), torch.Size(shape), torch.device("cuda")
-
-    def __getitem__(self, index):
-        return self.tensor[index]
-
-
-@pytest.mark.parametrize(("volumes", "mode"), [(26, "full"), (24, "low"), (9, "low"), (8, "half")])
-def test_the_free_memory_of_a_gpu_decides(volumes, mode, monkeypatch):
-    image = FakeCuda((2, 1, 16, 16, 16))
+@pytest.mark.parametrize(("channels", "volumes", "mode"), [
+    (1, 50, "full"), (1, 48, "low"), (1, 14, "low"), (1, 12, "half"), (3, 78, "full"), (3, 76, "low"), (3, 20, "half"),
+])  # fmt: skip
+def test_the_free_memory_of_a_gpu_decides(channels, volumes, mode, monkeypatch):
     volume = 4 * 2 * 16**3
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (volumes * volume - 5000, 10**12))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6000)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
-    assert automatic_mode(image, LNCC()) == mode
-    assert automatic_mode(image, NCC()) == "full"
+    with Pretend():
+        image = torch.zeros(2, channels, 16, 16, 16, device="cuda")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (volumes * volume - 5000, 10**12))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6000)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+        assert automatic_mode(image, LNCC()) == mode
+        assert automatic_mode(image, NCC()) == "full"
 
 
 def test_other_devices_get_everything():

@@ -14,7 +14,6 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor, nn
 
 from monai_lm import refine
-from monai_lm.engine import Engine, LeanEngine
 from monai_lm.fields import fold_count, gaussian_smooth, repair, warp
 from monai_lm.levenberg import ACCEPTANCES, CONTROLS
 from monai_lm.pyramid import automatic_scales, make_level
@@ -1003,19 +1002,3 @@ def test_lean_memory_refuses_measures_of_the_whole_image():
     fixed, moving, _ = pair(FLAT)
     with pytest.raises(ValueError, match="memory must be 'full' for a similarity that looks at the whole image"):
         refine(fixed, moving, similarity="ncc", scales=(1,), memory="low")
-
-
-def test_out_of_memory_is_tried_once_more_in_the_leaner_mode(monkeypatch):
-    fixed, moving, _ = pair(FLAT)
-    expected = run(fixed, moving, iterations=5, scales=(1,), memory="low")
-
-    def full(*_args, **_kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Engine, "evaluate", full)
-    with pytest.warns(UserWarning, match=r"memory='full' ran out of memory, trying 'low'"):
-        result = run(fixed, moving, iterations=5, scales=(1,))
-    assert torch.equal(result.ddf, expected.ddf)
-    monkeypatch.setattr(LeanEngine, "evaluate", full)
-    with pytest.warns(UserWarning, match="trying 'low'"), pytest.raises(torch.OutOfMemoryError):
-        run(fixed, moving, iterations=5, scales=(1,))

@@ -22,14 +22,15 @@ from monai_lm.fields.smoothing import box_sum, gaussian_smooth, gaussian_taps, i
 
 __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair", "repair_in_place"]
 
-_SLAB = 2**18
-"""Cells whose determinants are computed at a time: what they need stays in a processor's cache."""
+_SLAB = {"cpu": 2**18, "gpu": 2**21}
+"""Cells whose determinants are computed at a time: on a CPU what they need shall stay in its cache; on a GPU an
+operation on them shall take longer than its launch, and twenty of its results shall not matter."""
 
 _Box = list[tuple[int, int]]
 """First and last index, the last not in it, along every axis."""
 
-_TILE = 24
-"""Edge in voxels of the tiles that are repaired one by one."""
+_TILE = {"cpu": 24, "gpu": 128}
+"""Edge in voxels of the tiles that are repaired one by one; a GPU has some five waits for each in every round."""
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
@@ -113,7 +114,7 @@ def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) 
         outer: ``(B, n, *M)`` field that is applied after ``ddf``: the cells of the composed map are looked at.
     """
     ring = torch.Size(s + 1 for s in ddf.shape[2:])
-    thickness = max(1, _SLAB // (ddf.shape[0] * ring[1:].numel()))
+    thickness = max(1, _SLAB[_kind(ddf)] // (ddf.shape[0] * ring[1:].numel()))
     folded = torch.empty(ddf.shape[0], *ring, dtype=torch.bool, device=ddf.device)
     whole = [(0, length) for length in ring[1:]]
     for first in range(0, ring[0], thickness):
@@ -132,8 +133,16 @@ def _folded_in(box: _Box, ddf: Tensor, margin: float, outer: Tensor | None) -> T
         pads = [start - first + 1, last - stop, *pads]
     part = ddf[_index(around)].to(torch.promote_types(ddf.dtype, torch.float32))
     if outer is not None:
-        part = compose(outer, part, tuple(part.new_tensor(start) for start, _ in around))
+        # filled on the device: copying a number there would make the host wait
+        part = compose(
+            outer, part, tuple(torch.full((), float(a), dtype=part.dtype, device=part.device) for a, _ in around)
+        )
     return _folded(F.pad(part, pads, mode="replicate"), margin)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Of the device, for what depends on it."""
+    return "cpu" if tensor.device.type == "cpu" else "gpu"
 
 
 def _index(box: _Box) -> tuple[Any, ...]:
@@ -229,13 +238,14 @@ def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> list[_Box]:
     """
     reach, size = max(1, round(sigma)), field.shape[2:]
     wide = torch.promote_types(field.dtype, torch.float32)
+    edge = _TILE[_kind(field)]
     parts = []
-    for tile in _tiles_near(folded, 2 * reach):
-        core = [(number * _TILE, min((number + 1) * _TILE, length)) for number, length in zip(tile, size, strict=True)]
+    for tile in _tiles_near(folded, 2 * reach, edge):
+        core = [(number * edge, min((number + 1) * edge, length)) for number, length in zip(tile, size, strict=True)]
         around = _grown(core, 2 * reach + 1, size)
         weight = _near(folded[_index(_cells(around))], reach)[_index(_seen_from(around, core))]
         near = weight[0, 0].nonzero()
-        low, high = near.amin(0).tolist(), near.amax(0).tolist()
+        low, high = torch.stack([near.amin(0), near.amax(0)]).tolist()
         inner = [(first, last + 1) for first, last in zip(low, high, strict=True)]
         box = [(first + start, last + start) for (first, last), (start, _) in zip(inner, core, strict=True)]
         around = _grown(box, len(gaussian_taps(sigma)) - 1, size)
@@ -257,13 +267,13 @@ def _seen_from(outer: _Box, box: _Box) -> _Box:
     return [(first - start, last - start) for (first, last), (start, _) in zip(box, outer, strict=True)]
 
 
-def _tiles_near(folded: Tensor, reach: int) -> list[tuple[int, ...]]:
+def _tiles_near(folded: Tensor, reach: int, edge: int) -> list[tuple[int, ...]]:
     """Tiles, by their number along every axis, that have a voxel within ``reach`` of one of a folded cell's."""
     near = folded[0]
     for axis in range(near.dim()):  # cell i has the voxels i - 1 and i
-        starts = range(0, near.shape[axis] - 1, _TILE)
+        starts = range(0, near.shape[axis] - 1, edge)
         slabs = [
-            near.narrow(axis, low := max(0, t - reach), min(near.shape[axis], t + _TILE + reach + 1) - low)
+            near.narrow(axis, low := max(0, t - reach), min(near.shape[axis], t + edge + reach + 1) - low)
             for t in starts
         ]
         near = torch.stack([slab.any(axis) for slab in slabs], axis)

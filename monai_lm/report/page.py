@@ -159,7 +159,7 @@ def _affine_of(affine: Any, fixed: Tensor) -> Any:
     if not isinstance(fixed, MetaTensor):
         return None
     own = fixed.affine if fixed.affine.dim() == 2 else fixed.affine[0]
-    if tuple(own.shape) != (4, 4) or torch.equal(own.double().cpu(), torch.eye(4, dtype=torch.float64)):
+    if tuple(own.shape) != (4, 4) or torch.equal(own.cpu().double(), torch.eye(4, dtype=torch.float64)):
         return None
     return check_affine("affine of fixed", own)
 

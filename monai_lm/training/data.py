@@ -59,6 +59,7 @@ class PairDataModule(pl.LightningDataModule):
         batch_size: pairs per batch.
         num_workers: processes that load.
         seed: of splits and pairs.
+        pin_memory: page-locked batches, which are copied to a CUDA device faster; ``None``: where there is one.
 
     Raises:
         ValueError: data that cannot be used, with one line per file and reason; raised by ``setup``.
@@ -80,6 +81,7 @@ class PairDataModule(pl.LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 0,
         seed: int = 0,
+        pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
         if predict not in PARTS:
@@ -95,7 +97,7 @@ class PairDataModule(pl.LightningDataModule):
         self.predict_part, self.grid, self.cache, self.seed = predict, grid, cache, seed
         self.values = range(1, labels) if isinstance(labels, int) else labels
         self.transform, self.augmentation = transform, augmentation
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
         self.datasets: dict[str, PairDataset] = {}
         self._parts: dict[str, list[Entry]] | None = None
 
@@ -191,6 +193,7 @@ class PairDataModule(pl.LightningDataModule):
             shuffle=part == "train",
             sampler=sampler,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.num_workers > 0 and part == "train",
         )
 

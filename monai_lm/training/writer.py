@@ -121,7 +121,7 @@ def _affine(image: Any, pair: int) -> np.ndarray:
     out = np.eye(4)
     if isinstance(image, MetaTensor):
         affine = image.affine if image.affine.dim() == 2 else image.affine[pair]
-        matrix = torch.as_tensor(affine).double().cpu().numpy()
+        matrix = torch.as_tensor(affine).cpu().double().numpy()
         if matrix.shape == (4, 4):
             out = matrix
     return out

@@ -14,6 +14,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
+from monai_lm.devices import widest_float
 from monai_lm.fields import fold_count, invert, sample_points, warp
 from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
@@ -166,15 +167,16 @@ class WarpPoints(Transform):
             ddf: ``(n, *S)`` displacement in voxels on the fixed grid.
 
         Returns:
-            Points of the moving image, in the shape of ``points``, float64.
+            Points of the moving image, in the shape of ``points``, float64 where the device has it.
 
         Raises:
             TypeError: a field that is not a ``MetaTensor``, for ``world``.
             ValueError: shapes that do not fit, or a field that is not finite.
         """
-        field = _field(ddf).double()
+        field = _field(ddf)
+        field = field.to(widest_float(field.device))
         points = np.asarray(points) if isinstance(points, list | tuple) else points
-        given = convert_to_tensor(points, track_meta=False, device=field.device).double()
+        given = convert_to_tensor(points, track_meta=False, dtype=field.dtype, device=field.device)
         if given.dim() not in (2, 3) or given.shape[-1] != len(field):
             raise ValueError(
                 f"points must be (N, {len(field)}) or (C, N, {len(field)}) for this field, got {tuple(given.shape)}"
@@ -256,13 +258,13 @@ def _same_axes(image: MetaTensor, other: MetaTensor) -> bool:
 
 
 def _same_directions(affine: Any, other: Any, n: int) -> bool:
-    a, b = (torch.as_tensor(x)[:n, :n].double().cpu() for x in (affine, other))
+    a, b = (torch.as_tensor(x)[:n, :n].cpu().double() for x in (affine, other))
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
 def _same_affine(a: Any, b: Any) -> bool:
     """Whether two 4×4 put voxels at the same places, to a thousandth of a voxel and of a millimetre."""
-    x, y = (torch.as_tensor(m).double().cpu() for m in (a, b))
+    x, y = (torch.as_tensor(m).cpu().double() for m in (a, b))
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-3 * min(1.0, float(x[:3, :3].abs().max())))
 
 

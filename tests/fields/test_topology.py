@@ -345,7 +345,7 @@ def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatc
     field = random_tensor((2, len(size), *size), 7, dtype=torch.float32)
     whole = folded_cells(field)
     assert 0 < int(whole.sum()) < whole.numel()
-    monkeypatch.setattr("monai_lm.fields.topology._SLAB", slab)
+    monkeypatch.setattr("monai_lm.fields.topology._SLAB", {"cpu": slab})
     assert torch.equal(folded_cells(field), whole)
 
 
@@ -373,7 +373,7 @@ def test_tiles_are_those_near_a_folded_cells_voxels(reach, size):
         for cell in folded[0].nonzero().tolist():
             spans = [range(max(0, c - 1 - reach), min(s, c + reach + 1)) for c, s in zip(cell, size, strict=True)]
             expected |= set(itertools.product(*({voxel // 24 for voxel in span} for span in spans)))
-        assert topology._tiles_near(folded, reach) == sorted(expected)
+        assert topology._tiles_near(folded, reach, 24) == sorted(expected)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.4, 6.0])
@@ -385,9 +385,9 @@ def test_repair_by_tiles_is_repair_of_the_whole(sigma, size, random_tensor, monk
         folded[(0, *(int(fraction * s) for s in size))] = True
     tiled, whole = field.clone(), field.clone()
     topology._smooth_near(tiled, folded, sigma)
-    assert len(topology._tiles_near(folded, 2)) < len(topology._tiles_near(folded, 20))
-    monkeypatch.setattr(topology, "_TILE", 1000)
-    assert topology._tiles_near(folded, 20) == [(0,) * len(size)]
+    assert len(topology._tiles_near(folded, 2, 24)) < len(topology._tiles_near(folded, 20, 24))
+    monkeypatch.setattr(topology, "_TILE", {"cpu": 1000})
+    assert topology._tiles_near(folded, 20, 1000) == [(0,) * len(size)]
     weight = topology._near(folded, max(1, round(sigma)))
     expected = torch.where(weight == 0, field, field + weight * (gaussian_smooth(field, sigma) - field))
     assert (expected - field).abs().max() > 1e-3

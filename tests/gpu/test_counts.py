@@ -1,0 +1,107 @@
+"""How often a whole refinement waits for the device, launches something on it, and how much memory it takes.
+
+Counted with labels. A rise is a fault until somebody has raised the number here; ``pytest -s`` prints the table.
+"""
+
+import pytest
+import torch
+
+from monai_lm import metrics, refine
+from monai_lm.fields import fold_count, warp
+from monai_lm.transforms import InvertDDF
+from tests.gpu.pretend import Pretend
+
+SIZE = (24, 22, 20)
+VOLUME = 4 * 24 * 22 * 20
+ITERATIONS = (20, 10)
+SETTINGS = {"scales": (2, 1), "iterations": ITERATIONS, "tolerance": 0.0, "compile": False}
+
+# run: (waits and copies, launches per iteration, peak in V beside images and prediction)
+MOST = {
+    "identity": (14, 484, 46.8),
+    "prediction": (17, 568, 49.8),
+    "prediction, low": (17, 568, 42.2),
+    "prediction, half": (18, 568, 42.2),
+    "prediction, descent": (47, 679, 52.8),
+    "prediction, metropolis": (47, 611, 52.8),
+    "prediction, trust_region": (17, 595, 49.8),
+    "prediction, seconds": (47, 568, 49.8),
+}
+CHANGES = {
+    "identity": {},
+    "prediction": {},
+    "prediction, low": {"memory": "low"},
+    "prediction, half": {"memory": "half"},
+    "prediction, descent": {"acceptance": "descent"},
+    "prediction, metropolis": {"acceptance": "metropolis"},
+    "prediction, trust_region": {"control": "trust_region"},
+    "prediction, seconds": {"seconds": 600.0},
+}
+
+
+@pytest.fixture
+def pair(smooth_image, smooth_field):
+    """Images, and a prediction without folds, so that there is nothing to repair at the start."""
+    moving = smooth_image((1, 1, *SIZE), 2.0, dtype=torch.float32)
+    truth = smooth_field((1, 3, *SIZE), 1.5, 5.0, 1, torch.float32)
+    assert fold_count(0.7 * truth) == 0
+    return warp(moving, truth), moving, 0.7 * truth
+
+
+def counted(given, settings, iterations=ITERATIONS):
+    """Waits, launches, and the peak in V of what is there beside the given tensors."""
+    with Pretend() as pretend:
+        there = [None if t is None else t.to("cuda:1") for t in given]
+        pretend.waits.clear()
+        pretend.launches, pretend.peak, before = 0, pretend.live, pretend.live
+        refine(*there, **SETTINGS | settings | {"iterations": iterations})
+        return pretend.wait_count, pretend.launches, (pretend.peak - before) / VOLUME
+
+
+@pytest.mark.parametrize("run", MOST)
+def test_a_run_waits_launches_and_holds_no_more_than_it_did(run, pair, record_property):
+    given = [*pair[:2], None if run == "identity" else pair[2]]
+    if run.endswith("half"):
+        given[:2] = [image.half() for image in given[:2]]
+    waits, launches, peak = counted(given, CHANGES[run])
+    shorter = counted(given, CHANGES[run], (10, 10))[1]  # the first level is ten iterations longer, nothing else
+    each = (launches - shorter) / 10
+    print(f"\n{run:<26}{waits:4d} waits {each:6.0f} launches an iteration {peak:6.1f} V", end="")
+    for name, value in (("waits", waits), ("launches", each), ("volumes", peak)):
+        record_property(name, value)
+    most_waits, most_launches, most_peak = MOST[run]
+    assert waits <= most_waits
+    assert each <= most_launches
+    assert peak <= most_peak
+
+
+def test_waits_grow_by_one_in_ten_iterations(pair):
+    """To look whether to stop; a bar that is shown takes one more."""
+    few, many = (counted(pair, {}, (n, 10))[0] for n in (10, 40))
+    assert many - few == 3
+    shown = counted(pair, {"progress": True}, (40, 10))[0]
+    assert shown - many == 5  # forty and ten of them
+
+
+def test_a_step_that_may_be_rejected_is_waited_for(pair):
+    few, many = (counted(pair, {"acceptance": "descent"}, (n, 10))[0] for n in (10, 20))
+    assert many - few == 1 + 10
+
+
+@pytest.mark.parametrize(
+    ("measure", "waits"),
+    [
+        (fold_count, 0),
+        (metrics.sd_log_jacobian, 0),
+        (lambda ddf: metrics.inverse_consistency(ddf, -ddf), 0),
+        (lambda ddf: metrics.compare_labels(*(2 * [(ddf[:, :1] > 0).float()]), [(1.0, 1.0, 1.0)]), 3),
+        (lambda ddf: InvertDDF()(ddf[0]), 60),
+    ],
+    ids=["folds", "sdlogj", "inverse consistency", "labels", "inverse"],
+)
+def test_measures_do_not_wait_more_than_they_did(measure, waits, pair):
+    with Pretend() as pretend:
+        ddf = pair[2].to("cuda:1")
+        pretend.waits.clear()
+        measure(ddf)
+        assert pretend.wait_count <= waits

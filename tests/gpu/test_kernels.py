@@ -1,0 +1,141 @@
+"""Every operation of an iteration on the device, in float32, against the CPU in float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from monai_lm import fields, levenberg
+from monai_lm.fields.smoothing import box_sum
+from monai_lm.fields.topology import folded_cells
+from monai_lm.levenberg import Trust
+from monai_lm.pyramid import make_level, move_field, shrink
+from monai_lm.similarity import LNCC, MSE, NCC
+from monai_lm.similarity.weighted import Weighted, with_weight
+
+SIZES = {2: (33, 28), 3: (21, 18, 23)}
+
+
+class Inputs(NamedTuple):
+    """Two images ``(2, 1, *S)`` and two fields ``(2, n, *S)``, in voxels."""
+
+    image: Tensor
+    other: Tensor
+    ddf: Tensor
+    step: Tensor
+
+    @property
+    def levels(self):
+        """The grid of the images, and half of it."""
+        size = self.image.shape[2:]
+        return [make_level(size, [1.0, 2.0, 1.5][: len(size)], scale) for scale in (1, 2)]
+
+    @property
+    def trust(self):
+        return levenberg.initial_trust(self.ddf, self.ddf.new_tensor([2.0, 3.0]), 1.0)
+
+    def compared(self, measure):
+        return measure.loss_and_derivative(self.image, self.other)
+
+    def compared_within(self, measure):
+        """With a mask, as the engine calls it."""
+        mask = (self.other > self.other.mean()).to(self.other)
+        reference = Weighted(measure).reference(with_weight(self.other, mask))
+        return Weighted(measure).evaluate(self.image, reference)
+
+    def judged(self):
+        trust = self.trust
+        return levenberg.judge(trust, 0.5 * trust.loss, "simple", "always", 0)[2]
+
+
+KERNELS = {
+    "warp": lambda x: fields.warp(x.image, x.ddf),
+    "warp, zeros": lambda x: fields.warp(x.image, x.ddf, padding_mode="zeros"),
+    "warp, nearest": lambda x: fields.warp(x.image.round(), x.ddf.round(), mode="nearest"),
+    "compose": lambda x: fields.compose(x.ddf, x.step),
+    "integrate": lambda x: fields.integrate(x.ddf, 5),
+    "invert": lambda x: fields.invert(0.3 * x.step)[0],
+    "resample": lambda x: fields.resample(x.ddf, [s + 3 for s in x.ddf.shape[2:]]),
+    "sample points": lambda x: fields.sample_points(x.ddf, 5 + x.ddf.flatten(2).transpose(1, 2)),
+    "gaussian": lambda x: fields.gaussian_smooth(x.ddf, 1.5),
+    "box sum": lambda x: box_sum(x.image, 2),
+    "jacobian": lambda x: fields.jacobian_determinant(x.ddf),
+    "folded cells": lambda x: folded_cells(3 * x.step).to(x.step),
+    "folded cells, composed": lambda x: folded_cells(x.step, 1e-3, 0.3 * x.ddf).to(x.step),
+    "repair": lambda x: fields.repair(2 * x.step),
+    "LNCC": lambda x: x.compared(LNCC()),
+    "MSE": lambda x: x.compared(MSE()),
+    "NCC": lambda x: x.compared(NCC()),
+    "LNCC, weighted": lambda x: x.compared_within(LNCC()),
+    "MSE, weighted": lambda x: x.compared_within(MSE()),
+    "eulerian gradient": lambda x: levenberg.eulerian_gradient(x.image, x.other),
+    "pull back": lambda x: levenberg.pull_back(x.ddf, x.step),
+    "initial trust": lambda x: x.trust.damping,
+    "direction": lambda x: levenberg.direction(x.ddf, x.trust, 0.5),
+    "direction, window 3": lambda x: levenberg.direction(x.ddf, x.trust, 0.5, window=3),
+    "advance": lambda x: levenberg.advance(x.ddf, x.step, x.trust, [0.5] * x.ddf.shape[1]),
+    "judge": lambda x: x.judged(),
+    "shrink": lambda x: shrink(x.image, x.levels[1]),
+    "move field": lambda x: move_field(x.ddf, *x.levels),
+}
+COMPILED = {
+    "warp": (fields.warp, lambda x: (x.image, x.ddf)),
+    "compose": (fields.compose, lambda x: (x.ddf, x.step)),
+    "gaussian": (fields.gaussian_smooth, lambda x: (x.ddf, 1.5)),
+    "box sum": (box_sum, lambda x: (x.image, 2)),
+    "eulerian gradient": (levenberg.eulerian_gradient, lambda x: (x.image, x.other)),
+    "direction": (levenberg.direction, lambda x: (x.ddf, x.trust, 0.5)),
+    "direction, window 3": (levenberg.direction, lambda x: (x.ddf, x.trust, 0.5, 3)),
+    "LNCC": (LNCC().evaluate, lambda x: (x.image, LNCC().reference(x.other))),
+}
+
+
+@pytest.fixture
+def inputs(smooth_image, smooth_field):
+    """``inputs(n, dtype, device)``: the same numbers each time."""
+
+    def make(n, dtype, device):
+        size = SIZES[n]
+        images = [5 * smooth_image((2, 1, *size), 1.5, seed) for seed in (0, 1)]
+        displacements = [smooth_field((2, n, *size), amplitude, 3.0, seed) for seed, amplitude in ((2, 3.0), (3, 2.0))]
+        return Inputs(*(t.to(dtype).to(device) for t in (*images, *displacements)))
+
+    return make
+
+
+def tensors_of(out):
+    if isinstance(out, Trust):
+        return [out.damping, out.reference, out.loss]
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def largest_difference(out, expected):
+    """Over the largest value that is expected."""
+    differences = []
+    for got, right in zip(tensors_of(out), tensors_of(expected), strict=True):
+        differences.append(float((got.cpu().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)))
+    return max(differences)
+
+
+@pytest.mark.parametrize("n", [2, 3], ids=["2D", "3D"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_agree_with_float64_on_the_cpu(name, n, any_device, inputs, record_property):
+    expected = KERNELS[name](inputs(n, torch.float64, "cpu"))
+    out = KERNELS[name](inputs(n, torch.float32, any_device))
+    assert all(t.device == any_device for t in tensors_of(out))
+    difference = largest_difference(out, expected)
+    record_property("largest_difference", difference)
+    assert difference < (2e-3 if name in ("invert", "repair") else 1e-4)  # these two stop at bounds of their own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 3], ids=["2D", "3D"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_kernels_agree_with_float64_on_the_cpu(name, n, gpu, inputs, record_property):
+    kernel, arguments = COMPILED[name]
+    expected = kernel(*arguments(inputs(n, torch.float64, "cpu")))
+    out = torch.compile(kernel, dynamic=False)(*arguments(inputs(n, torch.float32, gpu)))
+    difference = largest_difference(out, expected)
+    record_property("largest_difference", difference)
+    assert difference < 1e-4
