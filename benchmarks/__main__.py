@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -10,10 +11,12 @@ from jsonargparse import auto_cli
 from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
+from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
+from monai_lm.cli import with_values
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
@@ -28,7 +31,12 @@ if __name__ == "__main__":
         accuracy,
         reach,
         profile,
+        gpu,
         knee,
         supervision,
     ]
-    auto_cli(commands, as_positional=False)
+    try:
+        auto_cli(commands, args=with_values(sys.argv[1:], commands), as_positional=False)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

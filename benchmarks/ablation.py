@@ -16,6 +16,7 @@ import monai_lm
 from benchmarks.data import brain_image, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
 from monai_lm.demo import brain_example, endpoint_error
+from monai_lm.devices import find_device
 from monai_lm.fields import gaussian_smooth, integrate, warp
 from monai_lm.pyramid import make_level, shrink
 from monai_lm.similarity import LNCC
@@ -73,6 +74,7 @@ def ablation(
     variants: tuple[str, ...] = tuple(VARIANTS),
     pairs: int = 6,
     compile: bool = False,  # noqa: A002 (as refine calls it)
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Every setting on every data set, with the automatic schedule; the last line of the README's claim of one setting.
@@ -86,9 +88,10 @@ def ablation(
         variants: which of the settings.
         pairs: hippocampus validation pairs.
         compile: compile the kernels.
+        device: where to refine: cpu, cuda, ...
         json_file: write one line per variant here, as it goes.
     """
-    columns = _columns(weights, pairs)
+    columns = _columns(weights, pairs, find_device(device))
     print(f"{'settings':<46}" + "".join(f"{name:>20}" for name in columns) + f"{'s':>7}")
     print(f"{'before':<46}" + "".join(f"{measure(None):20.4f}" for measure in columns.values()), flush=True)
     for name in variants:
@@ -101,18 +104,22 @@ def ablation(
                 file.write(json.dumps({"settings": name, **row, "seconds": seconds}) + "\n")
 
 
-def _columns(weights: str, pairs: int) -> dict[str, Callable[[dict[str, Any] | None], float]]:
+def _columns(weights: str, pairs: int, device: torch.device) -> dict[str, Callable[[dict[str, Any] | None], float]]:
     """What each column measures with these settings, or with ``None`` before refinement."""
     hippocampi, brains, example = _hippocampus_pairs(weights, pairs), _brain_pairs(), brain_example(3)
     large_brain = [large_warp(_half(brain_image(s, "t1")), 15, 12, seed) for seed, s in enumerate(("1002", "1007"))]
     large_hippocampus = [large_warp(p[1], 10, 8, seed) for seed, p in enumerate(hippocampi[:3])]
+
+    def refined(fixed: Tensor, moving: Tensor, ddf: Tensor | None, settings: dict[str, Any]) -> Tensor:
+        start = None if ddf is None else ddf.to(device)
+        return monai_lm.refine(fixed.to(device), moving.to(device), start, **settings).ddf.cpu()
 
     def dice(cases: list[tuple[Tensor, ...]], settings: dict[str, Any] | None) -> float:
         values = []
         for fixed, moving, fixed_label, moving_label, *start in cases:
             ddf = start[0] if start else None
             if settings is not None:
-                ddf = monai_lm.refine(fixed, moving, ddf, **settings).ddf
+                ddf = refined(fixed, moving, ddf, settings)
             values.append(mean_dice(fixed_label, moving_label, ddf))
         return sum(values) / len(values)
 
@@ -121,14 +128,14 @@ def _columns(weights: str, pairs: int) -> dict[str, Callable[[dict[str, Any] | N
         for case in cases:
             ddf = _imperfect(case) if predicted else None
             if settings is not None:
-                ddf = monai_lm.refine(case.fixed, case.moving, ddf, **settings).ddf
+                ddf = refined(case.fixed, case.moving, ddf, settings)
             values.append(case.error(ddf))
         return sum(values) / len(values)
 
     def demo(settings: dict[str, Any] | None) -> float:
         ddf = example.prediction
         if settings is not None:
-            ddf = monai_lm.refine(example.fixed, example.moving, ddf, **settings).ddf
+            ddf = refined(example.fixed, example.moving, ddf, settings)
         return endpoint_error(example, ddf)[0]
 
     return {

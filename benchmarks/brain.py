@@ -18,6 +18,7 @@ from torch import Tensor
 import monai_lm
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
 from benchmarks.metrics import mean_dice
+from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
 
 MOVING = ("1001", "1002", "1006", "1000")
@@ -31,6 +32,7 @@ def brain(
     prototype: bool = False,
     repeats: int = 1,
     compile: bool = True,  # noqa: A002 (as refine calls it)
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Mean Dice of 138 structures, folds and seconds; scales 4-2-1, iterations 100-50-25.
@@ -43,6 +45,7 @@ def brain(
         prototype: also the prototype's settings, damping 1 and smooth_gradient 1 on every level.
         repeats: run each of ours so often in a row; the first one compiles, or loads from the cache on disk.
         compile: compile the kernels.
+        device: of ours: cpu, cuda, ...
         json_file: write one line per pair here, as it goes.
     """
     settings: dict[str, dict[str, Any]] = {"LM": {}}
@@ -53,7 +56,9 @@ def brain(
     for f in fixed or BRAIN_SPLIT[part]:
         movings = MOVING[:3] if f == "1000" else [m for m in (*BRAIN_SPLIT[part], *MOVING) if m != f]
         for m in movings[:moving_per_fixed]:
-            images = [brain_image(s, k) for s, k in ((f, "t1"), (m, "t1"), (f, "seg"), (m, "seg"))]
+            images = [
+                brain_image(s, k).to(find_device(device)) for s, k in ((f, "t1"), (m, "t1"), (f, "seg"), (m, "seg"))
+            ]
             rows = [("start", mean_dice(images[2], images[3]), 0, 0.0)]
             for name, extra in settings.items():
                 for _ in range(repeats):
@@ -89,7 +94,7 @@ def _greedy(fixed: str, moving: str, fixed_label: Tensor) -> tuple[float, int, f
     ras = vectors[:, :, :, 0] * np.array([-1.0, -1.0, 1.0])
     voxels = np.einsum("ij,xyzj->ixyz", np.linalg.inv(affine[:3, :3]), ras)
     folds = int(fold_count(torch.from_numpy(voxels[None].astype(np.float32))))
-    return mean_dice(fixed_label, warped), folds, seconds
+    return mean_dice(fixed_label.cpu(), warped), folds, seconds
 
 
 def _run(command: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -17,8 +16,10 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.data import BRAIN_BUNDLE, data_root
+from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
 from monai_lm.bundles import RegistrationBundle
+from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
 from monai_lm.metrics import sd_log_jacobian
 
@@ -30,6 +31,7 @@ def brain_bundle(
     pairs: int = 6,
     invented: bool = False,
     schedules: dict[str, dict[str, Any]] | None = None,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Dice of 138 structures at 1 mm, folds, SDlogJ and seconds: network, network + LM, LM from the identity.
@@ -41,9 +43,10 @@ def brain_bundle(
         pairs: how many of the ordered pairs of the part.
         invented: give the moving image a contrast that is invented from its label map, another one for every pair.
         schedules: what to refine with, by name, keyword arguments of :func:`monai_lm.refine` over the bundle's own.
+        device: cpu, cuda, ...
         json_file: write one line per pair and method here, as it goes.
     """
-    bundle = RegistrationBundle(BRAIN_BUNDLE)
+    bundle = RegistrationBundle(BRAIN_BUNDLE, find_device(device))
     schedules = {"network + LM": {}} if schedules is None else schedules
     subjects = json.loads((BRAIN_BUNDLE / "configs" / "split.json").read_text())[part]
     chosen = list(permutations(subjects, 2))[:pairs]
@@ -82,10 +85,11 @@ def _registered(
     files = {role: str(data_root("brain") / f"{s}_t1.nii.gz") for role, s in subjects.items()}
     files |= {f"{role}_label": str(data_root("brain") / f"{s}_seg.nii.gz") for role, s in subjects.items()}
     data = bundle.preprocessing(files)
-    images = torch.as_tensor(data["image"])[None].contiguous()
-    first, second = (torch.as_tensor(data[f"{role}_label"])[None] for role in subjects)
+    images = torch.as_tensor(data["image"])[None].contiguous().to(bundle.device)
+    first, second = (torch.as_tensor(data[f"{role}_label"])[None].to(bundle.device) for role in subjects)
     if contrast is not None:
-        images = torch.cat([_invented(images[:, :1], second, contrast), images[:, 1:]], 1)
+        invented = _invented(images[:, :1].cpu(), second.cpu(), contrast).to(bundle.device)
+        images = torch.cat([invented, images[:, 1:]], 1)
     inferer = bundle.inferer
 
     @torch.no_grad()
@@ -104,9 +108,7 @@ def _registered(
     }
     rows = [{"method": "affine", "dice": mean_dice(first, second), "folds": 0, "sdlogj": 0.0, "seconds": 0.0}]
     for name, method in methods.items():
-        started = time.perf_counter()
-        ddf = method()
-        seconds = time.perf_counter() - started
+        ddf, seconds = timed(bundle.device, method)
         row = {"method": name, "dice": mean_dice(first, second, ddf), "folds": int(fold_count(ddf))}
         rows.append({**row, "sdlogj": float(sd_log_jacobian(ddf)), "seconds": seconds})
     return rows

@@ -61,12 +61,14 @@ def _bundle_data() -> ModuleType:
     return module
 
 
-def hippocampus_network(weights: str | Path) -> tuple[nn.Module, RegistrationInferer]:
+def hippocampus_network(
+    weights: str | Path, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, RegistrationInferer]:
     """A network with these weights and its inferer, as the bundle defines them or a ``.json`` beside the weights."""
     own = Path(weights).with_suffix(".json")
     config = ConfigParser()
     config.read_config(own if own.is_file() else BUNDLE / "configs" / "inference.json")
-    config["device"] = "cpu"
+    config["device"] = torch.device(device)
     network, inferer = config.get_parsed_content("network"), config.get_parsed_content("inferer")
     network.load_state_dict(torch.load(weights, weights_only=True))
     network.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 import monai_lm
-from benchmarks.adam import refine_with_adam
 from benchmarks.data import BUNDLE, hippocampus_network, hippocampus_pairs
+from benchmarks.descents import refine_with
+from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice, paired_bootstrap
 from monai_lm import RegistrationInferer
+from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
 from monai_lm.metrics import compare_labels, sd_log_jacobian
 from monai_lm.pyramid import automatic_scales
@@ -31,6 +32,7 @@ def hippocampus(
     adam_steps: tuple[float, ...] = (0.1, 0.2, 0.4),
     identity: bool = True,
     compile: bool = True,  # noqa: A002 (as refine calls it)
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Dice, 95 % Hausdorff distance, SDlogJ, similarity and folds of 50 seeded random pairs.
@@ -42,23 +44,24 @@ def hippocampus(
         adam_steps: step sizes of Adam; on the test part give the one that won on the validation part.
         identity: also LM without the network's field.
         compile: compile the kernels.
+        device: cpu, cuda, ...
         json_file: write one line per pair here, as it goes.
     """
     dataset = hippocampus_pairs(part, pairs, seed=0)
-    network, inferer = hippocampus_network(weights)
+    chosen = find_device(device)
+    network, inferer = hippocampus_network(weights, chosen)
     methods = _methods(inferer, adam_steps, identity, compile)
     rows: list[dict[str, Any]] = []
     for index in range(pairs):
-        pair = {k: v[None] for k, v in dataset[index].items()}
-        started = time.perf_counter()
+        pair = {k: v[None].to(chosen) for k, v in dataset[index].items()}
         with torch.no_grad():
-            ddf = inferer.predict(torch.cat([pair["moving"], pair["fixed"]], 1), network)
+            images = torch.cat([pair["moving"], pair["fixed"]], 1)
+            ddf, seconds = timed(chosen, inferer.predict, images, network)
         row: dict[str, Any] = {"start": {"dice": mean_dice(pair["fixed_label"], pair["moving_label"])}}
-        row["network"] = _measure(pair, ddf, ddf, time.perf_counter() - started)
+        row["network"] = _measure(pair, ddf, ddf, seconds)
         for name, method in methods.items():
-            started = time.perf_counter()
-            refined = method(pair["fixed"], pair["moving"], ddf)
-            row[name] = _measure(pair, refined, ddf, time.perf_counter() - started)
+            refined, seconds = timed(chosen, method, pair["fixed"], pair["moving"], ddf)
+            row[name] = _measure(pair, refined, ddf, seconds)
         rows.append(row)
         if json_file:
             with Path(json_file).open("a") as file:
@@ -79,10 +82,11 @@ def _methods(
     def adam(step: float) -> Callable[..., Tensor]:
         def run(fixed: Tensor, moving: Tensor, ddf: Tensor) -> Tensor:
             scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
-            return refine_with_adam(
-                inferer.channels(fixed), inferer.channels(moving), ddf, scales, [ITERATIONS[s] for s in scales],
-                (2, 2, 2, 1), step, compile_, 0.005, settings.get("similarity", "lncc"),
-            )  # fmt: skip
+            return refine_with(
+                "adam", inferer.channels(fixed), inferer.channels(moving), ddf, scales=scales,
+                iterations=[ITERATIONS[s] for s in scales], step=step, compile=compile_,
+                similarity=settings.get("similarity", "lncc"),
+            ).ddf  # fmt: skip
 
         return run
 

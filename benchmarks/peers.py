@@ -32,7 +32,7 @@ class Outcome:
     Attributes:
         seconds: of the registration itself.
         first: seconds of a first, short run in the same process, if there was one.
-        peak: largest resident memory above that after the imports, in bytes.
+        peak: largest resident memory above that after the imports, in bytes; on a GPU what torch had allocated there.
         settings: the method's.
     """
 
@@ -46,11 +46,12 @@ def work(method: str, **task: Any) -> Outcome:
     """Run one method in a process of its own.
 
     Args:
-        method: ``fireants``, ``fireants-lm``, ``greedy``, ``ants``, ``adam`` (in our engine) or ``lm``.
-        task: ``fixed``, ``moving``, ``scales``, ``iterations``, ``threads``, and what the worker may know more.
+        method: ``fireants``, ``fireants-lm``, ``greedy``, ``ants``, ``lm``, and in our engine ``adam``, ``stateless``.
+        task: ``fixed``, ``moving``, ``scales``, ``iterations``, ``threads``, ``device`` (greedy and ants have no other
+            than the CPU), and what the worker may know more.
     """
-    if method in ("adam", "fireants-lm"):
-        task["optimizer"] = "adam" if method == "adam" else "levenberg"
+    if method in ("adam", "stateless", "fireants-lm"):
+        task["optimizer"] = "levenberg" if method == "fireants-lm" else method
     peer = method.removesuffix("-lm")
     python, script = (_python(peer), f"run_{peer}.py") if peer in PEERS else (sys.executable, "run_ours.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +75,9 @@ def work(method: str, **task: Any) -> Outcome:
         watcher.join()
     at = {event["event"]: event for event in events}
     base = max(rss for when, rss in samples if when <= at["imported"]["time"] + 0.2)
-    peak = max(rss for when, rss in samples if when <= at["done"]["time"])
-    return Outcome(at["done"]["seconds"], at["done"].get("first"), peak - base, at["done"]["settings"])
+    peak = max(rss for when, rss in samples if when <= at["done"]["time"]) - base
+    peak = at["done"].get("peak") or peak
+    return Outcome(at["done"]["seconds"], at["done"].get("first"), peak, at["done"]["settings"])
 
 
 def machine(threads: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
+from benchmarks.descents import DESCENTS
 from benchmarks.metrics import mean_dice
 from benchmarks.peers import Outcome, machine, work
 
@@ -22,6 +23,7 @@ def speed(
     peers: tuple[str, ...] = ("greedy", "fireants", "adam"),
     repeats: int = 3,
     threads: int = 2,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Seconds per full-resolution iteration of a 1 mm brain (1000 ← 1001), each method in its own process.
@@ -30,9 +32,10 @@ def speed(
     cancel. Methods take turns; medians and ratios are printed.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants, adam.
+        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless.
         repeats: runs of each method.
         threads: for every method.
+        device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per run here, as it goes.
     """
     pair = _brain_pair("1000", "1001")
@@ -42,7 +45,8 @@ def speed(
     for _ in range(repeats):
         for method, values in measured.items():
             few, many = counts.get(method, (5, 25))
-            runs = [work(method, **pair, scales=[1], iterations=[n], threads=threads, warm=True) for n in (few, many)]
+            task = {**pair, "scales": [1], "threads": threads, "device": device, "warm": True}
+            runs = [work(method, **task, iterations=[n]) for n in (few, many)]
             values.append((runs[1].seconds - runs[0].seconds) / (many - few))
             _row(json_file, {"method": method, "seconds": values[-1], "settings": runs[1].settings})
             print(f"  {method:<12}{values[-1]:8.3f}", flush=True)
@@ -57,6 +61,7 @@ def memory(
     size: int = 256,
     iterations: int = 12,
     threads: int = 2,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Peak resident memory above that after the imports, in V (one float32 image), two images included.
@@ -64,11 +69,12 @@ def memory(
     Ours refine a predicted field, which the caller owns: its 3 V are taken off. Images are synthetic.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants, adam.
+        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless.
         modes: of ours.
         size: edge of the cube.
         iterations: at full resolution.
         threads: for every method.
+        device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per run here, as it goes.
     """
     volume = 4 * size**3
@@ -77,10 +83,11 @@ def memory(
     with tempfile.TemporaryDirectory() as folder:
         pair = _synthetic_pair(Path(folder), (size,) * 3)
         for method in (*ours_in, *peers):
-            ours = method in ours_in or method == "adam"
+            ours = method in ours_in or method in DESCENTS
             name = "lm" if method in ours_in else method
             count = 2 if name.startswith("fireants") else iterations
-            task = {**pair, "scales": [1], "iterations": [count], "threads": threads, "prediction": ours}
+            task = {**pair, "scales": [1], "iterations": [count], "threads": threads, "device": device}
+            task["prediction"] = ours
             task |= ours_in.get(method, {})
             if ours:
                 work(name, **task)  # so that the kernels lie in the cache on disk
@@ -94,6 +101,7 @@ def scaling(
     sizes: tuple[int, ...] = (128, 160, 192, 224, 256, 320),
     mode: str = "full",
     threads: int = 2,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Seconds per iteration and peak memory of ours over the image size, and the exponents in the number of voxels.
@@ -102,6 +110,7 @@ def scaling(
         sizes: edges of the cubes.
         mode: ``full``, ``low`` or ``half``.
         threads: to use.
+        device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per size here, as it goes.
     """
     print(f"scaling, memory={mode!r}: {machine(threads)}", flush=True)
@@ -109,7 +118,8 @@ def scaling(
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             pair = _synthetic_pair(Path(folder), (size,) * 3)
-            task = {**pair, "scales": [1], "threads": threads, "options": {"memory": mode}, "prediction": True}
+            task = {**pair, "scales": [1], "threads": threads, "device": device, "options": {"memory": mode}}
+            task["prediction"] = True
             work("lm", **task, iterations=[1])  # so that the kernels lie in the cache on disk
             runs = [work("lm", **task, iterations=[n], warm=True) for n in (3, 13)]
         seconds = (runs[1].seconds - runs[0].seconds) / 10
@@ -130,6 +140,7 @@ def accuracy(
     iterations: tuple[int, ...] = (100, 50, 25),
     settings: dict[str, dict[str, Any]] | None = None,
     threads: int = 2,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Dice and seconds of whole registrations of 1 mm brains.
@@ -142,6 +153,7 @@ def accuracy(
         iterations: per scale.
         settings: of fireants and fireants-lm by name, over those in ``workers/run_fireants.py``; to tune them.
         threads: for every method.
+        device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per run here, as it goes.
     """
     if unknown := sorted(set(settings or {}) - {"fireants", "fireants-lm"}):
@@ -152,6 +164,7 @@ def accuracy(
     for fixed, moving in list(zip(subjects, (*subjects[1:], subjects[0]), strict=True))[:pairs]:
         for method in methods:
             task = {**_brain_pair(fixed, moving), "scales": scales, "iterations": iterations, "threads": threads}
+            task["device"] = device
             task["settings"] = (settings or {}).get(method, {})
             dice, seconds = _dice_of(method, fixed, moving, **task)
             scores[method].append(dice)
@@ -165,6 +178,7 @@ def reach(
     pairs: tuple[tuple[str, str], ...] = (("1000", "1001"), ("1000", "1002")),
     finest: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 25),
     threads: int = 2,
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Seconds until ours has the Dice that greedy ends with, 1 mm brains of the validation split.
@@ -176,11 +190,12 @@ def reach(
         pairs: fixed and moving subject.
         finest: iterations at full resolution that are tried.
         threads: for both.
+        device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per run here, as it goes.
     """
     print(f"reach: {machine(threads)}", flush=True)
     for fixed, moving in pairs:
-        whole, goal, spent = {**_brain_pair(fixed, moving), "threads": threads}, 0.0, 0.0
+        whole, goal, spent = {**_brain_pair(fixed, moving), "threads": threads, "device": device}, 0.0, 0.0
         runs = [("greedy", False, 25)] + [("lm", warm, n) for warm in (False, True) for n in finest]
         reached: set[bool] = set()
         for method, warm, n in runs:

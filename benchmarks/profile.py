@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import brain_image
+from benchmarks.gpu.measure import timed
 from benchmarks.peers import machine
+from monai_lm.devices import find_device
 from monai_lm.engine import Engine
 from monai_lm.fields.topology import folded_cells
 from monai_lm.levenberg import initial_trust_of
@@ -38,41 +39,39 @@ class _Timed(Engine):
         if getattr(self, "_inside", False):
             return run(kernel, *args)
         self._inside = True
-        started = time.perf_counter()
         try:
-            return run(kernel, *args)
+            out, seconds = timed(self.residual.device, run, kernel, *args)
         finally:
             self._inside = False
-            self.seconds[getattr(kernel, "__name__", str(kernel)).lstrip("_")] += time.perf_counter() - started
+        self.seconds[getattr(kernel, "__name__", str(kernel)).lstrip("_")] += seconds
+        return out
 
 
-def profile(iterations: int = 10, compile: bool = True) -> None:  # noqa: A002 (as refine calls it)
+def profile(iterations: int = 10, compile: bool = True, device: str = "cpu") -> None:  # noqa: A002 (as refine calls it)
     """Seconds of every kernel per full-resolution iteration of a 1 mm brain (1000 ← 1001), median of iterations.
 
     Args:
         iterations: how many are timed, after two that compile or load the kernels.
         compile: compile the kernels.
+        device: cpu, cuda, ...; on a GPU every kernel is waited for.
     """
-    fixed, moving = brain_image("1000", "t1"), brain_image("1001", "t1")
+    chosen = find_device(device)
+    fixed, moving = (brain_image(subject, "t1").to(chosen) for subject in ("1000", "1001"))
     level = make_level(fixed.shape[2:], (1.0, 1.0, 1.0), 1)
-    residual = torch.zeros(1, 3, *fixed.shape[2:])
+    residual = torch.zeros(1, 3, *fixed.shape[2:], device=chosen)
     engine = _Timed(level, fixed, moving, None, residual, LNCC(), 1.0, 0.5, 0.5, 1, False, compile)
     loss: Tensor = engine.evaluate()
     trust = initial_trust_of(engine.gradients, loss, 1.0)
     rows: list[dict[str, float]] = []
     for iteration in range(iterations + 2):
         engine.seconds.clear()
-        started = time.perf_counter()
-        engine.advance(trust, torch.ones(1, dtype=torch.bool), False)
-        engine.evaluate()
-        whole = time.perf_counter() - started
+        better = torch.ones(1, dtype=torch.bool, device=chosen)
+        whole = timed(chosen, engine.advance, trust, better, False)[1] + timed(chosen, engine.evaluate)[1]
         if iteration >= 2:
             rows.append(
                 dict(engine.seconds) | {"rest (copies, windows)": whole - sum(engine.seconds.values()), "all": whole}
             )
-    started = time.perf_counter()
-    folded_cells(engine.residual)
-    guard = time.perf_counter() - started
+    guard = timed(chosen, folded_cells, engine.residual)[1]
     medians = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
     print(f"profile: {machine(torch.get_num_threads())}; 176x224x176, {iterations} iterations")
     for name, seconds in sorted(medians.items(), key=lambda item: item[1]):

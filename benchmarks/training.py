@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from monai.networks.nets import VoxelMorphUNet
 
 import monai_lm
 from benchmarks.data import BUNDLE, data_root, hippocampus_network, hippocampus_pairs
+from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
+from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
 from monai_lm.training import PairDataModule, RegistrationModule
 
@@ -24,7 +25,7 @@ SUPERVISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def supervision(minutes: float = 4.0, labels: bool = True, json_file: str | None = None) -> None:
+def supervision(minutes: float = 4.0, labels: bool = True, device: str = "cpu", json_file: str | None = None) -> None:
     """Train a VoxelMorph network on hippocampus pairs for the same wall time in three ways; validation Dice.
 
     The Dice is that of 20 validation pairs, of the network's own field and after refinement (images only).
@@ -32,9 +33,10 @@ def supervision(minutes: float = 4.0, labels: bool = True, json_file: str | None
     Args:
         minutes: of training, each; validation comes on top.
         labels: with the Dice of the warped label maps; ``implicit`` needs them.
+        device: cpu, cuda, ...
         json_file: write one line per way here, as it goes.
     """
-    refine = {"scales": (2, 1), "iterations": (10, 5)}
+    refine, kind = {"scales": (2, 1), "iterations": (10, 5)}, find_device(device).type
     print(f"supervision: hippocampus, {minutes} min each, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'supervision':<14}{'steps':>7}{'Dice':>8}{'refined':>9}{'folds':>9}", flush=True)
     for name, extra in SUPERVISIONS.items():
@@ -51,13 +53,13 @@ def supervision(minutes: float = 4.0, labels: bool = True, json_file: str | None
             optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3), **extra,
         )  # fmt: skip
         trainer = pl.Trainer(
-            max_time={"seconds": round(60 * minutes)}, max_epochs=-1, accelerator="cpu", precision="bf16-mixed",
+            max_time={"seconds": round(60 * minutes)}, max_epochs=-1, accelerator=kind, precision="bf16-mixed",
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             gradient_clip_val=1.0, limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(module, data)
         steps = trainer.global_step
-        judge = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+        judge = pl.Trainer(accelerator=kind, logger=False, enable_progress_bar=False, enable_model_summary=False)
         result = judge.validate(module, data.val_dataloader(), verbose=False)[0]
         row = {"supervision": name, "steps": steps} | {k: float(v) for k, v in result.items()}
         print(
@@ -73,6 +75,7 @@ def knee(
     pairs: int = 12,
     part: str = "validation",
     iterations: tuple[tuple[int, int], ...] = ((0, 0), (5, 2), (10, 5), (20, 10), (50, 25)),
+    device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
     """Dice of the hippocampus bundle against the time that refinement takes, as a multiple of the network's.
@@ -81,18 +84,19 @@ def knee(
         pairs: how many.
         part: of the split.
         iterations: per level, at half and at full resolution.
+        device: cpu, cuda, ...
         json_file: write one line per schedule here.
     """
-    network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt")
+    chosen = find_device(device)
+    network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt", chosen)
     settings: dict[str, Any] = dict(inferer.refine or {}) | {"scales": (2, 1)}
     prepared, predicting = [], 0.0
     for pair in hippocampus_pairs(part, pairs, seed=0):
-        batch = {k: v[None] for k, v in pair.items()}
+        batch = {k: v[None].to(chosen) for k, v in pair.items()}
+        both = torch.cat([batch["moving"], batch["fixed"]], 1)
         for _ in range(2):  # the first call of a shape is slower
-            started = time.perf_counter()
             with torch.no_grad():
-                ddf = inferer.predict(torch.cat([batch["moving"], batch["fixed"]], 1), network)
-            seconds = time.perf_counter() - started
+                ddf, seconds = timed(chosen, inferer.predict, both, network)
         predicting += seconds
         channels = [inferer.channels(batch[key]) for key in ("fixed", "moving")]
         prepared.append((batch, ddf, channels))

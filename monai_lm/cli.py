@@ -17,7 +17,7 @@ from monai_lm import files
 from monai_lm.cohort import refine_cohort
 from monai_lm.demo import run_demo
 
-__all__ = ["main"]
+__all__ = ["main", "with_values"]
 
 
 def refine(
@@ -317,7 +317,7 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
         print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
 
 
-def _with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
+def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
     """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
     parameters = [p for command in commands for p in signature(command).parameters.values()]
     switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
@@ -332,7 +332,7 @@ def main() -> None:
     commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
     try:
         named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=_with_values(sys.argv[1:], commands), as_positional=False)
+        auto_cli(named, args=with_values(sys.argv[1:], commands), as_positional=False)
     except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         print(f"monai-lm: {error}", file=sys.stderr)
         raise SystemExit(2) from error

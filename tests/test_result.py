@@ -10,8 +10,11 @@ import torch
 
 from monai_lm import RefinementResult
 from monai_lm.compilation import CompileClock
+from monai_lm.devices import Stopwatch
 from monai_lm.fields import compose, gaussian_smooth
 from monai_lm.result import Iteration, Record
+
+CPU = torch.device("cpu")
 
 
 def smooth(shape: tuple[int, ...], amplitude: float, batch: int = 1) -> torch.Tensor:
@@ -59,7 +62,7 @@ def test_a_result_cannot_be_changed_and_survives_pickling():
 
 def test_a_record_gives_every_pair_the_iterations_in_which_it_was_active():
     clock = CompileClock()
-    record = Record(2, time.perf_counter(), clock)
+    record = Record(2, Stopwatch(CPU, time.perf_counter()), clock)
     yes, no = torch.tensor([True, True]), torch.tensor([True, False])
     nan = torch.full((2,), math.nan)
     record.add(2, torch.tensor([4.0, 8.0]), torch.tensor([0.1, 0.2]), nan, yes, yes)
@@ -78,4 +81,4 @@ def test_a_record_gives_every_pair_the_iterations_in_which_it_was_active():
 
 
 def test_a_record_without_iterations_is_empty():
-    assert Record(3, 0.0, CompileClock()).history() == [[], [], []]
+    assert Record(3, Stopwatch(CPU, 0.0), CompileClock()).history() == [[], [], []]

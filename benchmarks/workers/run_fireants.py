@@ -12,7 +12,8 @@ from fireants.registration.greedy import GreedyRegistration
 job = task()
 torch.set_num_threads(job["threads"])
 say("imported")
-fixed, moving = (BatchedImages([Image.load_file(job[key], device="cpu")]) for key in ("fixed", "moving"))
+device = job.get("device", "cpu")
+fixed, moving = (BatchedImages([Image.load_file(job[key], device=device)]) for key in ("fixed", "moving"))
 say("loaded")
 started = time.perf_counter()
 settings = {"optimizer": "Adam", "optimizer_lr": 0.5}  # its recommended ones
@@ -31,10 +32,14 @@ registration = GreedyRegistration(
     **settings,
 )
 registration.optimize()
+peak = None
+if device != "cpu":
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
 seconds = time.perf_counter() - started
-say("done", seconds=seconds, settings=settings)
+say("done", seconds=seconds, peak=peak, settings=settings)
 if "label" in job:
-    coordinates = registration.get_warped_coordinates(fixed, moving)
+    coordinates = registration.get_warped_coordinates(fixed, moving).cpu()
     label = sitk.GetArrayFromImage(sitk.ReadImage(job["label"])).astype("float32")
     warped = F.grid_sample(torch.from_numpy(label)[None, None], coordinates, mode="nearest", align_corners=True)
     out = sitk.GetImageFromArray(warped[0, 0].detach().numpy().astype("uint8"))

@@ -94,7 +94,7 @@ def test_a_step_that_may_be_rejected_is_waited_for(pair):
         (fold_count, 0),
         (metrics.sd_log_jacobian, 0),
         (lambda ddf: metrics.inverse_consistency(ddf, -ddf), 0),
-        (lambda ddf: metrics.compare_labels(*(2 * [(ddf[:, :1] > 0).float()]), [(1.0, 1.0, 1.0)]), 3),
+        (lambda ddf: metrics.compare_labels(*(2 * [(ddf[:, :1] > 0).float()]), [(1.0, 1.0, 1.0)]), 4),
         (lambda ddf: InvertDDF()(ddf[0]), 60),
     ],
     ids=["folds", "sdlogj", "inverse consistency", "labels", "inverse"],

@@ -1,0 +1,40 @@
+"""The other descents in the engine: one step against its formula, and whole runs."""
+
+import pytest
+import torch
+
+from benchmarks.descents import refine_with
+from monai_lm.fields import fold_count, gaussian_smooth, warp
+from monai_lm.levenberg import eulerian_gradient
+from monai_lm.similarity import MSE
+
+
+@pytest.fixture
+def pair(smooth_image, smooth_field):
+    moving = smooth_image((1, 1, 24, 22), 2.0, dtype=torch.float32)
+    return warp(moving, smooth_field((1, 2, 24, 22), 1.5, 4.0, 1, torch.float32)), moving
+
+
+STEPS = {
+    "stateless": lambda g: -0.1 * g / torch.linalg.vector_norm(g, dim=1).max(),
+    "adam": lambda g: -0.1 * g / (g.abs() + 1e-8 * g.abs().max()),  # its first step, corrected for the start
+}
+
+
+@pytest.mark.parametrize("descent", STEPS)
+def test_the_first_step_is_that_of_the_formula(descent, pair):
+    fixed, moving = pair
+    derivative = MSE().loss_and_derivative(moving, fixed)[1]
+    step = STEPS[descent](gaussian_smooth(eulerian_gradient(derivative, moving), 1.0))
+    result = refine_with(
+        descent, fixed, moving, scales=(1,), iterations=(1,), step=0.1, similarity="mse", compile=False
+    )
+    torch.testing.assert_close(result.ddf, gaussian_smooth(step, 0.5), rtol=0, atol=5e-4)
+    assert float(step.abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("descent", STEPS)
+def test_they_register(descent, pair):
+    result = refine_with(descent, *pair, scales=(2, 1), iterations=(30, 20), step=0.2, compile=False)
+    assert float(result.final_loss) < 0.5 * float(result.initial_loss)
+    assert fold_count(result.ddf).tolist() == [0]
