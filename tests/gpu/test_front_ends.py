@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from monai_lm import RegistrationInferer, files, metrics
+from monai_lm import RegistrationInferer, cli, files, metrics
 from monai_lm.evaluation import measure
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.topology import jacobian_determinant
@@ -169,3 +169,17 @@ def test_field_files_of_the_device_have_no_folds(any_device, pair):
     ddf = pair[-1].to(any_device)
     assert fold_count(ddf).tolist() == [0]
     assert jacobian_determinant(ddf).device == any_device
+
+
+def test_a_device_with_too_little_memory_ends_with_a_sentence(pretend, pair, tmp_path, monkeypatch, capsys):
+    """The leanest mode does not fit either; the same for a device that is not there."""
+    fixed, moving, *_ = saved(tmp_path, pair)
+    pretend.limit = 600_000
+    words = ["refine", "--fixed", str(fixed), "--moving", str(moving), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["monai-lm", *words, "--device", "cuda:1", "--report", "false"])
+    with pytest.raises(SystemExit) as ended, pytest.warns(UserWarning, match="trying 'half'"):
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("monai-lm: cuda:1 has too little memory for images (1, 1, 17, 16, 14) with memory='half'")
+    assert not (tmp_path / "out").exists()
