@@ -182,14 +182,18 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        handler = getattr(self, f"_{name.strip('_')}", None) if args and isinstance(args[0], Tensor) else None
+        handler = getattr(self, f"on_{name.strip('_')}", None) if args and isinstance(args[0], Tensor) else None
         if handler is not None:
             return handler(func, args, kwargs)
         if kwargs.get("device") is not None:
             return self._made(name, func, args, kwargs)
-        return func(*args, **kwargs)
+        given = {label(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)} - {CPU}
+        if len(given) != 1:
+            return func(*args, **kwargs)
+        with self.telling(inside=given.pop()):
+            return func(*args, **kwargs)
 
-    def _get(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_get(self, func: Any, args: Any, kwargs: Any) -> Any:
         attribute, device = func.__self__.__name__, label(args[0])
         if attribute == "device":
             return device
@@ -197,26 +201,26 @@ class _Functions(TorchFunctionMode):
             return device.type == attribute[3:]
         return func(*args, **kwargs)
 
-    def _get_device(self, func: Any, args: Any, kwargs: Any) -> int:
+    def on_get_device(self, func: Any, args: Any, kwargs: Any) -> int:
         index = label(args[0]).index
         return -1 if index is None else index
 
-    def _tolist(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_tolist(self, func: Any, args: Any, kwargs: Any) -> Any:
         if label(args[0]) != CPU:
             self.pretend.wait("tolist")
         return func(*args, **kwargs)
 
-    def _numpy(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_numpy(self, func: Any, args: Any, kwargs: Any) -> Any:
         if label(args[0]) != CPU:
             raise TypeError(f"can't convert {label(args[0])} device type tensor to numpy, at {_where()}")
         return func(*args, **kwargs)
 
-    _array = _numpy
+    on_array = on_numpy
 
-    def _pin_memory(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_pin_memory(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         return args[0]
 
-    def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_deepcopy(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         tensor, memo = args
         if label(tensor) == CPU:
             return func(*args, **kwargs)
@@ -225,14 +229,14 @@ class _Functions(TorchFunctionMode):
             copied = torch.nn.Parameter(copied, tensor.requires_grad)
         return memo.setdefault(id(tensor), copied)
 
-    def _cpu(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_cpu(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         return self._moved(args[0], CPU, None, copy=False)
 
-    def _cuda(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_cuda(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         device = args[1] if len(args) > 1 else kwargs.get("device")
         return self._moved(args[0], _named("cuda" if device is None else device), None, copy=False)
 
-    def _to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         tensor, *rest = args
         copy = bool(kwargs.pop("copy", False))
         if rest and isinstance(rest[0], Tensor):
@@ -248,26 +252,22 @@ class _Functions(TorchFunctionMode):
         if device is None or device == label(tensor):
             return tensor.to(dtype, copy=copy)
         self.pretend.wait(f"copy {label(tensor).type} to {device.type}")
-        with self.moving_to(device):
+        with self.telling(target=device):
             return tensor.to(dtype, copy=True)
 
     @contextmanager
-    def moving_to(self, device: torch.device) -> Iterator[None]:
-        """What is made inside is on a device, whatever it is made of."""
-        operations = self.operations_below()
-        before, operations.target = operations.target, device
+    def telling(self, **devices: torch.device) -> Iterator[None]:
+        """Tell the mode below about the call that it will see the operations of."""
+        operations = torch.utils._python_dispatch._get_current_dispatch_mode()
+        assert isinstance(operations, _Operations)
+        before = {name: getattr(operations, name) for name in devices}
+        vars(operations).update(devices)
         try:
             yield
         finally:
-            operations.target = before
+            vars(operations).update(before)
 
-    def operations_below(self) -> _Operations:
-        """The mode below this one."""
-        mode = torch.utils._python_dispatch._get_current_dispatch_mode()
-        assert isinstance(mode, _Operations)
-        return mode
-
-    def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_new_tensor(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         device = kwargs.pop("device", None)
         device = label(args[0]) if device is None else _named(device)
         return self._copied_from_host(func, args, kwargs, device)
@@ -278,14 +278,14 @@ class _Functions(TorchFunctionMode):
             return self._moved(args[0], device, kwargs.get("dtype"), copy=False)
         if name in ("tensor", "as_tensor", "asarray"):
             return self._copied_from_host(func, args, kwargs, device)
-        with self.moving_to(device):
+        with self.telling(target=device):
             return func(*args, **kwargs, device="cpu")
 
     def _copied_from_host(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Tensor:
         if device.type != "cpu":
             self.pretend.wait("copy cpu to " + device.type)
         made = func(*args, **kwargs)
-        with self.moving_to(device):
+        with self.telling(target=device):
             return made.detach().clone().requires_grad_(made.requires_grad)
 
 
@@ -295,13 +295,14 @@ class _Operations(TorchDispatchMode):
     def __init__(self, pretend: Pretend) -> None:
         super().__init__()
         self.pretend = pretend
-        self.target: torch.device | None = None
+        self.target: torch.device | None = None  # what is made is there, whatever it is made of
+        self.inside: torch.device | None = None  # the call is about tensors there, and so is what it makes of nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        device = self.target or self._agreed(name, tensors)
+        device = self.target or (self._agreed(name, tensors) if tensors else self.inside) or CPU
         if device.type != "cpu" and self.target is None:
             self._count(name, func.is_view, tensors)
         out = func(*args, **kwargs)

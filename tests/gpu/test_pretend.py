@@ -29,6 +29,12 @@ def test_a_label_goes_along_and_numbers_stay():
 
 
 @pytest.mark.usefixtures("pretend")
+def test_numbers_that_a_function_makes_for_itself_are_where_its_tensors_are():
+    assert float(torch.quantile(numbers(5), 0.25)) == 1
+    assert torch.linalg.vector_norm(torch.nn.functional.pad(numbers(1, 3), (1, 1), mode="replicate")).is_cuda
+
+
+@pytest.mark.usefixtures("pretend")
 def test_a_label_goes_through_autograd():
     leaf = numbers(4).requires_grad_()
     (leaf * leaf).sum().backward()
