@@ -22,7 +22,7 @@ MOST = {
     "prediction": (17, 575, 49.8),
     "prediction, low": (17, 575, 42.2),
     "prediction, half": (18, 575, 42.2),
-    "prediction, descent": (47, 685, 52.8),
+    "prediction, descent": (47, 686, 52.8),
     "prediction, metropolis": (47, 618, 52.8),
     "prediction, trust_region": (17, 603, 49.8),
     "prediction, seconds": (47, 575, 49.8),
