@@ -160,18 +160,25 @@ def apply(
     files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format)
 
 
-def invert(ddf: str, output: str, moving: str | None = None, file_format: str = "itk", overwrite: bool = False) -> None:
-    """Invert a field: from points of the moving to points of the fixed image.
+def invert(
+    ddf: str,
+    output: str,
+    moving: str | None = None,
+    file_format: str = "itk",
+    ddf_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Invert a field: from points of the moving to points of the fixed image; says where that fails, and why.
 
     Args:
         ddf: the field, a NIfTI file.
         output: its inverse.
         moving: image on whose grid the inverse shall lie; default: the field's grid.
         file_format: of the output.
+        ddf_format: of the field, where its file does not say.
         overwrite: replace an output that exists.
     """
-    missed = files.invert_field(ddf, output, moving, file_format, overwrite)
-    print(f"field and inverse miss the identity by at most {missed:.4f} voxel away from the border")
+    print(files.invert_field(ddf, output, moving, file_format, overwrite, ddf_format))
 
 
 def compose(first: str, second: str, output: str, overwrite: bool = False) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from monai_lm.bundles import RegistrationBundle
-from monai_lm.fields import compose, fold_count, invert, sample_points
+from monai_lm.fields import compose, fold_count, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.fileio.points import POINT_SUFFIXES
+from monai_lm.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.metrics import compare_labels, sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
@@ -182,7 +184,9 @@ def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: 
     write_ddf(
         folder / f"ddf{suffix}", whole[0].numpy(), f.affine, file_format, moving_affine=m.affine, moving_size=m.size
     )
-    back = _inverse(ddf, f.affine, m.affine, pair.initial, m.size)
+    back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
+    if missed := int((residual > 0.01).sum()):
+        warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
     write_ddf(
         folder / f"inverse{suffix}", back[0].numpy(), m.affine, file_format, moving_affine=f.affine, moving_size=f.size
     )
@@ -241,19 +245,6 @@ def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray |
     )
 
 
-def _inverse(
-    ddf: Tensor,
-    affine: np.ndarray,
-    moving_affine: np.ndarray,
-    initial: np.ndarray | None,
-    moving_size: Sequence[int],
-) -> Tensor:
-    """Field on the moving grid back to voxels of the fixed grid: first the affine's inverse, then the field's."""
-    still = ddf.new_zeros(1, ddf.shape[1], *moving_size)
-    back = None if initial is None else np.linalg.inv(initial)
-    return compose(invert(ddf)[0], through_affine(still, moving_affine, affine, back))
-
-
 def apply_field(
     ddf: str | Path,
     source: str | Path,
@@ -306,31 +297,33 @@ def invert_field(
     moving: str | Path | None = None,
     file_format: str = "itk",
     overwrite: bool = False,
-) -> float:
+    ddf_format: str = "auto",
+) -> InverseReport:
     """Write the inverse of a field, on the grid of the ``moving`` image (default: the field's own).
 
+    Args:
+        ddf: the field.
+        output: its inverse.
+        moving: image on whose grid the inverse shall lie.
+        file_format: of the output.
+        overwrite: replace ``output``.
+        ddf_format: of the field.
+
     Returns:
-        Largest distance in voxels that inverse and field together miss the identity by, an eighth of the grid away from
-        its border and where the field leads into the grid of the inverse; NaN where it does nowhere.
+        How far inverse and field miss the identity, where, and why.
     """
     output = Path(output)
     free(output.parent, [output.name], overwrite)
     image = None if moving is None else Image(moving)
-    field = Field(ddf, None, image)
+    field = Field(ddf, None, image, ddf_format)
     size = tuple(field.ddf.shape[2:]) if image is None else image.size
-    inverse = _inverse(field.inner(), field.affine, field.moving_affine, None, size)
+    inner, affines = field.inner(), (field.affine, field.moving_affine)
+    inverse, residual = invert_between(inner, *affines, None, size)
     write_ddf(
         output, inverse[0].numpy(), field.moving_affine, file_format,
         moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
     )  # fmt: skip
-    missed = torch.linalg.vector_norm(compose(inverse, field.ddf), dim=1)[0]
-    shown = torch.zeros_like(missed, dtype=torch.bool)
-    shown[tuple(slice(s // 8, s - s // 8) for s in missed.shape)] = True
-    for axis, length in enumerate(size):  # voxels that are led out of the inverse's grid are none of its
-        voxels = torch.arange(missed.shape[axis]).view([-1 if a == axis else 1 for a in range(missed.dim())])
-        target = field.ddf[0, axis] + voxels
-        shown &= (target >= 0) & (target <= length - 1)
-    return float(missed[shown].max()) if bool(shown.any()) else float("nan")
+    return inspect_inverse(inner, inverse, residual, *affines)
 
 
 def compose_fields(first: str | Path, second: str | Path, output: str | Path, overwrite: bool = False) -> None:
