@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields import compose, invert
+from monai_lm.fields import invert
+from monai_lm.fields.algebra import compose
 from monai_lm.fields.topology import folded_cells
 from monai_lm.space import fixed_to_moving, spacing_of, through_affine, to_world
 
@@ -145,7 +146,7 @@ def _folded(ddf: Tensor, whole: Tensor, points: Sequence[Tensor], size: Sequence
     folded = cells[tuple(p.clamp(0, s - 1).long() for p, s in zip(points, cells.shape, strict=True))]
     for corner in product((0, 1), repeat=len(size)):  # a cell's voxels
         voxels = cells.nonzero() + torch.tensor(corner, device=cells.device)
-        led = (voxels + whole[0][(slice(None), *voxels.T)].T).round().long()
+        led = (voxels + torch.stack([component[tuple(voxels.T)] for component in whole[0]], 1)).round().long()
         led = led[((led >= 0) & (led < torch.tensor(size, device=cells.device))).all(1)]
         folded[tuple(led.T)] = True
     return folded

@@ -20,7 +20,9 @@ from monai.utils import MetricReduction
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-from monai_lm.fields import compose, fold_count, jacobian_determinant, sample_points
+from monai_lm.fields import fold_count, jacobian_determinant, sample_points
+from monai_lm.fields.algebra import compose
+from monai_lm.fields.finite import check_finite
 
 __all__ = [
     "FoldCountMetric",
@@ -67,7 +69,7 @@ def target_registration_error(ddf: Tensor, fixed_points: Tensor, moving_points: 
         ``(B, N)`` in millimetres.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a field that is not finite.
     """
     if fixed_points.shape != moving_points.shape or fixed_points.shape[::2] != ddf.shape[:2]:
         raise ValueError(
@@ -87,9 +89,14 @@ def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
 
     Returns:
         ``(B,)``; NaN where every voxel is led out of the grid.
+
+    Raises:
+        ValueError: fields of different shapes, or one that is not finite.
     """
     if ddf.shape != inverse.shape:
         raise ValueError(f"inverse must have the shape of ddf, {tuple(ddf.shape)}, got {tuple(inverse.shape)}")
+    for name, field in (("ddf", ddf), ("inverse", inverse)):
+        check_finite(name, field)
     missed = torch.linalg.vector_norm(compose(inverse, ddf), dim=1)
     inside = torch.ones_like(missed, dtype=torch.bool)
     for axis, size in enumerate(ddf.shape[2:]):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import warp
+from monai_lm.fields.finite import check_finite
 
 __all__ = [
     "check_affine",
@@ -154,8 +155,7 @@ def move_to_grid(
             invertible 4×4.
     """
     _check_field(ddf)
-    if bad := int((~torch.isfinite(ddf)).sum()):
-        raise ValueError(f"ddf must be finite, got {bad} NaN or infinite values")
+    check_finite("ddf", ddf)
     if len(size) != ddf.shape[1] or not all(isinstance(s, SupportsIndex) and index(s) > 0 for s in size):
         raise ValueError(f"size must be {ddf.shape[1]} whole numbers above 0, got {size!r}")
     still = ddf.new_zeros(ddf.shape[0], ddf.shape[1], *size)
@@ -192,7 +192,8 @@ def resample_moving(
         ``(B, C, *S)`` in the dtype that :func:`monai_lm.fields.warp` returns.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown mode, or a matrix that is no invertible 4×4.
+        ValueError: shapes that do not fit, a field that is not finite, an unknown mode, or a matrix that is no
+            invertible 4×4.
     """
     _check_field(ddf)
     if moving.dim() != ddf.dim() or moving.shape[0] != ddf.shape[0]:

@@ -22,6 +22,9 @@ def compose(outer: Tensor, inner: Tensor, origin: Sequence[Tensor] = ()) -> Tens
 
     Returns:
         ``(B, n, *S)`` displacement in voxels.
+
+    Raises:
+        ValueError: fields that do not fit; from ``monai_lm.fields``, one that is not finite, see :func:`warp`.
     """
     return inner + warp(outer, inner, origin=origin)
 
@@ -37,7 +40,7 @@ def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
         ``(B, n, *S)`` displacement in voxels, the exponential of the velocity.
 
     Raises:
-        ValueError: a negative number of steps.
+        ValueError: a negative number of steps; from ``monai_lm.fields``, a velocity that is not finite.
 
     Source:
         Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.

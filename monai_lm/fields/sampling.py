@@ -46,7 +46,9 @@ def warp(
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
 
     Raises:
-        ValueError: unknown mode or padding, or image and field that do not fit.
+        ValueError: unknown mode or padding, or image and field that do not fit; from ``monai_lm.fields`` also a field
+            that is not finite. That is not looked at, and what comes out is anything, while autograd records the field
+            or a compiler traces.
     """
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
@@ -83,6 +85,9 @@ def sample_points(ddf: Tensor, points: Tensor) -> Tensor:
 
     Returns:
         ``(B, N, n)`` displacement in voxels.
+
+    Raises:
+        ValueError: from ``monai_lm.fields``, a field that is not finite; see :func:`warp`.
     """
     (displacement,) = _border([ddf.flatten(2)], list(points.nan_to_num().unbind(2)), ddf.shape[2:])
     return torch.where(points.isnan(), torch.nan, displacement.transpose(1, 2))
