@@ -60,6 +60,7 @@ def refine_pair(
     report: bool = True,
     settings: Mapping[str, Any] | None = None,
     bundle: str | Path | None = None,
+    ddf_format: str = "auto",
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -82,6 +83,7 @@ def refine_pair(
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
             :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an ``affine``, the
             identity included, it gets the moving image on the fixed grid, else both files as they are.
+        ddf_format: of ``ddf``, see :func:`monai_lm.fileio.read_ddf`.
 
     Returns:
         The metrics, before (``…_before``) and after.
@@ -103,7 +105,7 @@ def refine_pair(
     file_suffix(file_format, len(f.size))
     chosen = _device(device)
     start = torch.zeros(1, len(f.size), *f.size)
-    predicted = None if ddf is None else Field(ddf, f, m).ddf
+    predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
     onto = pair.brought(m, torch.zeros_like(start))
@@ -326,12 +328,19 @@ def invert_field(
     return inspect_inverse(inner, inverse, residual, *affines)
 
 
-def compose_fields(first: str | Path, second: str | Path, output: str | Path, overwrite: bool = False) -> None:
+def compose_fields(
+    first: str | Path,
+    second: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    first_format: str = "auto",
+    second_format: str = "auto",
+) -> None:
     """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``."""
     output = Path(output)
     free(output.parent, [output.name], overwrite)
-    outer = Field(second)
-    values, affine = read_ddf(first, moving_affine=outer.affine)
+    outer = Field(second, file_format=second_format)
+    values, affine = read_ddf(first, first_format, moving_affine=outer.affine)
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
         raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")

@@ -49,9 +49,14 @@ def check_ddf(ddf: Any) -> np.ndarray:
 
 
 def save_nifti(
-    path: str | Path, data: np.ndarray, affine: np.ndarray, intent: str | int, dtype: type = np.float32
+    path: str | Path,
+    data: np.ndarray,
+    affine: np.ndarray,
+    intent: str | int,
+    dtype: type = np.float32,
+    name: str = "",
 ) -> None:
-    """Write data with qform, sform, units and an intent, whole or not at all.
+    """Write data with qform, sform, units, an intent and perhaps its name, whole or not at all.
 
     Raises:
         ValueError: ``path`` does not end in ``.nii`` or ``.nii.gz``.
@@ -60,7 +65,7 @@ def save_nifti(
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
     image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
-    image.header.set_intent(intent, allow_unknown=True)
+    image.header.set_intent(intent, name=name, allow_unknown=True)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)

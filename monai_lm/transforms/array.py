@@ -15,7 +15,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
 from monai_lm.fields import fold_count, invert, sample_points, warp
-from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
+from monai_lm.fileio import READABLE, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
 from monai_lm.space import to_voxel, to_world
 from monai_lm.validation import check_finite
@@ -292,19 +292,20 @@ def _check_target(ddf: Any, moving: Any) -> None:
 
 
 class LoadDDF(Transform):
-    """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, in voxels, or Learn2Reg's.
+    """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, NiftyReg's, in voxels, or Learn2Reg's.
 
     Args:
-        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, or ``"auto"``: by suffix, intent and shape, see
-            :func:`monai_lm.fileio.guess_format`.
+        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, ``"niftyreg"``, or ``"ras"``, ``"lps"`` and
+            ``"positions"`` for millimetres, see :func:`monai_lm.fileio.read_millimetre_ddf`; ``"auto"``: what the file
+            says, see :func:`monai_lm.fileio.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 
     backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
 
     def __init__(self, file_format: str = "auto", relative: bool | None = None) -> None:
-        if file_format not in ("auto", *FORMATS):
-            raise ValueError(f"file_format must be 'auto' or one of {FORMATS}, got {file_format!r}")
+        if file_format not in ("auto", *READABLE):
+            raise ValueError(f"file_format must be 'auto' or one of {READABLE}, got {file_format!r}")
         self.file_format = file_format
         self.relative = relative
 
