@@ -25,6 +25,7 @@ from monai_lm.bundles import RegistrationBundle
 from monai_lm.fields import compose, fold_count, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
+from monai_lm.fileio.formats import check_grid
 from monai_lm.fileio.points import POINT_SUFFIXES
 from monai_lm.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.metrics import compare_labels, sd_log_jacobian
@@ -103,6 +104,8 @@ def refine_pair(
     pair = load_pair(fixed, moving, affine, labels, points, mask)
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
+    for image in (f, m):  # the field lies on the one grid, its inverse on the other
+        check_grid(file_format, str(image.path), image.affine, len(f.size))
     chosen = _device(device)
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf
@@ -282,11 +285,9 @@ def apply_field(
         with replacing(output) as temporary:
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
-    image = Image(source)
+    image = Image(source, label)
     if not output.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
-    if label:
-        image.check_labels()
     field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
     warped = resample_moving(image.data, field.inner(), field.affine, image.affine, None, mode, outside)

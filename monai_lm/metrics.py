@@ -115,10 +115,16 @@ def label_overlap(
     channels would take gigabytes. A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
 
     Raises:
-        ValueError: maps of different shapes, or with values that are not whole numbers.
+        ValueError: maps of different shapes, with values that are not whole numbers, or with labels so large that their
+            floating point type cannot tell them apart.
     """
     if warped.shape != fixed.shape:
         raise ValueError(f"warped and fixed must have one shape, got {tuple(warped.shape)} and {tuple(fixed.shape)}")
+    for name, labels in (("warped", warped), ("fixed", fixed)):
+        if labels.is_floating_point() and float(labels.max()) > (most := 2 / torch.finfo(labels.dtype).eps):
+            raise ValueError(
+                f"{name} must hold labels up to {most:.0f} in {labels.dtype}, got larger ones; use integers"
+            )
     warped, fixed = (labels if labels.is_floating_point() else labels.long() for labels in (warped, fixed))
     dice, hd95 = {}, {}
     values = torch.cat([warped.unique(), fixed.unique()]).unique()

@@ -22,6 +22,7 @@ __all__ = [
     "check_affine",
     "fixed_to_moving",
     "from_space",
+    "is_sheared",
     "move_to_grid",
     "resample_moving",
     "spacing_of",
@@ -40,6 +41,13 @@ def check_affine(name: str, affine: Any) -> np.ndarray:
         if lengths.min() > 0 and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-6:
             return matrix
     raise ValueError(f"{name} must be an invertible (4, 4) matrix, got shape {matrix.shape}:\n{matrix}")
+
+
+def is_sheared(affine: np.ndarray | Tensor) -> bool:
+    """Whether the voxel axes of a ``(4, 4)`` affine are not at right angles, by more than .006 degrees."""
+    matrix = check_affine("affine", affine)[:3, :3]
+    directions = matrix / np.linalg.norm(matrix, axis=0)
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() > 1e-4)
 
 
 def spacing_of(affine: np.ndarray | Tensor, n: int = 3) -> tuple[float, ...]:

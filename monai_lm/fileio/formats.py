@@ -9,12 +9,12 @@ import numpy as np
 
 from monai_lm.fileio.files import open_nifti
 from monai_lm.fileio.fsl import read_fsl_ddf, write_fsl_ddf
-from monai_lm.fileio.itk import ASK, read_itk_ddf, write_itk_ddf
+from monai_lm.fileio.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.fileio.niftyreg import is_niftyreg, read_niftyreg_ddf
 from monai_lm.fileio.vectors import read_millimetre_ddf
 from monai_lm.fileio.voxel import VOXELS, read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
 
-__all__ = ["FORMATS", "READABLE", "file_suffix", "guess_format", "read_ddf", "write_ddf"]
+__all__ = ["FORMATS", "READABLE", "check_grid", "file_suffix", "guess_format", "read_ddf", "write_ddf"]
 
 FORMATS = ("itk", "fsl", "voxel", "learn2reg")
 """What fields are written in."""
@@ -126,6 +126,12 @@ def write_ddf(
         write_voxel_ddf(path, ddf, affine)
     else:
         write_learn2reg_ddf(path, ddf)
+
+
+def check_grid(file_format: str, name: str, affine: np.ndarray, axes: int) -> None:
+    """ValueError if a format cannot hold fields on a grid, named for the message, with that affine and 2 or 3 axes."""
+    if file_format == "itk":
+        check_itk_grid(name, affine, axes)
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:

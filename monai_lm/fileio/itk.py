@@ -10,15 +10,30 @@ import torch
 from monai_lm.fileio.files import check_ddf, load_nifti, save_nifti
 from monai_lm.fileio.niftyreg import is_niftyreg
 from monai_lm.fileio.vectors import LPS, components_first, looks_like_positions, to_voxels
-from monai_lm.space import check_affine, to_space
+from monai_lm.space import check_affine, is_sheared, to_space
 
-__all__ = ["read_itk_ddf", "write_itk_ddf"]
+__all__ = ["check_itk_grid", "read_itk_ddf", "write_itk_ddf"]
 
 ASK = (
     "say file_format='lps' or 'ras' for displacements in millimetres (SynthMorph's are in RAS), 'positions' for where "
     "voxels are led, in RAS millimetres (SPM's y_ files), 'voxel' for voxels (MONAI, Learn2Reg) or 'fsl'"
 )
 VECTOR, DISPLACEMENT_VECTOR = 1007, 1006  # NIfTI intents; ITK takes the first as it is (LPS), the second as RAS
+
+
+def check_itk_grid(name: str, affine: np.ndarray, axes: int) -> None:
+    """ValueError for a grid that ITK's files cannot hold: sheared or, of two axes, not in a plane of x and y."""
+    if is_sheared(affine):
+        raise ValueError(
+            f"{name} must have voxel axes at right angles for ITK's files, which hold no shear, got the affine\n"
+            f"{affine}\nresample the image first (nibabel.processing.resample_to_output), or write "
+            "file_format='voxel', which holds it"
+        )
+    if axes == 2 and np.abs(affine[2, :2] / np.linalg.norm(affine[:3, :2], axis=0)).max() > 0.01:
+        raise ValueError(
+            f"{name} must lie in a plane of x and y for ITK's files of planes, which know no other, got the affine\n"
+            f"{affine}\nwrite file_format='voxel', which holds it"
+        )
 
 
 def write_itk_ddf(
@@ -37,11 +52,13 @@ def write_itk_ddf(
             points of the moving image's, ``A_m (x + u(x)) - A_f x``.
 
     Raises:
-        ValueError: the field is not ``(n, *S)`` with ``n = len(S)`` 2 or 3, or an affine not an invertible 4×4.
+        ValueError: the field is not ``(n, *S)`` with ``n = len(S)`` 2 or 3, an affine is not an invertible 4×4, or
+            ``affine`` is sheared or, in 2D, that of a plane that is not one of x and y: ITK cannot hold those.
     """
     field = check_ddf(ddf)
     affine = check_affine("affine", affine)
     moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
+    check_itk_grid("affine", affine, len(field))
     vectors = to_space(torch.from_numpy(field)[None], LPS @ affine, LPS @ moving_affine)[0].numpy()
     n = len(vectors)
     vectors = np.moveaxis(vectors, 0, -1)

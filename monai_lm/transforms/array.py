@@ -131,13 +131,12 @@ class WarpImage(Transform):
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         dtype = image.dtype if self.mode == "nearest" else torch.float32
-        gathered = torch.int64 if dtype in (torch.uint16, torch.uint32, torch.uint64) else dtype  # torch lacks these
         if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
             raise ValueError(
                 f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
             )
         check_finite("ddf", field)
-        out = warp(image[None].to(gathered), field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
+        out = warp(image[None].to(dtype), field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
