@@ -24,6 +24,7 @@ __all__ = [
     "from_space",
     "is_sheared",
     "move_to_grid",
+    "out_of_plane",
     "resample_moving",
     "spacing_of",
     "through_affine",
@@ -48,6 +49,12 @@ def is_sheared(affine: np.ndarray | Tensor) -> bool:
     matrix = check_affine("affine", affine)[:3, :3]
     directions = matrix / np.linalg.norm(matrix, axis=0)
     return bool(np.abs(directions.T @ directions - np.eye(3)).max() > 1e-4)
+
+
+def out_of_plane(affine: np.ndarray | Tensor) -> bool:
+    """Whether the plane of the first two voxel axes is not one of x and y, by more than .6 degrees."""
+    columns = check_affine("affine", affine)[:3, :2]
+    return bool(np.abs(columns[2] / np.linalg.norm(columns, axis=0)).max() > 0.01)
 
 
 def spacing_of(affine: np.ndarray | Tensor, n: int = 3) -> tuple[float, ...]:

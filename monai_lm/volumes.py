@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from monai_lm.fileio import read_affine, read_ddf, read_points
 from monai_lm.fileio.files import load_nifti
-from monai_lm.space import fixed_to_moving, from_space, resample_moving, spacing_of
+from monai_lm.space import fixed_to_moving, from_space, out_of_plane, resample_moving, spacing_of
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
@@ -159,7 +161,7 @@ def load_pair(
     f, m = Image(fixed), Image(moving)
     if len(f.size) != len(m.size):
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
-    _check_planes(f, m)
+    _check_planes(f, m, {"affine": affine, "points": points})
     maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
     weight = None if mask is None else Image(mask)
     for image in (*(maps or ())[:1], *([weight] if weight else [])):
@@ -176,9 +178,14 @@ def load_pair(
     return Pair(f, m, initial, maps, landmarks, weight)
 
 
-def _check_planes(fixed: Image, moving: Image) -> None:
-    """ValueError for images in 2D whose planes differ by more than ten degrees: in space, none comes to the other."""
+def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
+    """ValueError for images in 2D whose planes differ by ten degrees, or that are not those of what is given beside."""
     if len(fixed.size) == 2:
+        if out_of_plane(fixed.affine) and (beside := [name for name, value in given.items() if value is not None]):
+            raise ValueError(
+                f"{fixed.path} must lie in a plane of x and y where {' and '.join(beside)} are given, which know no "
+                f"other, got the affine\n{fixed.affine}"
+            )
         normals = [np.cross(*image.affine[:3, :2].T) for image in (fixed, moving)]
         a, b = (normal / np.linalg.norm(normal) for normal in normals)
         if (cosine := abs(float(a @ b))) < np.cos(np.pi / 18):

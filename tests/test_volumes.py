@@ -96,6 +96,17 @@ def test_planes_that_stand_on_one_another_are_refused(save):
     load_pair(moving, moving)
 
 
+def test_points_and_affines_in_2d_are_of_x_and_y(save, tmp_path):
+    np.savetxt(tmp_path / "p.csv", [[1.0, 2.0]], delimiter=",")
+    np.savetxt(tmp_path / "a.txt", np.eye(4))
+    points, affine = (tmp_path / "p.csv",) * 2, tmp_path / "a.txt"
+    flat, upright = save("f.nii", np.zeros((5, 6, 1))), save("u.nii", np.zeros((1, 5, 6)))
+    assert load_pair(flat, flat, affine, points=points).points[0].tolist() == [[1.0, 2.0]]
+    for given in ({"affine": affine}, {"points": points}, {"affine": affine, "points": points}):
+        with pytest.raises(ValueError, match=f"u.nii must lie in a plane of x and y where {' and '.join(given)} are"):
+            load_pair(upright, upright, **given)
+
+
 def test_a_field_takes_its_grid_from_the_file_or_an_image(save, tmp_path):
     ddf = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0)).numpy()
     write_itk_ddf(tmp_path / "itk.nii.gz", ddf, AFFINE)

@@ -27,18 +27,23 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:
     """A function that raises ValueError where the named arguments, fields, are not finite.
 
-    Not while a compiler traces it, and not while autograd records the field: a step of training would wait for the GPU
-    at every call. The package itself calls what is wrapped, with fields that were checked where they came in.
+    Not while a compiler traces it, and not while autograd records it: a step of training would wait for the GPU at
+    every call. The package itself calls what is wrapped, with fields that were checked where they came in.
     """
     places = {name: list(signature(function).parameters).index(name) for name in names}
 
     @wraps(function)
     def look(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or _recorded([*args, *kwargs.values()])):
             for name, place in places.items():
                 field = args[place] if place < len(args) else kwargs.get(name)
-                if isinstance(field, Tensor) and not (field.requires_grad and torch.is_grad_enabled()):
+                if isinstance(field, Tensor):
                     check_finite(name, field)
         return function(*args, **kwargs)
 
     return look
+
+
+def _recorded(arguments: list[object]) -> bool:
+    """Whether autograd records a function of these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

@@ -52,7 +52,10 @@ def invert(
     size = tuple(ddf.shape[2:] if size is None else size)
     n = len(size)
     rows = [*range(n), 3]
-    onto = None if grid is None else torch.from_numpy(np.asarray(grid, np.float64)[np.ix_(rows, rows)]).to(ddf.device)
+    wide = ddf.dtype if ddf.device.type == "mps" else torch.float64  # Apple's GPUs have no other
+    onto = None
+    if grid is not None:
+        onto = torch.from_numpy(np.asarray(grid, np.float64)[np.ix_(rows, rows)]).to(dtype=wide).to(ddf.device)
     inverse = ddf.new_zeros(ddf.shape[0], n, *size)
     residual = ddf.new_zeros(ddf.shape[0], *size)
     at_a_time = _AT_A_TIME * (64 if ddf.is_cuda else 1)
@@ -64,7 +67,7 @@ def invert(
             shape = inverse[pair, :, slab].shape
             axes = [torch.arange(s, device=ddf.device) + o for s, o in zip(shape[1:], (first, 0, 0), strict=False)]
             voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-            targets = voxels if onto is None else voxels.double() @ onto[:n, :n].T + onto[:n, n]
+            targets = voxels if onto is None else voxels.to(wide) @ onto[:n, :n].T + onto[:n, n]
             shift, missed = _inverted(ddf[pair, None], targets.to(ddf.dtype), nearest, iterations)
             if onto is not None:
                 shift += (targets - voxels).to(ddf.dtype)
@@ -76,20 +79,19 @@ def invert(
 def _nearest_affine(ddf: Tensor) -> tuple[Tensor, Tensor]:
     """The affine ``M x + t`` nearest to the map ``x + ddf(x)`` of a field ``(n, *S)``, as ``M⁻¹`` and ``-M⁻¹ t``."""
     n, size = len(ddf), ddf.shape[1:]
-    linear = torch.eye(n, dtype=torch.float64, device=ddf.device)
+    linear, mean = torch.eye(n, dtype=torch.float64), ddf.flatten(1).mean(1).cpu().double()
     middle = linear.new_tensor([(s - 1) / 2 for s in size])
     for axis, length in enumerate(size):
         others = [1 + a for a in range(n) if a != axis]
-        profile = ddf.mean(others).double()  # the axes of a grid are orthogonal: one by one they can be fitted
-        position = torch.arange(length, dtype=torch.float64, device=ddf.device) - middle[axis]
+        profile = ddf.mean(others).cpu().double()  # the axes of a grid are orthogonal: one by one they can be fitted
+        position = torch.arange(length, dtype=torch.float64) - middle[axis]
         linear[:, axis] += profile @ position / position.square().sum().clamp(min=1)
-    offset = middle + ddf.flatten(1).mean(1).double() - linear @ middle
+    offset = middle + mean - linear @ middle
     stretch = torch.linalg.svdvals(linear)
     if float(stretch[-1]) < 0.1 * min(1.0, float(stretch[0])):  # a plane, all but: nothing to start from
-        linear = torch.eye(n, dtype=torch.float64, device=ddf.device)
-        offset = ddf.flatten(1).mean(1).double()
+        linear, offset = torch.eye(n, dtype=torch.float64), mean
     back = torch.linalg.inv(linear)
-    return back.to(ddf.dtype), (-back @ offset).to(ddf.dtype)
+    return back.to(dtype=ddf.dtype).to(ddf.device), (-back @ offset).to(dtype=ddf.dtype).to(ddf.device)
 
 
 def _inverted(ddf: Tensor, targets: Tensor, nearest: tuple[Tensor, Tensor], iterations: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ def _inverted(ddf: Tensor, targets: Tensor, nearest: tuple[Tensor, Tensor], iter
     eye = torch.eye(len(back)).to(back)
     shift = targets @ (back - eye).T + offset
     linear = torch.linalg.inv(back) - eye
-    if float(torch.linalg.matrix_norm(linear.double(), 2)) < 0.5:
+    if float(torch.linalg.matrix_norm(linear.cpu().float(), 2)) < 0.5:
         return _solved(ddf, targets, shift, back, None, iterations)
     beyond, _ = _solved(ddf, targets, shift, back, linear, iterations - iterations // 2)
     shift, norm = _solved(ddf, targets, beyond.clone(), back, None, iterations // 2)

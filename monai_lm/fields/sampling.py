@@ -49,8 +49,8 @@ def warp(
 
     Raises:
         ValueError: unknown mode or padding, or image and field that do not fit; from ``monai_lm.fields`` also a field
-            that is not finite. That is not looked at, and what comes out is anything, while autograd records the field
-            or a compiler traces.
+            that is not finite. That is not looked at, and what comes out is anything, while autograd records the
+            call or a compiler traces it.
     """
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
@@ -75,7 +75,8 @@ def warp(
     if mode == "nearest":
         kind = _SIGNED.get(image.dtype)  # torch cannot gather unsigned numbers, but what has as many bits
         blocks = blocks if kind is None else [block.view(kind) for block in blocks]
-        return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1).view(image.dtype)
+        out = torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
+        return out if kind is None else out.view(image.dtype)  # a view, of any type, is not differentiable
     sample = _zero_padded if padding_mode == "zeros" else _border
     return torch.cat(sample(blocks, position, sizes), 1).to(torch.promote_types(image.dtype, ddf.dtype))
 

@@ -10,7 +10,7 @@ import torch
 from monai_lm.fileio.files import check_ddf, load_nifti, save_nifti
 from monai_lm.fileio.niftyreg import is_niftyreg
 from monai_lm.fileio.vectors import LPS, components_first, looks_like_positions, to_voxels
-from monai_lm.space import check_affine, is_sheared, to_space
+from monai_lm.space import check_affine, is_sheared, out_of_plane, to_space
 
 __all__ = ["check_itk_grid", "read_itk_ddf", "write_itk_ddf"]
 
@@ -29,7 +29,7 @@ def check_itk_grid(name: str, affine: np.ndarray, axes: int) -> None:
             f"{affine}\nresample the image first (nibabel.processing.resample_to_output), or write "
             "file_format='voxel', which holds it"
         )
-    if axes == 2 and np.abs(affine[2, :2] / np.linalg.norm(affine[:3, :2], axis=0)).max() > 0.01:
+    if axes == 2 and out_of_plane(affine):
         raise ValueError(
             f"{name} must lie in a plane of x and y for ITK's files of planes, which know no other, got the affine\n"
             f"{affine}\nwrite file_format='voxel', which holds it"

@@ -73,6 +73,15 @@ def test_a_training_step_and_a_compiler_are_not_made_to_wait(monkeypatch):
     assert int(seen(bad.detach())) == 1
 
 
+def test_a_fixed_prediction_is_not_looked_at_in_every_step_of_a_loop():
+    """As in the closure of FactoredLM: the residual is recorded, the prediction before it is not."""
+    residual = GOOD.clone().requires_grad_()
+    composed = checked(lambda outer, inner: outer + inner, "outer", "inner")
+    assert composed(spoilt(float("nan")), inner=residual).isnan().sum() == 1
+    with pytest.raises(ValueError, match="outer must be finite"):
+        composed(spoilt(float("nan")), inner=residual.detach())
+
+
 def test_warp_compiles_as_one_graph(smooth_field):
     ddf = smooth_field((1, 2, 6, 5), dtype=torch.float32)
     compiled = torch.compile(fields.warp, backend="eager", fullgraph=True)

@@ -221,3 +221,12 @@ def test_nearest_keeps_every_value_of_every_type(dtype, padding_mode):
     assert warped.dtype == dtype
     outside = [0, 0] if padding_mode == "zeros" else [most, most - 1]
     assert warped[0, 0].tolist() == [[most, most - 1], outside]
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "zeros"])
+def test_nearest_is_differentiable_in_the_image(padding_mode):
+    image = torch.zeros(1, 1, 4, 5, requires_grad=True)
+    ddf = torch.full((1, 2, 4, 5), 0.0)
+    ddf[:, 0] = 1.0
+    warp(image, ddf, "nearest", padding_mode).sum().backward()
+    assert image.grad[0, 0, :, 0].tolist() == ([0, 1, 1, 2] if padding_mode == "border" else [0, 1, 1, 1])
