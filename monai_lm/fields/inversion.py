@@ -17,7 +17,7 @@ _AT_A_TIME = 2**18
 """Voxels that are inverted together on a CPU: what they need stays in its cache."""
 
 _CONVERGED = 1e-4
-"""Residual in voxels that ends the iteration of a voxel."""
+"""Residual in voxels that is small enough, where numbers are not rounded more than that."""
 
 
 def invert(
@@ -34,7 +34,8 @@ def invert(
         ddf: ``(B, n, *S)`` in voxels; it maps the fixed grid into the moving grid. Beyond its border it is continued by
             its border value, so that every voxel has a point that is led there.
         size: voxel counts of the moving grid, on which the inverse lives; default: the grid of ``ddf``.
-        iterations: most iterations of a voxel; its iteration ends earlier when the residual is below ``1e-4`` voxel.
+        iterations: most iterations of a voxel; its iteration ends earlier when the residual is below ``1e-4`` voxel, or
+            below what rounding leaves where that is more.
         grid: ``(4, 4)`` from voxels of the inverse to the voxels that ``ddf`` leads to, where they are others, such as
             :func:`monai_lm.space.fixed_to_moving` of the two; default: they are the same.
 
@@ -108,7 +109,7 @@ def _inverted(ddf: Tensor, targets: Tensor, nearest: tuple[Tensor, Tensor], iter
         return _solved(ddf, targets, shift, back, None, iterations)
     beyond, _ = _solved(ddf, targets, shift, back, linear, iterations - iterations // 2)
     shift, norm = _solved(ddf, targets, beyond.clone(), back, None, iterations // 2)
-    stuck = norm >= _CONVERGED  # at the border, where a mirrored field, continued, turns back
+    stuck = norm >= _goal(targets, shift)  # at the border, where a mirrored field, continued, turns back
     shift[stuck] = beyond[stuck]
     norm[stuck] = torch.linalg.vector_norm(_error(ddf, targets[stuck], shift[stuck], None), dim=1)
     return shift, norm
@@ -120,10 +121,11 @@ def _solved(
     """Improve the shift of :func:`_inverted`, in place, step by step; see :func:`_error` for ``beyond``."""
     error = _error(ddf, targets, shift, beyond)
     norm = torch.linalg.vector_norm(error, dim=1)
+    goal = _goal(targets, shift)
     for newton, count in ((False, iterations - iterations // 2), (True, iterations // 2)):
         relaxation = torch.ones_like(norm)
         for _ in range(count):
-            left = ((norm >= _CONVERGED) & (relaxation > 1e-3)).nonzero()[:, 0]  # few after some iterations
+            left = ((norm >= goal) & (relaxation > 1e-3)).nonzero()[:, 0]  # few after some iterations
             if len(left) == 0:
                 break
             there, now, missed = targets[left], shift[left], error[left]
@@ -136,6 +138,12 @@ def _solved(
             shift[kept], error[kept], norm[kept] = candidate[better], new_error[better], new_norm[better]
             relaxation[left] = torch.where(better, (relaxation[left] * 1.5).clamp(max=1.0), relaxation[left] * 0.5)
     return shift, norm
+
+
+def _goal(targets: Tensor, shift: Tensor) -> float:
+    """The residual that ends the iteration of a voxel: what is rounded does not get nearer."""
+    farthest = max(float(targets.abs().max()), float(shift.abs().max()))
+    return max(_CONVERGED, 4 * torch.finfo(shift.dtype).eps * farthest)
 
 
 def _error(ddf: Tensor, targets: Tensor, shift: Tensor, beyond: Tensor | None) -> Tensor:

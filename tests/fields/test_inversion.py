@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.fields import compose, fold_count, invert, sample_points
+from monai_lm.fields import compose, fold_count, inversion, invert, sample_points
 
 WIDE = pytest.mark.parametrize("size", [(24, 20), (16, 14, 15)], ids=["2D", "3D"])
 
@@ -165,6 +165,20 @@ def test_a_field_that_is_steep_without_folding_converges():
     field[0, 0] = (led - led.mean() + 30 - x)[:, None]
     _, residual = invert(field)
     assert residual.max() < 1e-3
+
+
+def test_a_field_that_leads_far_away_does_not_iterate_below_its_rounding(monkeypatch, smooth_field):
+    """5000 voxels away single precision has steps of half a thousandth."""
+    field = smooth_field((1, 2, 24, 20), 2.0, 4.0, dtype=torch.float32) + 5000
+    calls = []
+    monkeypatch.setattr(inversion, "sample_points", lambda *given: calls.append(1) or sample_points(*given))
+    grid = np.eye(4)
+    grid[:2, 3] = 5000
+    inverse, residual = invert(field, grid=grid)
+    assert residual.max() < 5e-3
+    assert len(calls) < 20
+    near, _ = invert(field.double() - 5000)
+    torch.testing.assert_close(inverse.double(), near, rtol=0, atol=1e-2)
 
 
 def test_a_field_that_is_not_finite_is_refused():
