@@ -25,6 +25,7 @@ def refine(
     moving: str,
     output_dir: str,
     ddf: str | None = None,
+    ddf_format: str = "auto",
     affine: str | None = None,
     fixed_label: str | None = None,
     moving_label: str | None = None,
@@ -51,7 +52,8 @@ def refine(
         fixed: image that stays.
         moving: image that is warped onto it; its grid may be another one.
         output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
-        ddf: predicted field: ITK/ANTs, FSL, MONAI voxel NIfTI, or Learn2Reg .npz.
+        ddf: predicted field: ITK/ANTs, FSL, NiftyReg, MONAI voxel NIfTI, or Learn2Reg .npz.
+        ddf_format: of the predicted field, where its file does not say: voxel, ras, lps, positions, fsl.
         affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
         moving_label: labels of the moving image, to warp and measure.
@@ -80,7 +82,7 @@ def refine(
     metrics = files.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
         _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
-        settings if bundle is None else _chosen(settings), bundle,
+        settings if bundle is None else _chosen(settings), bundle, ddf_format,
     )  # fmt: skip
     _show(metrics, json)
 
@@ -89,6 +91,7 @@ def cohort(
     pairs: str,
     output_dir: str,
     bundle: str | None = None,
+    ddf_format: str = "auto",
     similarity: str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
@@ -109,6 +112,7 @@ def cohort(
         output_dir: gets a folder per pair, and metrics.csv.
         bundle: folder of a MONAI bundle that predicts the fields and refines them; what differs from the defaults below
             replaces its settings.
+        ddf_format: of the predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -127,7 +131,7 @@ def cohort(
     }  # fmt: skip
     rows, failed = refine_cohort(
         pairs, output_dir, overwrite, sys.stderr.isatty(),
-        file_format=file_format, device=device, report=report, bundle=bundle,
+        file_format=file_format, device=device, report=report, bundle=bundle, ddf_format=ddf_format,
         settings=settings if bundle is None else _chosen(settings),
     )  # fmt: skip
     print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
@@ -156,7 +160,7 @@ def apply(
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, for points and voxel fields.
         label: the image is a label map: nearest neighbour.
-        file_format: of the field: auto, itk, fsl, voxel or learn2reg.
+        file_format: of the field: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
@@ -168,33 +172,43 @@ def invert(
     output: str,
     moving: str | None = None,
     file_format: str = "itk",
+    ddf_format: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Invert a field: from points of the moving to points of the fixed image.
+    """Invert a field: from points of the moving to points of the fixed image; says where that fails, and why.
 
     Args:
         ddf: the field, a NIfTI file.
         output: its inverse.
         moving: image on whose grid the inverse shall lie; default: the field's grid.
         file_format: of the output.
+        ddf_format: of the field, where its file does not say.
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
-    missed = files.invert_field(ddf, output, moving, file_format, overwrite, device)
-    print(f"field and inverse miss the identity by at most {missed:.4f} voxel away from the border")
+    print(files.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
 
 
-def compose(first: str, second: str, output: str, overwrite: bool = False) -> None:
+def compose(
+    first: str,
+    second: str,
+    output: str,
+    first_format: str = "auto",
+    second_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
     """Compose two fields: a point goes through the first, then through the second.
 
     Args:
         first: field on the grid that the result lies on.
         second: field on the grid that the first leads to.
         output: ITK field.
+        first_format: of the first, where its file does not say.
+        second_format: of the second.
         overwrite: replace an output that exists.
     """
-    files.compose_fields(first, second, output, overwrite)
+    files.compose_fields(first, second, output, overwrite, first_format, second_format)
 
 
 def convert(
@@ -214,7 +228,7 @@ def convert(
         to: itk, fsl, voxel or learn2reg.
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, if its grid is another one.
-        file_format: of the input: auto, itk, fsl, voxel or learn2reg.
+        file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
         overwrite: replace an output that exists.
     """
     files.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)

@@ -40,7 +40,7 @@ def refine_cohort(
             complete pair of the list.
         overwrite: do complete pairs again.
         progress: show a progress bar.
-        kwargs: ``file_format``, ``device``, ``report``, ``settings`` and ``bundle`` of
+        kwargs: ``file_format``, ``device``, ``report``, ``settings``, ``bundle`` and ``ddf_format`` of
             :func:`monai_lm.files.refine_pair`.
 
     Returns:

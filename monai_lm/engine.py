@@ -20,8 +20,9 @@ from torch import Tensor
 
 from monai_lm import levenberg
 from monai_lm.compilation import compiling, piece
-from monai_lm.fields import compose, gaussian_smooth, warp
-from monai_lm.fields.smoothing import gaussian_taps
+from monai_lm.fields.algebra import compose
+from monai_lm.fields.sampling import warp
+from monai_lm.fields.smoothing import gaussian_smooth, gaussian_taps
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import Level

@@ -12,7 +12,7 @@ from torch import Tensor
 from monai_lm.fields import fold_count, warp
 from monai_lm.metrics import compare_labels, sd_log_jacobian, target_registration_error
 
-__all__ = ["images_of", "measure", "spacing_of", "tensor_of"]
+__all__ = ["images_of", "labels_of", "measure", "spacing_of", "tensor_of"]
 
 
 def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
@@ -21,6 +21,13 @@ def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
         raise KeyError(f"a batch must have {key!r} for what the module is asked to do, got {sorted(batch)}")
     value = batch[key]
     return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).float()
+
+
+def labels_of(batch: Mapping[str, Any], key: str) -> Tensor:
+    """Label maps of a batch as a plain tensor of their own type, in which every label keeps its value."""
+    tensor_of(batch, key)
+    value = batch[key]
+    return value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
 
 
 def images_of(batch: Mapping[str, Any]) -> Tensor:
@@ -50,9 +57,9 @@ def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> di
     """
     out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
     if "fixed_label" in batch and "moving_label" in batch:
-        warped = warp(tensor_of(batch, "moving_label"), ddf, mode="nearest")
+        warped = warp(labels_of(batch, "moving_label"), ddf, mode="nearest")
         spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
-        out |= compare_labels(warped, tensor_of(batch, "fixed_label"), spacings if surfaces else None)
+        out |= compare_labels(warped, labels_of(batch, "fixed_label"), spacings if surfaces else None)
     if "fixed_points" in batch and "moving_points" in batch:
         fixed_points, moving_points = (tensor_of(batch, key) for key in ("fixed_points", "moving_points"))
         spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]

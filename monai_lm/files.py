@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from monai_lm.bundles import RegistrationBundle
 from monai_lm.devices import find_device, widest_float
-from monai_lm.fields import compose, fold_count, invert, sample_points
+from monai_lm.fields import compose, fold_count, sample_points
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
+from monai_lm.fileio.formats import check_grid
 from monai_lm.fileio.points import POINT_SUFFIXES
+from monai_lm.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.metrics import compare_labels, sd_log_jacobian
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
@@ -59,6 +62,7 @@ def refine_pair(
     report: bool = True,
     settings: Mapping[str, Any] | None = None,
     bundle: str | Path | None = None,
+    ddf_format: str = "auto",
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -81,6 +85,7 @@ def refine_pair(
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
             :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an ``affine``, the
             identity included, it gets the moving image on the fixed grid, else both files as they are.
+        ddf_format: of ``ddf``, see :func:`monai_lm.fileio.read_ddf`.
 
     Returns:
         The metrics, before (``…_before``) and after.
@@ -100,9 +105,11 @@ def refine_pair(
     pair = load_pair(fixed, moving, affine, labels, points, mask)
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
+    for image in (f, m):  # the field lies on the one grid, its inverse on the other
+        check_grid(file_format, str(image.path), image.affine, len(f.size))
     chosen = find_device(device)
     start = torch.zeros(1, len(f.size), *f.size, device=chosen)
-    predicted = None if ddf is None else Field(ddf, f, m).ddf.to(chosen)
+    predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
     onto = pair.brought(m, torch.zeros_like(start))
@@ -186,7 +193,9 @@ def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: 
         moving_affine=m.affine,
         moving_size=m.size,
     )
-    back = _inverse(ddf, f.affine, m.affine, pair.initial, m.size)
+    back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
+    if missed := int((residual > 0.01).sum()):
+        warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
     write_ddf(
         folder / f"inverse{suffix}",
         back[0].cpu().numpy(),
@@ -248,19 +257,6 @@ def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray |
     return to_world(voxels + sample_points(ddf, voxels[None])[0], affine if initial is None else initial @ affine)
 
 
-def _inverse(
-    ddf: Tensor,
-    affine: np.ndarray,
-    moving_affine: np.ndarray,
-    initial: np.ndarray | None,
-    moving_size: Sequence[int],
-) -> Tensor:
-    """Field on the moving grid back to voxels of the fixed grid: first the affine's inverse, then the field's."""
-    still = ddf.new_zeros(1, ddf.shape[1], *moving_size)
-    back = None if initial is None else np.linalg.inv(initial)
-    return compose(invert(ddf)[0], through_affine(still, moving_affine, affine, back))
-
-
 def apply_field(
     ddf: str | Path,
     source: str | Path,
@@ -298,11 +294,9 @@ def apply_field(
         with replacing(output) as temporary:
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
-    image = Image(source)
+    image = Image(source, label)
     if not output.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
-    if label:
-        image.check_labels()
     field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
     ddf_inside, data = field.inner().to(chosen), image.data.to(chosen)
@@ -316,40 +310,50 @@ def invert_field(
     moving: str | Path | None = None,
     file_format: str = "itk",
     overwrite: bool = False,
+    ddf_format: str = "auto",
     device: str = "auto",
-) -> float:
+) -> InverseReport:
     """Write the inverse of a field, on the grid of the ``moving`` image (default: the field's own).
 
+    Args:
+        ddf: the field.
+        output: its inverse.
+        moving: image on whose grid the inverse shall lie.
+        file_format: of the output.
+        overwrite: replace ``output``.
+        ddf_format: of the field.
+        device: where it is computed; ``"auto"`` takes a GPU if there is one.
+
     Returns:
-        Largest distance in voxels that inverse and field together miss the identity by, an eighth of the grid away from
-        its border and where the field leads into the grid of the inverse; NaN where it does nowhere.
+        How far inverse and field miss the identity, where, and why.
     """
     output, chosen = Path(output), find_device(device)
     free(output.parent, [output.name], overwrite)
     image = None if moving is None else Image(moving)
-    field = Field(ddf, None, image)
+    field = Field(ddf, None, image, ddf_format)
     size = tuple(field.ddf.shape[2:]) if image is None else image.size
-    inverse = _inverse(field.inner().to(chosen), field.affine, field.moving_affine, None, size).cpu()
+    inner, affines = field.inner().to(chosen), (field.affine, field.moving_affine)
+    inverse, residual = invert_between(inner, *affines, None, size)
     write_ddf(
-        output, inverse[0].numpy(), field.moving_affine, file_format,
+        output, inverse[0].cpu().numpy(), field.moving_affine, file_format,
         moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
     )  # fmt: skip
-    missed = torch.linalg.vector_norm(compose(inverse, field.ddf), dim=1)[0]
-    shown = torch.zeros_like(missed, dtype=torch.bool)
-    shown[tuple(slice(s // 8, s - s // 8) for s in missed.shape)] = True
-    for axis, length in enumerate(size):  # voxels that are led out of the inverse's grid are none of its
-        voxels = torch.arange(missed.shape[axis]).view([-1 if a == axis else 1 for a in range(missed.dim())])
-        target = field.ddf[0, axis] + voxels
-        shown &= (target >= 0) & (target <= length - 1)
-    return float(missed[shown].max()) if bool(shown.any()) else float("nan")
+    return inspect_inverse(inner, inverse, residual, *affines)
 
 
-def compose_fields(first: str | Path, second: str | Path, output: str | Path, overwrite: bool = False) -> None:
+def compose_fields(
+    first: str | Path,
+    second: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    first_format: str = "auto",
+    second_format: str = "auto",
+) -> None:
     """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``."""
     output = Path(output)
     free(output.parent, [output.name], overwrite)
-    outer = Field(second)
-    values, affine = read_ddf(first, moving_affine=outer.affine)
+    outer = Field(second, file_format=second_format)
+    values, affine = read_ddf(first, first_format, moving_affine=outer.affine)
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
         raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")

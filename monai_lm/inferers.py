@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from monai_lm.fields import integrate, resample
+from monai_lm.fields.algebra import integrate, resample
 from monai_lm.refinement import check_keywords, refine
 from monai_lm.result import RefinementResult
 from monai_lm.validation import check_finite

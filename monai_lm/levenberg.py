@@ -21,8 +21,8 @@ from torch import Tensor
 
 from monai_lm.compilation import piece
 from monai_lm.devices import widest_float
-from monai_lm.fields import compose, gaussian_smooth
-from monai_lm.fields.smoothing import box_sum, inverse_window_counts
+from monai_lm.fields.algebra import compose
+from monai_lm.fields.smoothing import box_sum, gaussian_smooth, inverse_window_counts
 
 __all__ = [
     "ACCEPTANCES",

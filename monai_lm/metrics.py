@@ -20,7 +20,9 @@ from monai.utils import MetricReduction
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-from monai_lm.fields import compose, fold_count, jacobian_determinant, sample_points
+from monai_lm.fields import fold_count, jacobian_determinant, sample_points
+from monai_lm.fields.algebra import compose
+from monai_lm.fields.finite import check_finite
 
 __all__ = [
     "FoldCountMetric",
@@ -67,7 +69,7 @@ def target_registration_error(ddf: Tensor, fixed_points: Tensor, moving_points: 
         ``(B, N)`` in millimetres.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a field that is not finite.
     """
     if fixed_points.shape != moving_points.shape or fixed_points.shape[::2] != ddf.shape[:2]:
         raise ValueError(
@@ -87,9 +89,14 @@ def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
 
     Returns:
         ``(B,)``; NaN where every voxel is led out of the grid.
+
+    Raises:
+        ValueError: fields of different shapes, or one that is not finite.
     """
     if ddf.shape != inverse.shape:
         raise ValueError(f"inverse must have the shape of ddf, {tuple(ddf.shape)}, got {tuple(inverse.shape)}")
+    for name, field in (("ddf", ddf), ("inverse", inverse)):
+        check_finite(name, field)
     missed = torch.linalg.vector_norm(compose(inverse, ddf), dim=1)
     inside = torch.ones_like(missed, dtype=torch.bool)
     for axis, size in enumerate(ddf.shape[2:]):
@@ -108,12 +115,19 @@ def label_overlap(
     channels would take gigabytes. A label that only one of the maps has gets a Dice of 0 and a NaN for its distance.
 
     Raises:
-        ValueError: maps of different shapes, or with values that are not whole numbers.
+        ValueError: maps of different shapes, with values that are not whole numbers, or with labels so large that their
+            floating point type cannot tell them apart.
     """
     if warped.shape != fixed.shape:
         raise ValueError(f"warped and fixed must have one shape, got {tuple(warped.shape)} and {tuple(fixed.shape)}")
     # surfaces are measured on the CPU in any case: two copies instead of some waits for each label
-    warped, fixed = (m if m.is_floating_point() else m.long() for m in (warped.cpu(), fixed.cpu()))
+    warped, fixed = warped.cpu(), fixed.cpu()
+    for name, labels in (("warped", warped), ("fixed", fixed)):
+        if labels.is_floating_point() and float(labels.max()) > (most := 2 / torch.finfo(labels.dtype).eps):
+            raise ValueError(
+                f"{name} must hold labels up to {most:.0f} in {labels.dtype}, got larger ones; use integers"
+            )
+    warped, fixed = (labels if labels.is_floating_point() else labels.long() for labels in (warped, fixed))
     dice, hd95 = {}, {}
     values = torch.cat([warped.unique(), fixed.unique()]).unique()
     if bool((values != values.round()).any()):

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from monai_lm import levenberg
-from monai_lm.fields import gaussian_smooth, repair
+from monai_lm.fields.smoothing import gaussian_smooth
+from monai_lm.fields.topology import repair
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import make_level
 from monai_lm.validation import check_control, check_number, check_spacing

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from monai_lm.compilation import CompileClock, many_shapes
 from monai_lm.devices import Stopwatch
-from monai_lm.fields import fold_count, repair
-from monai_lm.fields.topology import repair_in_place
+from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.level import LevelRun, Settings
 from monai_lm.memory import MODES, automatic_mode, halved
 from monai_lm.pyramid import Level, automatic_scales, make_level

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from monai_lm.devices import widest_float
 from monai_lm.fields import warp
+from monai_lm.fields.finite import check_finite
 
 __all__ = [
     "check_affine",
     "fixed_to_moving",
     "from_space",
+    "is_sheared",
     "move_to_grid",
+    "out_of_plane",
     "resample_moving",
     "spacing_of",
     "through_affine",
@@ -40,6 +43,19 @@ def check_affine(name: str, affine: Any) -> np.ndarray:
         if lengths.min() > 0 and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-6:
             return matrix
     raise ValueError(f"{name} must be an invertible (4, 4) matrix, got shape {matrix.shape}:\n{matrix}")
+
+
+def is_sheared(affine: np.ndarray | Tensor) -> bool:
+    """Whether the voxel axes of a ``(4, 4)`` affine are not at right angles, by more than .006 degrees."""
+    matrix = check_affine("affine", affine)[:3, :3]
+    directions = matrix / np.linalg.norm(matrix, axis=0)
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() > 1e-4)
+
+
+def out_of_plane(affine: np.ndarray | Tensor) -> bool:
+    """Whether the plane of the first two voxel axes is not one of x and y, by more than .6 degrees."""
+    columns = check_affine("affine", affine)[:3, :2]
+    return bool(np.abs(columns[2] / np.linalg.norm(columns, axis=0)).max() > 0.01)
 
 
 def spacing_of(affine: np.ndarray | Tensor, n: int = 3) -> tuple[float, ...]:
@@ -158,8 +174,7 @@ def move_to_grid(
             invertible 4×4.
     """
     _check_field(ddf)
-    if bad := int((~torch.isfinite(ddf)).sum()):
-        raise ValueError(f"ddf must be finite, got {bad} NaN or infinite values")
+    check_finite("ddf", ddf)
     if len(size) != ddf.shape[1] or not all(isinstance(s, SupportsIndex) and index(s) > 0 for s in size):
         raise ValueError(f"size must be {ddf.shape[1]} whole numbers above 0, got {size!r}")
     still = ddf.new_zeros(ddf.shape[0], ddf.shape[1], *size)
@@ -196,7 +211,8 @@ def resample_moving(
         ``(B, C, *S)`` in the dtype that :func:`monai_lm.fields.warp` returns.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown mode, or a matrix that is no invertible 4×4.
+        ValueError: shapes that do not fit, a field that is not finite, an unknown mode, or a matrix that is no
+            invertible 4×4.
     """
     _check_field(ddf)
     if moving.dim() != ddf.dim() or moving.shape[0] != ddf.shape[0]:

@@ -13,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_lm.fields.finite import check_finite
 from monai_lm.levenberg import ACCEPTANCES, CONTROLS
 
 __all__ = [
@@ -91,14 +92,6 @@ def check_mask(mask: Tensor, fixed: Tensor) -> None:
         raise ValueError(f"mask must be weights in [0, 1], got values from {low:g} to {high:g}")
     if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
         raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """No NaN and no infinity."""
-    slabs = tensor.split(max(1, 2**20 // max(1, tensor[:, :, :1].numel())), 2) if tensor.dim() > 2 else [tensor]
-    bad = int(sum((~torch.isfinite(slab)).sum() for slab in slabs))  # slab by slab: a field is large
-    if bad:
-        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
 
 
 def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:

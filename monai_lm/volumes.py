@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from monai_lm.fileio import read_affine, read_ddf, read_points
 from monai_lm.fileio.files import load_nifti
-from monai_lm.space import fixed_to_moving, from_space, resample_moving, spacing_of
+from monai_lm.space import fixed_to_moving, from_space, out_of_plane, resample_moving, spacing_of
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
@@ -20,44 +22,50 @@ class Image:
     """A 2D or 3D image or label map from a file.
 
     Args:
-        path: NIfTI file of one volume.
+        path: NIfTI file of one volume. A volume of one voxel along one axis, whichever, is an image in 2D of the other
+            two.
+        label: it must hold labels, whole numbers of at least 0.
 
     Attributes:
         path: where it came from.
-        data: ``(1, 1, *S)`` float32.
-        affine: ``(4, 4)`` voxel-to-RAS affine.
-        is_label: whether it was checked to hold labels.
+        data: ``(1, 1, *S)`` float32; of labels int32, or int64 for labels from 2³¹ on.
+        affine: ``(4, 4)`` voxel-to-RAS affine; in 2D the axis that the image lacks comes last.
+        is_label: whether it holds labels.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, or has a singular affine.
+        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, has a singular affine, or holds
+            no labels although it must.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        values, self.affine, _ = load_nifti(path)
+    def __init__(self, path: str | Path, label: bool = False) -> None:
+        values, affine, _ = load_nifti(path)
         shape = values.shape
-        while len(shape) > 2 and shape[-1] == 1:
+        while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
-        if len(shape) not in (2, 3) or min(shape) < 2:
+        thick = [axis for axis, s in enumerate(shape) if s > 1]
+        if len(shape) not in (2, 3) or len(thick) < 2:
             raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
-        self.path, self.is_label = Path(path), False
-        self.data = torch.from_numpy(values.reshape(shape).astype(np.float32))[None, None]
+        order = [*thick, *(axis for axis in range(3) if axis not in thick), 3]
+        values = values.reshape([shape[axis] for axis in thick])
+        self.path, self.is_label, self.affine = Path(path), label, affine[:, order]
+        self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
 
     @property
     def size(self) -> tuple[int, ...]:
         """Voxel counts."""
         return tuple(self.data.shape[2:])
 
-    def check_labels(self) -> Image:
-        """Itself, if it holds whole numbers of at least 0; else ValueError."""
-        if bool((self.data != self.data.round()).any()) or float(self.data.min()) < 0:
-            raise ValueError(f"{self.path} must hold labels, whole numbers of at least 0, got other values")
-        if float(self.data.max()) > 2**24:
-            raise ValueError(
-                f"{self.path} must hold labels up to {2**24}, which float32 can tell apart, got larger ones"
-            )
-        self.is_label = True
-        return self
+
+def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
+    """Values of a file as int32, or int64 where they need it; ValueError unless they are labels, each with its own."""
+    if (values != values.round()).any() or values.min() < 0:
+        raise ValueError(f"{path} must hold labels, whole numbers of at least 0, got other values")
+    if values.dtype == np.float32 and values.max() > 2**24:
+        raise ValueError(
+            f"{path} must hold labels up to {2**24}, which float32 can tell apart, got larger ones; store integers"
+        )
+    return values.astype(np.int32 if values.max() < 2**31 else np.int64)
 
 
 class Field:
@@ -157,7 +165,8 @@ def load_pair(
     f, m = Image(fixed), Image(moving)
     if len(f.size) != len(m.size):
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
-    maps = (Image(labels[0]).check_labels(), Image(labels[1]).check_labels()) if labels else None
+    _check_planes(f, m, {"affine": affine, "points": points})
+    maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
     weight = None if mask is None else Image(mask)
     for image in (*(maps or ())[:1], *([weight] if weight else [])):
         if _voxels_apart(f, image.size, image.affine) > 0.1:
@@ -171,6 +180,24 @@ def load_pair(
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
     initial = None if affine is None else read_affine(affine, len(f.size))
     return Pair(f, m, initial, maps, landmarks, weight)
+
+
+def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
+    """ValueError for images in 2D whose planes differ by ten degrees, or that are not those of what is given beside."""
+    if len(fixed.size) == 2:
+        if out_of_plane(fixed.affine) and (beside := [name for name, value in given.items() if value is not None]):
+            raise ValueError(
+                f"{fixed.path} must lie in a plane of x and y where {' and '.join(beside)} are given, which know no "
+                f"other, got the affine\n{fixed.affine}"
+            )
+        normals = [np.cross(*image.affine[:3, :2].T) for image in (fixed, moving)]
+        a, b = (normal / np.linalg.norm(normal) for normal in normals)
+        if (cosine := abs(float(a @ b))) < np.cos(np.pi / 18):
+            angle = np.degrees(np.arccos(min(1.0, cosine)))
+            raise ValueError(
+                f"{fixed.path} and {moving.path} must lie in parallel planes, got {angle:.0f} degrees between them; "
+                "store both with the affine of one plane, such as np.diag([dx, dy, 1, 1])"
+            )
 
 
 def load_points(path: str | Path, n: int) -> Tensor:

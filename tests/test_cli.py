@@ -99,7 +99,7 @@ def test_a_switch_before_another_option_means_true(monkeypatch):
     words = ["--ddf", "a.nii.gz", "--overwrite", "--output", "b.nii.gz"]
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words])
     cli.main()
-    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", True)
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", True, "auto", "auto")
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words[:2], *words[3:], "--overwrite", "false"])
     cli.main()
-    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False)
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False, "auto", "auto")

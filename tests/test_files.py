@@ -131,7 +131,7 @@ def test_the_inverse_leads_back(pair, tmp_path):
     files.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
     np.testing.assert_allclose(read_points(back), read_points(pair["points"][0]), atol=0.05)
     inverse = tmp_path / "inverse.nii.gz"
-    missed = files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"])
+    missed = files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]).missed
     assert missed < 0.25  # in a grid this small, the border is near
     ours, kept = (nib.load(p).get_fdata() for p in (inverse, tmp_path / "out" / "inverse.nii.gz"))
     inside = (slice(6, -6),) * 3
@@ -175,7 +175,7 @@ def test_how_the_moving_image_is_stored_does_not_matter(pair, tmp_path):
         field, output = tmp_path / "out" / "ddf.nii.gz", tmp_path / f"p{number}.csv"
         files.apply_field(field, tmp_path / "fp.csv", output, moving=moving)
         metrics = files.evaluate_field(field, pair["fixed"], moving, points=(tmp_path / "fp.csv", tmp_path / "mp.csv"))
-        missed = files.invert_field(field, tmp_path / f"i{number}.nii.gz", moving)
+        missed = files.invert_field(field, tmp_path / f"i{number}.nii.gz", moving).missed
         found.append([*read_points(output).ravel(), metrics["tre"], missed])
     np.testing.assert_allclose(found[1:], found[:1] * 2, atol=2e-3)
 
@@ -246,7 +246,7 @@ def test_bad_files_are_named_and_nothing_is_written(pair, tmp_path):
         ({}, {"labels": (values, pair["labels"][1])}, ValueError, "values.nii.gz must hold labels"),
         ({}, {"ddf": tmp_path / "elsewhere.nii.gz"}, ValueError, "must lie on the grid of the fixed image"),
         ({}, {"ddf": tmp_path / "other.nii.gz"}, ValueError, "got \\(5, 6, 7\\)"),
-        ({}, {"device": "cuda:99"}, ValueError, "device must be auto or one that torch has here, got 'cuda:99'"),
+        ({}, {"device": "cuda:99"}, ValueError, "device must be auto or one that torch has here, cpu.*, got 'cuda:99'"),
         ({}, {"device": "toaster"}, ValueError, "got 'toaster'"),
         ({}, {"points": (tmp_path / "words.csv", pair["points"][1])}, ValueError, "words.csv must hold points"),
         ({}, {"settings": QUICK | {"similarity": "love"}}, ValueError, "similarity must be"),
@@ -302,6 +302,88 @@ def test_two_dimensions_work_too(tmp_path):
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert int(fold_count(torch.from_numpy(ddf)[None])) == 0
+
+
+SHEARED = FIXED.copy()
+SHEARED[0, 1] = 0.3
+
+
+def test_a_sheared_grid_is_refused_before_the_work_and_held_by_other_formats(pair, tmp_path):
+    """ITK would put the last voxel 5 mm elsewhere; the sform of what is written otherwise holds the shear."""
+    for name in ("fixed", "moving"):
+        image = nib.load(pair[name])
+        sheared = nib.Nifti1Image(np.asarray(image.dataobj), SHEARED)
+        sheared.set_qform(None, 0)
+        nib.save(sheared, tmp_path / f"{name}_sheared.nii.gz")
+        other = pair | {name: tmp_path / f"{name}_sheared.nii.gz"}
+        with pytest.raises(
+            ValueError, match=rf"(?s){name}_sheared.nii.gz must have voxel axes at right angles .*resample .*'voxel'"
+        ):
+            _refine(other, tmp_path / "out", labels=None, points=None)
+        assert not (tmp_path / "out").exists()
+    both = {"fixed": tmp_path / "fixed_sheared.nii.gz", "moving": tmp_path / "fixed_sheared.nii.gz"}
+    settings = QUICK | {"iterations": 0}
+    files.refine_pair(**both, output_dir=tmp_path / "out", report=False, settings=settings, file_format="voxel")
+    for name in ("warped", "ddf", "inverse"):
+        written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
+        np.testing.assert_allclose(written.affine, SHEARED, atol=1e-5)
+        assert int(written.header["qform_code"]) == 0
+        np.testing.assert_allclose(written.header.get_zooms()[:3], np.linalg.norm(SHEARED[:3, :3], axis=0), rtol=1e-5)
+
+
+def test_labels_beyond_single_precision_keep_their_values(pair, tmp_path):
+    """Warped, measured, reported and written: two neighbours of 2^24 that float32 merges, one of 2^32 - 1."""
+    names = np.array([0, 16777216, 16777217, 614454277, 2**32 - 1])
+    for image, label in zip(("fixed", "moving"), pair["labels"], strict=True):
+        scene = nib.load(pair[image])
+        kinds = np.digitize(scene.get_fdata(), (-0.8, -0.2, 0.3, 0.9))
+        nib.save(nib.Nifti1Image(names[kinds].astype(np.uint32), scene.affine), label)
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    metrics = _refine(pair, tmp_path / "out", report=True)
+    written = nib.load(tmp_path / "out" / "warped_label.nii.gz")
+    assert written.get_data_dtype() == np.uint32
+    warped, fixed = (
+        np.asarray(nib.load(p).dataobj) for p in (tmp_path / "out" / "warped_label.nii.gz", pair["labels"][0])
+    )
+    assert np.unique(warped).tolist() == names.tolist()
+    dice = [2 * ((warped == n) & (fixed == n)).sum() / ((warped == n).sum() + (fixed == n).sum()) for n in names[1:]]
+    assert metrics["dice"] == pytest.approx(np.mean(dice), rel=1e-5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"Dice of label {name}" in page for name in names[1:])
+    files.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["labels"][1], tmp_path / "again.nii.gz", label=True)
+    again = nib.load(tmp_path / "again.nii.gz")
+    assert again.get_data_dtype() == np.uint32
+    assert (np.asarray(again.dataobj) != warped).mean() < 1e-3
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_plane_stored_along_any_axis_is_registered_and_stays_in_its_place(tmp_path, axis):
+    """ITK knows planes of x and y only; what lies in another is refused before the work and written in voxels."""
+    image = gaussian_smooth(torch.randn(1, 1, 24, 26, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0].numpy()
+    affine = np.diag([1.5, 1.2, 2.0, 1.0])
+    affine[:3, 3] = (5.0, -7.0, 3.0)
+    order = [*(a for a in range(3) if a != axis), axis, 3]
+    paths = [
+        _save(tmp_path / f"{name}.nii.gz", np.expand_dims(part, axis), affine)
+        for name, part in (("f", image[1:]), ("m", image[:-1]))
+    ]
+    if axis != 2:
+        with pytest.raises(ValueError, match=r"(?s)f.nii.gz must lie in a plane of x and y for ITK's .*'voxel'"):
+            files.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK)
+        assert not (tmp_path / "out").exists()
+    form = "itk" if axis == 2 else "voxel"
+    metrics = files.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
+    assert metrics["loss"] < 0.2 * metrics["loss_before"]
+    for name in ("ddf", "inverse", "warped"):
+        np.testing.assert_allclose(nib.load(tmp_path / "out" / f"{name}.nii.gz").affine, affine[:, order], atol=1e-6)
+    ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
+    assert ddf.shape == (2, 23, 26)
+    assert np.median(ddf[0]) == pytest.approx(1.0, abs=0.1)
+    files.apply_field(tmp_path / "out" / "ddf.nii.gz", paths[1], tmp_path / "again.nii.gz")
+    again, warped = (
+        nib.load(f / n).get_fdata() for f, n in ((tmp_path, "again.nii.gz"), (tmp_path / "out", "warped.nii.gz"))
+    )
+    np.testing.assert_allclose(again, warped, atol=1e-5)
 
 
 def test_the_report_is_written_beside_the_fields(pair, tmp_path):

@@ -164,3 +164,26 @@ def test_dice_of_labels_is_gathered(labels):
     torch.testing.assert_close(metric.aggregate()[:, 0], compare_labels(*labels)["dice"])
     with pytest.raises(ValueError, match=r"the fixed label maps \(y\) must be given"):
         metric(labels[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.int32, torch.int64, torch.float64])
+def test_large_labels_are_told_apart(dtype):
+    fixed = torch.tensor([[16777216, 16777217], [614454277, 614454278]], dtype=torch.int64).to(dtype)
+    warped = torch.tensor([[16777217, 16777216], [614454277, 614454278]], dtype=torch.int64).to(dtype)
+    expected = {16777216: 0.0, 16777217: 0.0, 614454277: 1.0, 614454278: 1.0}
+    assert label_overlap(warped, fixed)[0] == expected
+    assert float(compare_labels(warped[None, None], fixed[None, None])["dice"]) == 0.5
+    metric = LabelDiceMetric()
+    metric(warped[None, None], fixed[None, None])
+    assert float(metric.aggregate()) == 0.5
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2**24), (torch.half, 2**11), (torch.bfloat16, 2**8)])
+def test_labels_that_their_type_has_merged_are_refused(dtype, most):
+    labels = torch.tensor([[0, most], [1, 1]], dtype=dtype)
+    assert label_overlap(labels, labels)[0] == {1: 1.0, most: 1.0}
+    labels[0, 0] = 2 * most
+    with pytest.raises(
+        ValueError, match=rf"warped must hold labels up to {most} in {dtype}, got larger ones; use integers"
+    ):
+        label_overlap(labels, labels)

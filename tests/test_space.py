@@ -9,7 +9,9 @@ from monai_lm.fields import compose, warp
 from monai_lm.space import (
     fixed_to_moving,
     from_space,
+    is_sheared,
     move_to_grid,
+    out_of_plane,
     resample_moving,
     spacing_of,
     through_affine,
@@ -255,3 +257,15 @@ def test_fields_and_sizes_that_cannot_be_moved_are_refused():
     field[0, 1, 2, 2, 2] = torch.nan
     with pytest.raises(ValueError, match="ddf must be finite, got 1 NaN or infinite values"):
         move_to_grid(field, eye, (4, 4, 4), eye)
+
+
+def test_shear_and_tilt_are_told_from_rounding():
+    assert not any(is_sheared(a) or is_sheared(a.astype(np.float32)) for a in (OBLIQUE, LAS, PLANE, np.eye(4)))
+    sheared = OBLIQUE.copy()
+    sheared[:3, 1] += 0.001 * sheared[:3, 0]
+    assert is_sheared(sheared)
+    assert is_sheared(torch.from_numpy(WORLD))
+    assert not any(out_of_plane(a) for a in (PLANE, PLANE_LP, LAS, TURN))
+    assert out_of_plane(OBLIQUE)
+    assert out_of_plane(affine(rotation("x", 1)))
+    assert not out_of_plane(affine(rotation("x", 0.5)))

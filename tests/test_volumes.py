@@ -42,12 +42,69 @@ def test_an_image_has_its_values_and_place(save):
 
 def test_labels_are_whole_numbers(save):
     assert not Image(save("a.nii", np.ones(SIZE))).is_label
-    assert Image(save("a.nii", np.ones(SIZE))).check_labels().is_label
+    assert Image(save("a.nii", np.ones(SIZE)), label=True).is_label
     with pytest.raises(ValueError, match=r"big.nii must hold labels up to 16777216"):
-        Image(save("big.nii", np.full(SIZE, 2.0**25))).check_labels()
+        Image(save("big.nii", np.full(SIZE, 2.0**25)), label=True)
     for value in (0.5, -1):
         with pytest.raises(ValueError, match=r"b.nii must hold labels, whole numbers of at least 0"):
-            Image(save("b.nii", np.full(SIZE, value))).check_labels()
+            Image(save("b.nii", np.full(SIZE, value)), label=True)
+
+
+def test_labels_keep_their_values(tmp_path):
+    """Allen's 614454277, neighbours beyond 2^24, and what 32 bits hold, signed and unsigned."""
+    values = np.zeros(SIZE, np.int64)
+    found = [1, 16777216, 16777217, 614454277, 2**31 - 1]
+    values.ravel()[: len(found)] = found
+    for dtype, last in ((np.int32, 2**31 - 1), (np.uint32, 2**32 - 1), (np.int64, 2**40 + 1), (np.float64, 2**40 + 1)):
+        values[-1, -1, -1] = last
+        nib.save(nib.Nifti1Image(values.astype(dtype), AFFINE, dtype=dtype), tmp_path / "labels.nii")
+        image = Image(tmp_path / "labels.nii", label=True)
+        assert image.data.dtype == (torch.int32 if last < 2**31 else torch.int64)
+        np.testing.assert_array_equal(image.data[0, 0], values)
+    values[0, 0, 0] = 2**53 + 1
+    nib.save(nib.Nifti1Image(values, AFFINE, dtype=np.int64), tmp_path / "labels.nii")
+    with pytest.raises(ValueError, match=r"labels.nii must hold numbers up to 9007199254740992"):
+        Image(tmp_path / "labels.nii", label=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((5, 6, 1), (0, 1, 2)), ((1, 5, 6), (1, 2, 0)), ((5, 1, 6), (0, 2, 1)), ((1, 5, 6, 1), (1, 2, 0))],
+)
+def test_a_plane_may_lack_any_axis(save, shape, order):
+    """Every voxel stays where it is in space."""
+    values = np.arange(30, dtype=np.float32)
+    image = Image(save("a.nii", values.reshape(shape)))
+    assert image.size == (5, 6)
+    np.testing.assert_array_equal(image.data[0, 0], values.reshape(5, 6))
+    stored = np.zeros(3)
+    stored[list(order)] = (3, 4, 0)
+    np.testing.assert_allclose(image.affine @ [3, 4, 0, 1], AFFINE @ [*stored, 1], atol=1e-5)
+    assert abs(np.linalg.det(image.affine)) == pytest.approx(abs(np.linalg.det(AFFINE)), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7), (7, 1), (1, 6, 1), (5, 6, 7, 2), (5, 6, 1, 3)])
+def test_what_is_no_plane_and_no_volume_is_refused(save, shape):
+    with pytest.raises(ValueError, match=r"a.nii must hold one 2D or 3D volume, got shape \("):
+        Image(save("a.nii", np.zeros(shape)))
+
+
+def test_planes_that_stand_on_one_another_are_refused(save):
+    fixed, moving = save("f.nii", np.zeros((5, 6, 1))), save("m.nii", np.zeros((1, 5, 6)))
+    with pytest.raises(ValueError, match=r"m.nii must lie in parallel planes, got 90 degrees between them; store both"):
+        load_pair(fixed, moving)
+    load_pair(moving, moving)
+
+
+def test_points_and_affines_in_2d_are_of_x_and_y(save, tmp_path):
+    np.savetxt(tmp_path / "p.csv", [[1.0, 2.0]], delimiter=",")
+    np.savetxt(tmp_path / "a.txt", np.eye(4))
+    points, affine = (tmp_path / "p.csv",) * 2, tmp_path / "a.txt"
+    flat, upright = save("f.nii", np.zeros((5, 6, 1))), save("u.nii", np.zeros((1, 5, 6)))
+    assert load_pair(flat, flat, affine, points=points).points[0].tolist() == [[1.0, 2.0]]
+    for given in ({"affine": affine}, {"points": points}, {"affine": affine, "points": points}):
+        with pytest.raises(ValueError, match=f"u.nii must lie in a plane of x and y where {' and '.join(given)} are"):
+            load_pair(upright, upright, **given)
 
 
 def test_a_field_takes_its_grid_from_the_file_or_an_image(save, tmp_path):

@@ -17,6 +17,8 @@ __all__ = ["sample_points", "warp"]
 _FEW = 4
 """Channels that a compiler is shown one by one."""
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def _along(values: Tensor, axis: int, n: int) -> Tensor:
     """Shape a 1D tensor so that it broadcasts along spatial ``axis`` of a ``(B, *S)`` tensor."""
@@ -46,7 +48,9 @@ def warp(
         ``(B, C, *S)`` samples, in the dtype of the image for ``"nearest"``, else in the wider of the two dtypes.
 
     Raises:
-        ValueError: unknown mode or padding, or image and field that do not fit.
+        ValueError: unknown mode or padding, or image and field that do not fit; from ``monai_lm.fields`` also a field
+            that is not finite. That is not looked at, and what comes out is anything, while autograd records the
+            call or a compiler traces it.
     """
     if mode not in ("bilinear", "nearest"):
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
@@ -69,7 +73,10 @@ def warp(
     one_by_one = torch.compiler.is_compiling() and flat.shape[1] <= _FEW
     blocks = list(flat.split(1, 1)) if one_by_one else [flat]
     if mode == "nearest":
-        return torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
+        kind = _SIGNED.get(image.dtype)  # torch cannot gather unsigned numbers, but what has as many bits
+        blocks = blocks if kind is None else [block.view(kind) for block in blocks]
+        out = torch.cat(_nearest(blocks, position, sizes, padding_mode), 1)
+        return out if kind is None else out.view(image.dtype)  # a view, of any type, is not differentiable
     sample = _zero_padded if padding_mode == "zeros" else _border
     return torch.cat(sample(blocks, position, sizes), 1).to(torch.promote_types(image.dtype, ddf.dtype))
 
@@ -83,6 +90,9 @@ def sample_points(ddf: Tensor, points: Tensor) -> Tensor:
 
     Returns:
         ``(B, N, n)`` displacement in voxels.
+
+    Raises:
+        ValueError: from ``monai_lm.fields``, a field that is not finite; see :func:`warp`.
     """
     (displacement,) = _border([ddf.flatten(2)], list(points.nan_to_num().unbind(2)), ddf.shape[2:])
     return torch.where(points.isnan(), torch.nan, displacement.transpose(1, 2))
@@ -123,7 +133,7 @@ def _nearest(blocks: list[Tensor], position: list[Tensor], sizes: torch.Size, pa
     out = [_take(block, index) for block in blocks]
     if padding_mode == "zeros":
         inside = _product([(p >= 0) & (p <= s - 1) for p, s in zip(nearest, sizes, strict=True)])
-        out = [o * inside.unsqueeze(1).to(o.dtype) for o in out]
+        out = [o.masked_fill(~inside.unsqueeze(1), 0) for o in out]
     return out
 
 

@@ -172,7 +172,7 @@ def fold_count(ddf: Tensor) -> Tensor:
         ddf: ``(B, n, *S)`` in voxels.
 
     Returns:
-        ``(B,)`` int64. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
+        ``(B,)`` int64; cells at a NaN count. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
     """
     return torch.stack(
         [torch.count_nonzero(cells) for cells in folded_cells(ddf)]
@@ -203,6 +203,9 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
 
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
+
+    Raises:
+        ValueError: from ``monai_lm.fields``, a field that is not finite.
     """
     folded = folded_cells(ddf, margin, outer)
     if not bool(folded.any()):

@@ -1,14 +1,17 @@
 """Fields, affines and landmarks in files."""
 
 from monai_lm.fileio.affine import read_affine
-from monai_lm.fileio.formats import FORMATS, file_suffix, guess_format, read_ddf, write_ddf
+from monai_lm.fileio.formats import FORMATS, READABLE, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.fileio.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.fileio.itk import read_itk_ddf, write_itk_ddf
+from monai_lm.fileio.niftyreg import read_niftyreg_ddf
 from monai_lm.fileio.points import read_points
+from monai_lm.fileio.vectors import read_millimetre_ddf
 from monai_lm.fileio.voxel import read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
 
 __all__ = [
     "FORMATS",
+    "READABLE",
     "file_suffix",
     "guess_format",
     "read_affine",
@@ -16,6 +19,8 @@ __all__ = [
     "read_fsl_ddf",
     "read_itk_ddf",
     "read_learn2reg_ddf",
+    "read_millimetre_ddf",
+    "read_niftyreg_ddf",
     "read_points",
     "read_voxel_ddf",
     "write_ddf",

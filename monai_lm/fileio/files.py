@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
-from monai_lm.space import check_affine
+from monai_lm.space import check_affine, is_sheared
 
 __all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "save_nifti", "write_table"]
 
@@ -49,9 +49,16 @@ def check_ddf(ddf: Any) -> np.ndarray:
 
 
 def save_nifti(
-    path: str | Path, data: np.ndarray, affine: np.ndarray, intent: str | int, dtype: type = np.float32
+    path: str | Path,
+    data: np.ndarray,
+    affine: np.ndarray,
+    intent: str | int,
+    dtype: type = np.float32,
+    name: str = "",
 ) -> None:
-    """Write data with qform, sform, units and an intent, whole or not at all.
+    """Write data with qform, sform, units, an intent and perhaps its name, whole or not at all.
+
+    A qform holds no shear: a sheared affine is written as the sform alone.
 
     Raises:
         ValueError: ``path`` does not end in ``.nii`` or ``.nii.gz``.
@@ -60,10 +67,13 @@ def save_nifti(
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
     image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
-    image.header.set_intent(intent, allow_unknown=True)
+    image.header.set_intent(intent, name=name, allow_unknown=True)
     image.header.set_xyzt_units("mm")
-    image.set_qform(affine, 1)
     image.set_sform(affine, 1)
+    if is_sheared(affine):
+        image.set_qform(None, 0)
+    else:
+        image.set_qform(affine, 1)
     with replacing(path) as temporary:
         nib.save(image, temporary)
 
@@ -111,7 +121,7 @@ def _check_place(path: str | Path, header: Any) -> None:
 
 def label_type(label: np.ndarray) -> type[np.generic]:
     """Smallest unsigned type that holds the labels."""
-    return next(t for t in (np.uint8, np.uint16, np.uint32) if float(label.max()) <= np.iinfo(t).max)
+    return next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if int(label.max()) <= np.iinfo(t).max)
 
 
 def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -131,6 +141,8 @@ def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
         data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "fiu":
         raise ValueError(f"{path} must hold real numbers, got dtype {data.dtype}")
+    if data.dtype.itemsize == 8 and data.dtype.kind in "iu" and data.size and max(data.max(), -data.min()) > 2**53:
+        raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got {data.max()}")
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")

@@ -108,7 +108,7 @@ def read_fsl_ddf(
             f"{path} must be a warp field, got FNIRT's coefficients (intent {intent}); "
             "fnirtfileutils --in=… --ref=… --out=… --withaff makes the field"
         )
-    if data.ndim != 4 or data.shape[3] != 3 or intent in (1006, 1007):
+    if data.ndim != 4 or data.shape[3] != 3 or intent in (1006, 1007) or min(data.shape[:3]) < 2:
         raise ValueError(f"{path} must be (X, Y, Z, 3) to be FSL's, got shape {data.shape} and intent {intent}")
     moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
     size = data.shape[:3]

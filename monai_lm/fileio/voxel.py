@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 
 from monai_lm.fileio.files import check_ddf, load_nifti, replacing, save_nifti
+from monai_lm.fileio.vectors import components_first, flattened
 from monai_lm.space import check_affine
 
-__all__ = ["read_learn2reg_ddf", "read_voxel_ddf", "write_learn2reg_ddf", "write_voxel_ddf"]
+__all__ = ["VOXELS", "read_learn2reg_ddf", "read_voxel_ddf", "write_learn2reg_ddf", "write_voxel_ddf"]
+
+VOXELS = "voxels"
+"""The name of the intent of fields that :func:`write_voxel_ddf` wrote."""
 
 
 def write_voxel_ddf(path: str | Path, ddf: np.ndarray, affine: np.ndarray) -> None:
-    """Write a field in voxels as NIfTI, ``(X, Y, Z, 3)`` float32 (2D: ``(X, Y, 1, 2)``) without an intent.
+    """Write a field in voxels as NIfTI, ``(X, Y, Z, 3)`` float32 (2D: ``(X, Y, 1, 2)``) without an intent code.
 
-    That is how MONAI's ``SaveImage`` stores a channel-first tensor, and what Learn2Reg takes since 2022.
+    That is how MONAI's ``SaveImage`` stores a channel-first tensor, and what Learn2Reg takes since 2022. The name of
+    the intent says that it is in voxels, so that :func:`monai_lm.fileio.guess_format` need not ask.
 
     Args:
         path: ``.nii`` or ``.nii.gz``; its folder is made if missing.
@@ -33,11 +38,13 @@ def write_voxel_ddf(path: str | Path, ddf: np.ndarray, affine: np.ndarray) -> No
     field = np.moveaxis(check_ddf(ddf), 0, -1)
     if field.shape[-1] == 2:
         field = field[:, :, None]
-    save_nifti(path, field, check_affine("affine", affine), "none")
+    save_nifti(path, field, check_affine("affine", affine), "none", name=VOXELS)
 
 
 def read_voxel_ddf(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a field in voxels from NIfTI, ``(X, Y, Z, 3)`` or ``(X, Y, 1, 2)``, a fifth axis of components also.
+
+    A plane ``(X, Y, 1, 3)`` whose third components are zero is a field in 2D.
 
     Returns:
         The displacement in voxels, ``(n, *S)`` float32, and the ``(4, 4)`` affine of the grid it lives on.
@@ -47,12 +54,8 @@ def read_voxel_ddf(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is no NIfTI file, is cut off, has another shape, or is not finite.
     """
     data, affine, _ = load_nifti(path)
-    shape = data.shape
-    n = shape[-1]
-    if len(shape) not in (4, 5) or n not in (2, 3) or shape[n:-1] != (1,) * (len(shape) - n - 1):
-        raise ValueError(f"{path} must be (X, Y, Z, 3) or (X, Y, 1, 2) to be a field in voxels, got shape {shape}")
-    ddf = np.moveaxis(data.reshape(*shape[:n], n), -1, 0)
-    return np.ascontiguousarray(ddf, dtype=np.float32), affine
+    ddf = np.ascontiguousarray(components_first(path, data), dtype=np.float32)
+    return flattened(path, ddf), affine
 
 
 def write_learn2reg_ddf(path: str | Path, ddf: np.ndarray, half: bool = False) -> None:

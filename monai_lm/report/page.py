@@ -171,13 +171,20 @@ def _two(name: str, value: Any) -> list[Tensor]:
 
 
 def _checked_labels(labels: Any, size: torch.Size) -> tuple[Tensor, Tensor]:
-    maps = _two("labels", labels)
+    maps = [_exact(given, read) for given, read in zip(labels, _two("labels", labels), strict=True)]
     for i, labelled in enumerate(maps):
         if tuple(labelled.shape) != (1, 1, *size):
             raise ValueError(f"labels[{i}] must be {(1, 1, *size)} on the grid of fixed, got {tuple(labelled.shape)}")
         if not torch.equal(labelled, labelled.round()):
             raise ValueError(f"labels[{i}] must hold whole numbers, got others")
     return maps[0], maps[1]
+
+
+def _exact(given: Tensor, read: Tensor) -> Tensor:
+    """Labels as int64 if they are of an integer type, in which all keep their values; else as they were ``read``."""
+    if given.is_floating_point():
+        return read
+    return (given.as_tensor() if isinstance(given, MetaTensor) else given).detach().cpu().long()
 
 
 def _checked_landmarks(landmarks: Any, n: int) -> tuple[Tensor, Tensor]:

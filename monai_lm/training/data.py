@@ -16,6 +16,7 @@ from monai.data import Dataset as TransformDataset
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
+    Lambdad,
     LoadImaged,
     ResizeWithPadOrCropd,
     ScaleIntensityRangePercentilesd,
@@ -249,13 +250,20 @@ def default_transform(grid: Sequence[int] | None) -> Compose:
     """Load an ``image`` and its ``label``, scale the image to [0, 1], and pad or crop both about the centre."""
     keys = ["image", "label"]
     steps: list[Any] = [
-        LoadImaged(keys, image_only=True, allow_missing_keys=True),
+        LoadImaged("image", image_only=True),
+        LoadImaged("label", dtype=np.float64, image_only=True, allow_missing_keys=True),
+        Lambdad("label", _as_small_as_exact, allow_missing_keys=True),
         EnsureChannelFirstd(keys, allow_missing_keys=True),
         ScaleIntensityRangePercentilesd("image", lower=0.5, upper=99.5, b_min=0.0, b_max=1.0, clip=True),
     ]
     if grid is not None:
         steps.append(ResizeWithPadOrCropd(keys, tuple(grid), allow_missing_keys=True))
     return Compose(steps)
+
+
+def _as_small_as_exact(label: MetaTensor) -> MetaTensor:
+    """Labels as float32, as MONAI has them, or as they are where that would merge them."""
+    return label if float(label.max()) > 2**24 else label.to(torch.float32)  # type: ignore[return-value]
 
 
 def _draw(index: int, count: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from monai_lm.evaluation import images_of, measure, tensor_of
-from monai_lm.fields import resample, sample_points, warp
+from monai_lm.fields.algebra import resample
+from monai_lm.fields.sampling import sample_points, warp
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.result import RefinementResult
 from monai_lm.similarity import Similarity, get_similarity

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monai_lm.fields import warp
+from monai_lm.fields.sampling import warp
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.levenberg import spatial_gradient
 from monai_lm.validation import check_number

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from monai_lm.evaluation import measure, tensor_of
+from monai_lm.evaluation import labels_of, measure, tensor_of
 from monai_lm.fields import warp
 from monai_lm.fileio import write_itk_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti, write_table
@@ -106,7 +106,8 @@ class FieldWriter(BasePredictionWriter):
         write_itk_ddf(self.output_dir / f"{name}_ddf.nii.gz", field.numpy(), affine, moving_affine)
         for key, postfix, mode in (("moving", "warped", "bilinear"), ("moving_label", "warped_label", "nearest")):
             if key in batch:
-                warped = warp(tensor_of(batch, key)[pair, None].cpu(), field[None], mode=mode)[0, 0].numpy()
+                image = labels_of(batch, key) if mode == "nearest" else tensor_of(batch, key)
+                warped = warp(image[pair, None].cpu(), field[None], mode=mode)[0, 0].numpy()
                 dtype = label_type(warped) if mode == "nearest" else np.float32
                 save_nifti(self.output_dir / f"{name}_{postfix}.nii.gz", warped, affine, "none", dtype)
 

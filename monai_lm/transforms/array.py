@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_lm.devices import widest_float
 from monai_lm.fields import fold_count, invert, sample_points, warp
-from monai_lm.fileio import FORMATS, file_suffix, read_ddf, write_ddf
+from monai_lm.fileio import READABLE, file_suffix, read_ddf, write_ddf
 from monai_lm.refinement import check_keywords, refine
 from monai_lm.space import to_voxel, to_world
 from monai_lm.validation import check_finite
@@ -132,13 +132,12 @@ class WarpImage(Transform):
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         dtype = image.dtype if self.mode == "nearest" else torch.float32
-        gathered = torch.int64 if dtype in (torch.uint16, torch.uint32, torch.uint64) else dtype  # torch lacks these
         if field.dim() != image.dim() or field.shape[0] != field.dim() - 1:
             raise ValueError(
                 f"ddf must be (n, *S) for an image (C, *M), got shapes {tuple(field.shape)} and {tuple(image.shape)}"
             )
         check_finite("ddf", field)
-        out = warp(image[None].to(gathered), field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
+        out = warp(image[None].to(dtype), field[None].float(), self.mode, self.padding_mode)[0].to(dtype)
         if isinstance(ddf, MetaTensor):
             meta = {k: v for k, v in img.meta.items() if k != "affine"} if isinstance(img, MetaTensor) else None
             return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
@@ -294,19 +293,20 @@ def _check_target(ddf: Any, moving: Any) -> None:
 
 
 class LoadDDF(Transform):
-    """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, in voxels, or Learn2Reg's.
+    """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, NiftyReg's, in voxels, or Learn2Reg's.
 
     Args:
-        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, or ``"auto"``: by suffix, intent and shape, see
-            :func:`monai_lm.fileio.guess_format`.
+        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, ``"niftyreg"``, or ``"ras"``, ``"lps"`` and
+            ``"positions"`` for millimetres, see :func:`monai_lm.fileio.read_millimetre_ddf`; ``"auto"``: what the file
+            says, see :func:`monai_lm.fileio.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 
     backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
 
     def __init__(self, file_format: str = "auto", relative: bool | None = None) -> None:
-        if file_format not in ("auto", *FORMATS):
-            raise ValueError(f"file_format must be 'auto' or one of {FORMATS}, got {file_format!r}")
+        if file_format not in ("auto", *READABLE):
+            raise ValueError(f"file_format must be 'auto' or one of {READABLE}, got {file_format!r}")
         self.file_format = file_format
         self.relative = relative
 

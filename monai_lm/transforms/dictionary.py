@@ -177,7 +177,7 @@ class LoadDDFd(MapTransform):
         keys: file names of displacement fields.
         fixed_key: fixed image ``(C, *S)``, loaded; Learn2Reg's files need it, of others it checks the grid.
         moving_key: moving image ``(C, *M)``, loaded, if its grid is another than the field's.
-        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"`` or ``"auto"``.
+        file_format: see :class:`LoadDDF`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
         allow_missing_keys: do not raise for missing ``keys``.
     """

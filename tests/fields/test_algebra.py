@@ -1,4 +1,4 @@
-"""Composition, integration, resampling and inversion of fields against formulas and known maps."""
+"""Composition, integration and resampling of fields against formulas and known maps."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.networks.blocks import DVF2DDF
 
-from monai_lm.fields import compose, fold_count, integrate, invert, resample
+from monai_lm.fields import compose, integrate, resample
 
 WIDE = pytest.mark.parametrize("size", [(24, 20), (16, 14, 15)], ids=["2D", "3D"])
 
@@ -169,75 +169,6 @@ def test_resample_commutes_with_composition_of_linear_maps(interior, random_tens
     coarse = resample(compose(first, second), new)
     fine = compose(resample(first, new), resample(second, new))
     torch.testing.assert_close(interior(fine, 6), interior(coarse, 6), rtol=1e-10, atol=1e-10)
-
-
-def test_inverse_of_a_shift_is_the_opposite_shift(size, random_tensor):
-    n = len(size)
-    shift = random_tensor((2, n)).view(2, n, *[1] * n).expand(2, n, *size)
-    inverse, residual = invert(shift)
-    torch.testing.assert_close(inverse, -shift, rtol=0, atol=1e-12)
-    assert residual.shape == (2, *size)
-    assert residual.max() < 1e-12
-
-
-@WIDE
-def test_residual_of_the_inverse_is_what_is_left_of_the_composition(size, smooth_field):
-    field = smooth_field((2, len(size), *size), 2.0, 3.0, 6)
-    inverse, residual = invert(field, iterations=4)
-    expected = torch.linalg.vector_norm(compose(field, inverse), dim=1)
-    torch.testing.assert_close(residual, expected, rtol=1e-9, atol=1e-12)
-    assert residual.max() > 1e-4  # four iterations leave something to report
-
-
-@WIDE
-def test_inverse_cancels_a_smooth_field_on_both_sides(size, smooth_field, interior):
-    field = smooth_field((1, len(size), *size), 0.25, 8.0, 7)
-    inverse, residual = invert(field)
-    assert residual.max() < 1e-4
-    assert interior(compose(field, inverse), 2).abs().max() < 1e-3
-    assert interior(compose(inverse, field), 2).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("size", [(15, 13), (9, 8, 9)], ids=["2D", "3D"])
-def test_inverse_converges_where_the_field_is_no_contraction(size):
-    """``u = 1.5 (x - c)``: the plain fixed-point iteration diverges, the inverse is ``-0.6 (y - c)``."""
-    n = len(size)
-    centred = positions(size) - torch.tensor([(s - 1) / 2 for s in size]).view(1, n, *[1] * n)
-    inverse, residual = invert(1.5 * centred)
-    assert residual.max() < 1e-4
-    torch.testing.assert_close(inverse, -0.6 * centred, rtol=0, atol=1e-4)
-
-
-def test_inverse_on_another_grid():
-    """A linear map of a (9, 11) grid, inverted on a larger moving grid: exact where the map covers it."""
-    size, new = (9, 11), (12, 14)
-    matrix = torch.tensor([[0.2, 0.1], [-0.1, 0.3]], dtype=torch.float64)
-    eye = torch.eye(2, dtype=torch.float64)
-    inverse, residual = invert(linear_field(size, matrix), size=new)
-    assert inverse.shape == (1, 2, *new)
-    assert residual.shape == (1, *new)
-    expected = linear_field(new, torch.linalg.inv(eye + matrix) - eye)
-    source = positions(new) + expected
-    covered = ((source[:, 0] >= 0) & (source[:, 0] <= 8) & (source[:, 1] >= 0) & (source[:, 1] <= 10))[0]
-    assert covered.sum() > 80
-    torch.testing.assert_close(inverse[..., covered], expected[..., covered], rtol=0, atol=2e-4)
-
-
-@WIDE
-def test_inverse_of_one_pair_does_not_depend_on_the_others(size, smooth_field):
-    easy, hard = smooth_field((1, len(size), *size), 0.1, 4.0, 8), smooth_field((1, len(size), *size), 3.0, 4.0, 9)
-    alone, _ = invert(easy)
-    together, _ = invert(torch.cat([easy, hard]))
-    torch.testing.assert_close(together[:1], alone, rtol=0, atol=2e-4)
-
-
-@WIDE
-def test_inverse_is_equivariant_to_flips_and_transposition(size, smooth_field, flip_field, transpose_field):
-    field = smooth_field((1, len(size), *size), 1.0, 4.0, 10)
-    inverse, _ = invert(field)
-    assert fold_count(inverse).tolist() == [0]
-    torch.testing.assert_close(invert(flip_field(field, 1))[0], flip_field(inverse, 1), rtol=0, atol=1e-9)
-    torch.testing.assert_close(invert(transpose_field(field))[0], transpose_field(inverse), rtol=0, atol=1e-9)
 
 
 def test_steps_and_sizes_that_make_no_sense():

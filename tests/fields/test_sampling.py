@@ -208,3 +208,25 @@ def test_points_are_sampled_as_exactly_however_many_there_are(random_tensor):
     points = torch.rand(1, 100_000, 2, generator=torch.Generator().manual_seed(0)) * 7
     exact = sample_points(ddf, points.double())
     torch.testing.assert_close(sample_points(ddf.float(), points), exact.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("padding_mode", ["border", "zeros"])
+def test_nearest_keeps_every_value_of_every_type(dtype, padding_mode):
+    most = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    image = torch.tensor([[[[0, 1], [most, most - 1]]]], dtype=torch.uint64 if most > 2**62 else torch.int64).to(dtype)
+    ddf = torch.zeros(1, 2, 2, 2)
+    ddf[0, 0] = 1.0
+    warped = warp(image, ddf, "nearest", padding_mode)
+    assert warped.dtype == dtype
+    outside = [0, 0] if padding_mode == "zeros" else [most, most - 1]
+    assert warped[0, 0].tolist() == [[most, most - 1], outside]
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "zeros"])
+def test_nearest_is_differentiable_in_the_image(padding_mode):
+    image = torch.zeros(1, 1, 4, 5, requires_grad=True)
+    ddf = torch.full((1, 2, 4, 5), 0.0)
+    ddf[:, 0] = 1.0
+    warp(image, ddf, "nearest", padding_mode).sum().backward()
+    assert image.grad[0, 0, :, 0].tolist() == ([0, 1, 1, 2] if padding_mode == "border" else [0, 1, 1, 1])

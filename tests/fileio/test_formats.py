@@ -53,12 +53,9 @@ def test_the_moving_grid_reaches_the_formats_in_millimetres(tmp_path):
     [
         ((5, 6, 7, 1, 3), 1007, "itk"),
         ((5, 6, 7, 1, 3), 1006, "itk"),
-        ((5, 6, 7, 1, 3), 0, "itk"),
         ((5, 6, 1, 1, 2), 1007, "itk"),
         ((5, 6, 7, 3), 2006, "fsl"),
         ((5, 6, 7, 3), 2007, "fsl"),
-        ((5, 6, 7, 3), 0, "voxel"),
-        ((5, 6, 1, 2), 0, "voxel"),
     ],
 )
 def test_intent_and_shape_tell(tmp_path, shape, intent, expected):
@@ -66,6 +63,33 @@ def test_intent_and_shape_tell(tmp_path, shape, intent, expected):
     image.header["intent_code"] = intent
     nib.save(image, tmp_path / "u.nii")
     assert guess_format(str(tmp_path / "u.nii")) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "intent"),
+    [((5, 6, 7, 1, 3), 0), ((5, 6, 7, 3), 0), ((5, 6, 1, 2), 0), ((5, 6, 7, 3), 1007), ((5, 6, 7, 3), 1006)],
+)
+def test_a_file_that_does_not_say_what_it_is_is_asked_about(tmp_path, shape, intent):
+    """The same vectors may be voxels, millimetres of either system or positions: none of them is taken for granted."""
+    grid = np.diag([-2.0, 2.0, 3.0, 1.0])
+    vectors = np.zeros(shape, np.float32)
+    vectors[..., 0], vectors[..., 1] = 4.0, 1.0
+    image = nib.Nifti1Image(vectors, grid)
+    image.header["intent_code"] = intent
+    nib.save(image, tmp_path / "u.nii")
+    advice = r"say file_format='lps' or 'ras' .*, 'positions' .*, 'voxel' .* or 'fsl'"
+    with pytest.raises(ValueError, match=rf"u.nii must say what its vectors are, got shape .* {intent}; {advice}"):
+        read_ddf(tmp_path / "u.nii")
+    n = shape[-1]
+    for said, expected in {"voxel": (4.0, 1.0), "ras": (-2.0, 0.5), "lps": (2.0, -0.5)}.items():
+        ddf, affine = read_ddf(tmp_path / "u.nii", said)
+        assert ddf.shape == (n, *shape[:n])
+        assert ddf[:2].reshape(2, -1)[:, 7].tolist() == list(expected)
+        np.testing.assert_array_equal(affine, grid)
+    if intent:  # ITK's but for the fourth axis: said to be ITK's, its intent counts
+        assert read_ddf(tmp_path / "u.nii", "itk")[0][:, 2, 3, 1].tolist() == (
+            [2.0, -0.5, 0.0] if intent == 1007 else [-2.0, 0.5, 0.0]
+        )
 
 
 def test_what_is_no_field_is_refused(tmp_path):

@@ -316,7 +316,7 @@ def written(tmp_path, shape=(5, 6, 7, 1, 3), intent=1007, value=1.0, grid=None, 
 
 @pytest.mark.parametrize(
     "shape",
-    [(5, 6, 7), (5, 6, 7, 3), (5, 6, 7, 1, 2), (5, 6, 7, 2, 3), (5, 6, 1, 1, 4), (5, 6, 7, 3, 1)],
+    [(5, 6, 7), (5, 6, 7, 2), (5, 6, 7, 1, 2), (5, 6, 7, 2, 3), (5, 6, 1, 1, 4), (5, 6, 7, 3, 1)],
 )
 def test_other_dimensions_are_refused(tmp_path, shape):
     path = written(tmp_path, shape)
@@ -328,7 +328,9 @@ def test_other_dimensions_are_refused(tmp_path, shape):
 
 def test_another_intent_asks_which_frame(tmp_path):
     path = written(tmp_path, intent=0)
-    with pytest.raises(ValueError, match=r"x.nii must have the intent 1007 .* got 0; say vectors='LPS' or 'RAS'"):
+    with pytest.raises(
+        ValueError, match=r"x.nii must have the intent 1007 .* got 0; say file_format='lps' or 'ras' for"
+    ):
         read_itk_ddf(path)
     assert read_itk_ddf(path, vectors="LPS")[0][:, 0, 0, 0].tolist() == [-1, -1, 1]
     with pytest.raises(ValueError, match="vectors must be 'LPS', 'RAS' or None, got 'lps'"):
@@ -371,3 +373,24 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     nib.save(nib.MGHImage(np.ones((4, 5, 6), np.float32), np.eye(4)), tmp_path / "x.mgz")
     with pytest.raises(ValueError, match=r"x.mgz must be a NIfTI file, got a MGHImage"):
         read_itk_ddf(tmp_path / "x.mgz")
+
+
+def test_a_sheared_grid_is_refused_with_the_way_out(tmp_path):
+    """ITK's direction is a rotation: of this grid it would put the far corner 3 mm elsewhere."""
+    grid = AFFINES["RAS anisotropic"].copy()
+    grid[0, 1] += 0.3
+    with pytest.raises(ValueError, match=r"(?s)affine must have voxel axes at right angles .*resample .*'voxel'"):
+        write_itk_ddf(tmp_path / "ddf.nii", GOOD, grid)
+    assert os.listdir(tmp_path) == []
+    write_itk_ddf(tmp_path / "ddf.nii", GOOD, AFFINES["oblique"].astype(np.float32), grid)  # rounded; where it leads to
+    grid = AFFINES["oblique, left-handed"] @ np.diag([1, 1, 1, 1.0])
+    write_itk_ddf(tmp_path / "ddf.nii", GOOD, grid)
+
+
+@pytest.mark.parametrize("tilt", [10, 90])
+def test_a_plane_that_is_not_one_of_x_and_y_is_refused(tmp_path, tilt):
+    """ITK takes the part of the affine in x and y: a tilted plane would be foreshortened, without a word."""
+    grid = affine(rotation("x", tilt) @ np.diag([0.7, 1.3, 3.0]))
+    with pytest.raises(ValueError, match=r"(?s)affine must lie in a plane of x and y .*'voxel', which holds it"):
+        write_itk_ddf(tmp_path / "ddf.nii", random_field((5, 6)), grid)
+    write_itk_ddf(tmp_path / "ddf.nii", random_field((5, 6)), affine(rotation("x", 0.1) @ np.diag([0.7, 1.3, 3.0])))

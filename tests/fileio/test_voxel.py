@@ -51,7 +51,7 @@ def test_what_monai_saved_is_read(tmp_path, shape):
 @pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 2), (5, 6, 3), (5, 6, 7, 2, 3), (5, 6, 1, 4)])
 def test_other_shapes_are_refused(tmp_path, shape):
     nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), tmp_path / "u.nii")
-    with pytest.raises(ValueError, match=r"u.nii must be \(X, Y, Z, 3\) or \(X, Y, 1, 2\) .* got shape \(5, 6"):
+    with pytest.raises(ValueError, match=r"u.nii must be \(X, Y, Z, 1, 3\) or .* to hold vectors, got shape \(5, 6"):
         read_voxel_ddf(tmp_path / "u.nii")
 
 

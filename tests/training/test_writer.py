@@ -56,6 +56,29 @@ def test_files_hold_what_was_predicted(tmp_path, data, network, trainer):
         assert float(row["loss_refined"]) < float(row["loss"])
 
 
+def test_labels_that_float32_would_merge_keep_their_values(tmp_path, cohort, network, trainer):
+    """Loaded, measured and written: labels 1 and 2 of the cohort under other names give the Dice of 1 and 2."""
+    names, rows = np.array([0, 16777216, 16777217], np.uint32), {}
+    for folder, naming in (("plain", np.arange(3)), ("large", names)):
+        pair = {"name": "pair"}
+        for role, subject in (("fixed", "s0"), ("moving", "s1")):
+            label = nib.load(cohort / "labels" / f"{subject}.nii.gz")
+            stored = naming.astype(np.uint32)[np.asarray(label.dataobj)]
+            pair[role], pair[f"{role}_label"] = (
+                cohort / "images" / f"{subject}.nii.gz",
+                tmp_path / f"{folder}_{subject}.nii",
+            )
+            nib.save(nib.Nifti1Image(stored, label.affine), pair[f"{role}_label"])
+        data = PairDataModule([{k: str(v) for k, v in pair.items()}], grid=(16, 16, 16))
+        trainer(callbacks=[FieldWriter(tmp_path / folder)]).predict(RegistrationModule(network, refine=None), data)
+        rows[folder] = _rows(tmp_path / folder)[0]
+    assert rows["large"] == rows["plain"]
+    assert 0 < float(rows["plain"]["dice"]) < 1
+    plain, large = (nib.load(tmp_path / folder / "pair_warped_label.nii.gz") for folder in ("plain", "large"))
+    np.testing.assert_array_equal(np.asarray(large.dataobj), names[np.asarray(plain.dataobj)])
+    assert large.get_data_dtype() == np.uint32
+
+
 def test_a_cohort_that_was_stopped_goes_on(tmp_path, data, network, trainer):
     module = RegistrationModule(network, refine=REFINE)
     trainer(callbacks=[FieldWriter(tmp_path / "whole")]).predict(module, data())

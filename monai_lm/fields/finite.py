@@ -1,0 +1,49 @@
+"""No NaN in what a function of fields is given: it would become an index, or a field of zeros, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_finite", "checked"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity, else ValueError; a GPU is waited for."""
+    slabs = tensor.split(max(1, 2**20 // max(1, tensor[:, :, :1].numel())), 2) if tensor.dim() > 2 else [tensor]
+    bad = int(sum((~torch.isfinite(slab)).sum() for slab in slabs))  # slab by slab: a field is large
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+
+
+def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:
+    """A function that raises ValueError where the named arguments, fields, are not finite.
+
+    Not while a compiler traces it, and not while autograd records it: a step of training would wait for the GPU at
+    every call. The package itself calls what is wrapped, with fields that were checked where they came in.
+    """
+    places = {name: list(signature(function).parameters).index(name) for name in names}
+
+    @wraps(function)
+    def look(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.compiler.is_compiling() or _recorded([*args, *kwargs.values()])):
+            for name, place in places.items():
+                field = args[place] if place < len(args) else kwargs.get(name)
+                if isinstance(field, Tensor):
+                    check_finite(name, field)
+        return function(*args, **kwargs)
+
+    return look
+
+
+def _recorded(arguments: list[object]) -> bool:
+    """Whether autograd records a function of these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
