@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nibabel as nib
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
 from monai_lm.fields.topology import folded_cells
-from monai_lm.report.findings import Case, centre_of_mass
+from monai_lm.report.case import Case
+from monai_lm.report.findings import centre_of_mass
 from monai_lm.result import Iteration
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Volumes",
     "curves",
     "figure_class",
+    "further_slices",
     "jacobian_colours",
     "levels_of",
     "pictures_of",
@@ -34,6 +36,15 @@ __all__ = [
 _EDGE = 360
 """Longest edge of a slice's picture in pixels."""
 
+_FINE = 2.5
+"""How much finer the pictures of outlines are, which are read enlarged."""
+
+_FEW = 8
+"""So many labels of a slice are outlined boldly."""
+
+_SLICES = 5
+"""Slices of every axis that the page shows, the central one included."""
+
 FIXED_COLOUR, MOVING_COLOUR = "#22d3ee", "#ff9f1c"
 
 
@@ -42,7 +53,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a report needs matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
+        raise ImportError("pictures need matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
     return Figure
 
 
@@ -114,6 +125,19 @@ def views_of(case: Case) -> list[View]:
     return views
 
 
+def further_slices(case: Case, view: View) -> list[View]:
+    """Views parallel to one, spread over the part of the fixed image that is above its mean; none in 2D."""
+    if view.normal is None:
+        return []
+    image = case.fixed[0, 0]
+    inside = (image > image.mean()).nonzero()[:, view.normal].tolist() or range(image.shape[view.normal])
+    first, last = min(inside), max(inside)
+    found = {first + round((last - first) * (i + 1) / (_SLICES + 1)) for i in range(_SLICES)}
+    nearest = min(found, key=lambda index: abs(index - view.index))
+    name = view.name.split(", voxel")[0]
+    return [replace(view, name=f"{name}, voxel {index}", index=index) for index in sorted(found - {nearest})]
+
+
 def _window_of(image: Tensor) -> tuple[float, float]:
     """Grey values shown black and white: the 1st and 99.5th percentile; a span of 1 for a constant image."""
     low, high = np.percentile(image.numpy(), [1, 99.5])
@@ -129,11 +153,11 @@ def _png(figure: Any) -> bytes:
 class _Panel:
     """One slice as a figure that it fills to the edge, in the proportions of the patient."""
 
-    def __init__(self, view: View, shape: tuple[int, int]) -> None:
+    def __init__(self, view: View, shape: tuple[int, int], fineness: float = 1.0) -> None:
         width, height = shape[1] * view.spacing[0], shape[0] * view.spacing[1]
         scale = _EDGE / max(width, height) / 100
         edges = max(width * scale, 0.4), max(height * scale, 0.4)
-        self.figure = figure_class()(figsize=edges, dpi=100, facecolor="black")
+        self.figure = figure_class()(figsize=edges, dpi=100 * fineness, facecolor="black")
         self.axis = self.figure.add_axes((0, 0, 1, 1))
         self.axis.set_axis_off()
         _draw_frame(self.axis, view, shape)
@@ -181,8 +205,10 @@ def _draw_contours(axis: Any, view: View, labels: np.ndarray, colour: str) -> No
     """Outlines of every label of a slice."""
     rows, columns = labels.shape
     x, y = np.arange(columns) * view.spacing[0], np.arange(rows) * view.spacing[1]
-    for label in np.unique(labels[labels != 0]):
-        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=1.3)
+    values = np.unique(labels[labels != 0])
+    width = 1.3 if len(values) <= _FEW else 0.5
+    for label in values:
+        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=width)
 
 
 def _draw_grid(axis: Any, view: View, ddf: np.ndarray) -> None:
@@ -241,11 +267,8 @@ def volumes_of(case: Case) -> Volumes:
     """First channels, warped by the first and the last field; labels likewise; half-width of the Jacobian's scale."""
     labels = None
     if case.labels is not None:
-        fixed, moving = case.labels
-        labels = tuple(
-            m[0, 0].numpy()
-            for m in (fixed, warp(moving, case.start, mode="nearest"), warp(moving, case.ddf, mode="nearest"))
-        )
+        moved = [case.warped_label(ddf) for ddf in (case.start, case.ddf)]
+        labels = tuple(m[0, 0].numpy() for m in (case.labels[0], *moved) if m is not None)
     spread = [_log2_jacobian(field) for field in (case.start, case.ddf)]
     limit = max(float(np.percentile(np.abs(values), 99.5)) for values in spread)
     return Volumes(
@@ -297,7 +320,7 @@ def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequ
     for kind in kinds:
         out[kind] = []
         for view in views:
-            panel = _Panel(view, view.cut(volumes.fixed).shape)
+            panel = _Panel(view, view.cut(volumes.fixed).shape, _FINE if kind.startswith("labels") else 1.0)
             _paint(case, volumes, kind, view, panel.axis)
             out[kind].append(panel.png())
     return out

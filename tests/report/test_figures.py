@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.report.figures import View, _draw_folds, _draw_grid, _paint, figure_class, views_of, volumes_of
+from monai_lm.report.figures import (
+    View,
+    _draw_folds,
+    _draw_grid,
+    _paint,
+    figure_class,
+    further_slices,
+    views_of,
+    volumes_of,
+)
 from monai_lm.report.findings import Case
 
 
@@ -95,3 +104,15 @@ def test_difference_is_in_parts_of_the_windows(make_result, random_tensor):
     volumes = volumes_of(case)
     assert np.abs(volumes.difference(volumes.warped)).max() < 1e-5
     assert np.abs(volumes.difference(volumes.warped[::-1])).max() > 0.5
+
+
+def test_further_slices_spread_over_the_foreground_beside_the_central_one(make_result):
+    case = case_of((40, 9, 12), make_result, None)
+    case.fixed.zero_()
+    case.fixed[:, :, 10:35, 2:4, 3:5] = 1
+    view = views_of(case)[2]
+    assert (view.normal, view.index) == (0, 22)
+    further = further_slices(case, view)
+    assert [v.index for v in further] == [14, 18, 26, 30]
+    assert further[0].name == "axis 0, voxel 14"
+    assert further_slices(case, replace(view, normal=None)) == []
