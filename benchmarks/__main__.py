@@ -14,6 +14,7 @@ from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
+from benchmarks.verdict import verdict
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
@@ -30,5 +31,6 @@ if __name__ == "__main__":
         profile,
         knee,
         supervision,
+        verdict,
     ]
     auto_cli(commands, as_positional=False)
