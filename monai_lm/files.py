@@ -29,7 +29,7 @@ from monai_lm.provenance import describe, machine, pair_recipe, settings_of
 from monai_lm.refinement import refine
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.figures import figure_class
-from monai_lm.report.findings import assess
+from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
 from monai_lm.result import RefinementResult
 from monai_lm.space import (
@@ -107,8 +107,8 @@ def refine_pair(
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
     recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format)
-    provenance = {"command": command, **recipe.record(), **machine()}
     chosen = _device(device)
+    provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m).ddf
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
@@ -137,8 +137,7 @@ def refine_pair(
     _write_fields(folder, suffix, file_format, pair, refined)
     _write_warped(folder, pair, refined)
     if report:
-        title = f"{m.path.name} onto {f.path.name}"
-        write_case(folder / "report.html", case, found, title, folder / "report.png", provenance)
+        _write_report(folder, pair, case, found, provenance)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
@@ -199,6 +198,14 @@ def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
         label = pair.brought(pair.labels[1], ddf)
         kind = label_type(label.numpy())
         save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
+
+
+def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, provenance: Mapping[str, Any]) -> None:
+    shown = {"command": provenance["command"]} if provenance["command"] else {}
+    for role, file in provenance["inputs"].items():
+        shown[role] = f"{file['path']} ({file['bytes']} bytes, SHA-256 {file['sha256'][:16]}…)"
+    title = f"{pair.moving.path.name} onto {pair.fixed.path.name}"
+    write_case(folder / "report.html", case, found, title, folder / "report.png", shown)
 
 
 def _case(

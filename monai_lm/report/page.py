@@ -19,6 +19,7 @@ from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, FieldMetrics, assess, measure_field
 from monai_lm.report.style import SCRIPT, STYLE
+from monai_lm.report.views import View, further_slices, views_of
 from monai_lm.result import RefinementResult
 
 __all__ = ["write_case", "write_report"]
@@ -93,7 +94,7 @@ def write_case(
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the page, and the picture, of a case that has been assessed; see :func:`write_report`."""
-    volumes, views = figures.volumes_of(case), figures.views_of(case)
+    volumes, views = figures.volumes_of(case), views_of(case)
     columns = {case.initial: found.before, "refined": found.after}
     if case.prediction is not None:
         still = torch.zeros_like(case.ddf)
@@ -162,7 +163,7 @@ def _img(picture: bytes, alt: str, css: str = "") -> str:
     return f'<img class="{css}" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
 
 
-def _gallery(pictures: Mapping[str, list[bytes]], views: Sequence[figures.View], names: Mapping[str, str]) -> str:
+def _gallery(pictures: Mapping[str, list[bytes]], views: Sequence[View], names: Mapping[str, str]) -> str:
     """One row of figures per view, one figure per kind."""
     rows = []
     for number, view in enumerate(views):
@@ -176,7 +177,7 @@ def _gallery(pictures: Mapping[str, list[bytes]], views: Sequence[figures.View],
     return f'<div class="{"views narrow" if len(names) == 2 else "views"}">{"".join(rows)}</div>'
 
 
-def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[figures.View]) -> str:
+def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[View]) -> str:
     moving = "moving" if case.initial == "not registered" else f"moving, {case.initial}"
     start = moving if case.prediction is None else "moving, as predicted"
     images = {"fixed": "fixed", "moving": moving}
@@ -217,13 +218,13 @@ def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[figure
     return "\n".join(parts)
 
 
-def _more_slices(case: Case, volumes: figures.Volumes, views: Sequence[figures.View]) -> str:
+def _more_slices(case: Case, volumes: figures.Volumes, views: Sequence[View]) -> str:
     """Fixed, refined and what tells them apart, on further slices of every axis; nothing in 2D."""
     kinds = {"fixed": "fixed", "warped": "moving, refined"}
     kinds |= {"difference after": "difference after"} if case.labels is None else {"labels after": "labels after"}
     parts = []
     for view in views:
-        further = figures.further_slices(case, view)
+        further = further_slices(case, view)
         if further:
             drawn = figures.pictures_of(case, volumes, further, list(kinds))
             plane = view.name.split(", voxel")[0]
