@@ -134,12 +134,13 @@ def refine_pair(
     found = assess(case, surfaces=report)
     metrics |= found.values() | {"provenance": provenance | {"refine": used}}
     (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
-    _write_fields(folder, suffix, file_format, pair, refined)
-    _write_warped(folder, pair, refined)
-    if report:
-        _write_report(folder, pair, case, found, provenance)
-    with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(as_json(metrics) + "\n")
+    with made(folder, names):  # half a result would be in the way of the next try
+        _write_fields(folder, suffix, file_format, pair, refined)
+        _write_warped(folder, pair, refined)
+        if report:
+            _write_report(folder, pair, case, found, provenance)
+        with replacing(folder / "metrics.json") as temporary:
+            temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
         for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)

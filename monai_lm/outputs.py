@@ -58,13 +58,16 @@ def check_field_output(output: Path, file_format: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """A folder that is there, and gone again if it was not and the work fails."""
+def made(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
+    """A folder that is there, and gone again if it was not and the work fails; of the names those that were not."""
+    added = [folder / name for name in names if not (folder / name).exists()]
     new = next((parent for parent in (*reversed(folder.parents), folder) if not parent.exists()), None)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
+        for path in added:
+            path.unlink(missing_ok=True)
         while new is not None and folder != new.parent and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent

@@ -395,3 +395,15 @@ def test_outputs_of_fields_are_checked_before_the_work(pair, tmp_path, monkeypat
             work()
     with pytest.raises(ValueError, match="the output's folder must be a folder, got the file"):
         files.apply_field(field, pair["moving"], field / "warped.nii.gz")
+
+
+def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "warped.nii.gz")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_nifti", full)
+        with pytest.raises(OSError, match=r"No space left on device: 'warped\.nii\.gz'"):
+            _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+    assert list((tmp_path / "out").iterdir()) == []
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
