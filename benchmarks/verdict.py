@@ -76,8 +76,9 @@ def _row(case: Case, kind: str, seed: int, compile_: bool) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     print(f"doubted: agreement < {AGREEMENT:g}, SDlogJ > {ROUGHNESS:g}, extremes > {EXTREMES:g}")
-    print(f"| {'set':<12}| {'moving':<10}|  n | Dice        | agreement        | SDlogJ    | extremes  | doubted |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| set | moving | pairs | Dice | agreement | SDlogJ | extremes | doubted |\n|---|---|---|---|---|---|---|---|"
+    )
     for name in dict.fromkeys(row["set"] for row in rows):
         for kind in ("real", *_NONSENSE):
             found = [row for row in rows if (row["set"], row["kind"]) == (name, kind)]
@@ -88,7 +89,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice"))
             cells = [f"{_mean(found, 'agreement_before')} → {_range(found, 'agreement')}"]
             cells += [_range(found, "sdlogj"), _range(found, "extremes"), f"{sum(map(_doubted, found))}"]
-            print(f"| {name:<12}| {kind:<10}| {len(found):2d} | {dice} | {' | '.join(cells)} |")
+            print(f"| {name} | {kind} | {len(found)} | {dice} | {' | '.join(cells)} |")
     real, false = [[row for row in rows if (row["kind"] == "real") is real] for real in (True, False)]
     misses = sum(not _doubted(row) for row in false)
     print(f"false alarms: {sum(map(_doubted, real))} of {len(real)}; misses: {misses} of {len(false)}")

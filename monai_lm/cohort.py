@@ -9,11 +9,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from monai_lm.fileio import file_suffix
 from monai_lm.fileio.files import write_table
-from monai_lm.files import refine_pair, report_possible
-from monai_lm.outputs import check_outputs, pair_outputs
+from monai_lm.files import refine_pair
+from monai_lm.outputs import check_outputs, pair_outputs, report_possible
 from monai_lm.pairs import PATHS, Entry, named, raise_all, read_list
 from monai_lm.provenance import pair_recipe
+from monai_lm.refinement import check_keywords
 
 __all__ = ["refine_cohort"]
 
@@ -52,7 +54,8 @@ def refine_cohort(
     Raises:
         ValueError: a list that cannot be used: unknown columns, files that are missing, names that are none or given
             twice, folders that hold the results of something else. Everything that is wrong with it is reported at
-            once, before the work starts.
+            once, before the work starts. Or an unknown format, or an output folder that is a file.
+        TypeError: unknown settings.
     """
     source = pairs if isinstance(pairs, str | Path) else list(pairs)
     entries = named(entry for part in read_list(source).values() for entry in part)
@@ -61,6 +64,8 @@ def refine_cohort(
     _check(entries)
     folder = Path(output_dir)
     check_outputs(folder, ["metrics.csv"], overwrite=True)
+    file_suffix(kwargs.get("file_format", "itk"))
+    check_keywords("settings", kwargs.get("settings") or {})
     kwargs["report"] = kwargs.get("report", True) and report_possible()
     done = set() if overwrite else _complete(entries, folder, kwargs)
     failed: dict[str, str] = {}

@@ -8,7 +8,6 @@ points of the fixed to points of the moving image, affine included.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +23,18 @@ from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.fileio.points import POINT_SUFFIXES
 from monai_lm.metrics import compare_labels, sd_log_jacobian
-from monai_lm.outputs import as_json, check_field_output, check_outputs, made, pair_outputs
+from monai_lm.outputs import (
+    as_json,
+    check_field_output,
+    check_not_inputs,
+    check_outputs,
+    made,
+    pair_outputs,
+    report_possible,
+)
 from monai_lm.provenance import describe, machine, pair_recipe, settings_of
 from monai_lm.refinement import refine
 from monai_lm.report.case import Case, checked_case
-from monai_lm.report.figures import figure_class
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
 from monai_lm.result import RefinementResult
@@ -108,6 +114,7 @@ def refine_pair(
     file_suffix(file_format, len(f.size))
     recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format)
     chosen = _device(device)
+    check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     start = torch.zeros(1, len(f.size), *f.size)
     predicted = None if ddf is None else Field(ddf, f, m).ddf
@@ -145,16 +152,6 @@ def refine_pair(
         for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
-
-
-def report_possible() -> bool:
-    """Whether a report can be written; warns if not."""
-    try:
-        figure_class()
-    except ImportError as error:
-        warnings.warn(f"no report is written: {error}", stacklevel=3)
-        return False
-    return True
 
 
 def _registered(

@@ -6,14 +6,24 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monai_lm.fileio import file_suffix
+from monai_lm.report.figures import figure_class
 
-__all__ = ["as_json", "check_field_output", "check_outputs", "made", "pair_outputs"]
+__all__ = [
+    "as_json",
+    "check_field_output",
+    "check_not_inputs",
+    "check_outputs",
+    "made",
+    "pair_outputs",
+    "report_possible",
+]
 
 
 def pair_outputs(file_format: str, labels: bool, report: bool) -> list[str]:
@@ -55,6 +65,23 @@ def check_field_output(output: Path, file_format: str, overwrite: bool) -> None:
     if not output.name.endswith(suffixes):
         raise ValueError(f"output must end in {' or '.join(suffixes)} for {file_format} fields, got {output.name!r}")
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")
+
+
+def check_not_inputs(folder: Path, names: Sequence[str], inputs: Iterable[Path]) -> None:
+    """ValueError if one of the files to write is one that is read."""
+    read = {path.resolve() for path in inputs}
+    if both := [folder / name for name in names if (folder / name).resolve() in read]:
+        raise ValueError(f"output_dir must not be where its inputs are, {both[0]} would be replaced")
+
+
+def report_possible() -> bool:
+    """Whether a report can be written; warns if not."""
+    try:
+        figure_class()
+    except ImportError as error:
+        warnings.warn(f"no report is written: {error}", stacklevel=3)
+        return False
+    return True
 
 
 @contextmanager

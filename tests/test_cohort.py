@@ -252,3 +252,15 @@ def test_an_error_of_torch_in_one_pair_stops_nobody(namesakes, monkeypatch):
     rows, failed = run(pairs, namesakes / "out")
     assert [row["name"] for row in rows] == ["b"]
     assert failed == {"a": "out of memory"}
+
+
+def test_how_to_refine_is_checked_before_the_work(namesakes, monkeypatch):
+    monkeypatch.setattr("monai_lm.cohort.refine_pair", pytest.fail)
+    pairs = lists(namesakes, "s0/t1.nii.gz,s1/t1.nii.gz,a")
+    with pytest.raises(TypeError, match=r"settings takes the keyword arguments .*, got \['stepp'\]"):
+        refine_cohort(pairs, namesakes / "out", report=False, settings={"stepp": 1})
+    with pytest.raises(ValueError, match="file_format must be one of"):
+        refine_cohort(pairs, namesakes / "out", report=False, file_format="nrrd")
+    (namesakes / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
+        refine_cohort(pairs, namesakes / "file", report=False)

@@ -407,3 +407,14 @@ def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, mo
             _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
     assert list((tmp_path / "out").iterdir()) == []
     _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+
+
+def test_an_input_is_never_replaced(pair, tmp_path):
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+    field = tmp_path / "out" / "ddf.nii.gz"
+    before = field.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"output_dir must not be where its inputs are, .*ddf\.nii\.gz would be replaced"
+    ):
+        _refine(pair, tmp_path / "out", ddf=field, overwrite=True, settings=QUICK | {"iterations": 1})
+    assert field.read_bytes() == before

@@ -16,15 +16,28 @@ from monai_lm.fields.smoothing import box_sum, inverse_window_counts
 from monai_lm.metrics import sd_log_jacobian
 from monai_lm.similarity.base import contrast
 
-__all__ = ["AGREEMENT", "EXTREMES", "ROUGHNESS", "Evidence", "agreement", "doubts_of", "evidence_of", "extremes"]
+__all__ = [
+    "AGREEMENT",
+    "EXTREMES",
+    "NOISE",
+    "ROUGHNESS",
+    "Evidence",
+    "agreement",
+    "doubts_of",
+    "evidence_of",
+    "extremes",
+]
 
 AGREEMENT = 0.8
 """A field whose images explain less of each other than this is doubted."""
 
-ROUGHNESS = 0.7
+NOISE = 0.77
+"""What the agreement of noise, .01 to .20 before, has come to by being refined onto a real image."""
+
+ROUGHNESS = 0.65
 """A field whose log Jacobian varies more than this is doubted."""
 
-EXTREMES = 0.06
+EXTREMES = 0.07
 """A field that changes the volume of more than this share of the voxels more than four-fold is doubted."""
 
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
@@ -95,8 +108,8 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
     found = {}
     if evidence.agreement < AGREEMENT:
         found["agreement"] = (
-            f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance. Noise in "
-            f"place of the moving image reaches as much; real pairs of one contrast are above {AGREEMENT:g}."
+            f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance. Real pairs "
+            f"that matched were above {AGREEMENT:g}; noise, refined in place of the moving image, came to {NOISE:g}."
         )
     if evidence.sdlogj > ROUGHNESS:
         found["rough"] = (

@@ -17,6 +17,7 @@ import monai_lm
 from monai_lm.fileio.files import replacing
 from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
+from monai_lm.report.evidence import NOISE
 from monai_lm.report.findings import Assessment, FieldMetrics, assess, measure_field
 from monai_lm.report.style import SCRIPT, STYLE
 from monai_lm.report.views import View, further_slices, views_of
@@ -272,9 +273,12 @@ def _metrics_table(columns: Mapping[str, FieldMetrics], case: Case, found: Asses
     )
     notes = [f"Labels: the {_WORST} with the lowest Dice."] if len(fields[-1].dice or {}) > _WORST else []
     notes += ["The voxel size is not known: voxels count as 1 mm."] if case.affine is None else []
-    note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    notes += [
+        "Agreement: the share of the fixed image's local variance that the moving one explains; noise, refined like an "
+        f"image, came to {NOISE:g} at most."
+    ]
     table = f'<table class="metrics"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f"<section><h2>Before and after</h2>{table}{note}</section>"
+    return f"<section><h2>Before and after</h2>{table}<p>{' '.join(notes)}</p></section>"
 
 
 def _curve_section(case: Case) -> str:

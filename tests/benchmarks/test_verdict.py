@@ -20,7 +20,7 @@ def test_doubted_real_pairs_are_false_alarms_and_nonsense_that_is_not_doubted_is
     assert "false alarms: 1 of 2; misses: 1 of 3" in said
     (real,) = [line for line in said.splitlines() if "| real" in line]
     assert real.split("|")[3:] == [
-        "  2 ",
+        " 2 ",
         " 0.500 → 0.800 ",
         " 0.40 → 0.95–0.95 ",
         " 0.30–2.00 ",
