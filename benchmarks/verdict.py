@@ -15,7 +15,7 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.ablation import half_size
-from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, hippocampus_pairs
+from benchmarks.data import BRAIN_SPLIT, BUNDLE, brain_image, data_root, hippocampus_network, hippocampus_pairs
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.metrics import compare_labels
 from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
@@ -26,20 +26,21 @@ Case = tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[float, ...] | None]
 
 
 def verdict(
-    sets: tuple[str, ...] = ("hippocampus", "brain", "cardiac", "abdomen"),
+    sets: tuple[str, ...] = ("hippocampus", "bundle", "brain", "cardiac", "abdomen"),
     pairs: int = 10,
     nonsense: int = 3,
     compile: bool = False,  # noqa: A002 (as refine calls it)
     json_file: str | None = None,
     rows: str | None = None,
 ) -> None:
-    """Register real pairs of the validation sets and nonsense in their place, from the identity, and count doubts.
+    """Register real pairs of the validation sets and nonsense in their place, and count doubts.
 
     In place of the moving image: noise, white and smoothed by 1, 2 and 4 voxels, and the moving image mirrored along
     its second axis. A real pair that is doubted is a false alarm, nonsense that is not is a miss.
 
     Args:
-        sets: of the shared data; of hippocampus and brain (at 2 mm) the validation subjects.
+        sets: of the shared data; of hippocampus and brain (at 2 mm) the validation subjects; ``bundle``: the hippocampi
+            as their bundle predicts and refines them.
         pairs: real pairs of each set, at most.
         nonsense: how many of them also get each kind of nonsense.
         compile: compile the kernels.
@@ -53,17 +54,23 @@ def verdict(
     for name in sets:
         for number, case in enumerate(islice(_SETS[name](), pairs)):
             for kind in ("real", *(_NONSENSE if number < nonsense else ())):
-                done.append({"set": name, "kind": kind, **_row(case, kind, number, compile)})
+                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, compile)})
                 if json_file:
                     with Path(json_file).open("a") as file:
                         file.write(json.dumps(done[-1]) + "\n")
     _print(done)
 
 
-def _row(case: Case, kind: str, seed: int, compile_: bool) -> dict[str, Any]:
+def _row(name: str, case: Case, kind: str, seed: int, compile_: bool) -> dict[str, Any]:
     fixed, moving, labels, spacing = case
     moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
-    result = monai_lm.refine(fixed, moving, spacing=spacing, compile=compile_)
+    if name == "bundle":
+        network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt")
+        images, inferer.refine = torch.cat([moving, fixed], 1), {**(inferer.refine or {}), "compile": compile_}
+        with torch.no_grad():
+            result = inferer.refined(images, inferer.predict(images, network))
+    else:
+        result = monai_lm.refine(fixed, moving, spacing=spacing, compile=compile_)
     found = evidence_of(fixed, warp(moving, result.ddf), result.ddf)
     out = {"agreement_before": agreement(fixed, moving), **vars(found), "seconds": result.seconds}
     out |= {"loss_before": float(result.initial_loss), "loss": float(result.final_loss)}
@@ -158,5 +165,6 @@ def _listed(folder: str) -> Callable[[], Iterator[Case]]:
 
 
 _SETS: dict[str, Callable[[], Iterator[Case]]] = {
-    "hippocampus": _hippocampi, "brain": _brains, "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
+    "hippocampus": _hippocampi, "bundle": _hippocampi, "brain": _brains,
+    "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
 }  # fmt: skip

@@ -28,7 +28,7 @@ __all__ = [
     "extremes",
 ]
 
-AGREEMENT = 0.8
+AGREEMENT = 0.5
 """A field whose images explain less of each other than this is doubted."""
 
 NOISE = 0.77
@@ -108,8 +108,8 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
     found = {}
     if evidence.agreement < AGREEMENT:
         found["agreement"] = (
-            f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance. Real pairs "
-            f"that matched were above {AGREEMENT:g}; noise, refined in place of the moving image, came to {NOISE:g}."
+            f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance, less than "
+            f"{AGREEMENT:g}, which matched pairs of one contrast exceed. Noise, refined like an image, came to {NOISE:g}."
         )
     if evidence.sdlogj > ROUGHNESS:
         found["rough"] = (
