@@ -109,7 +109,7 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
     if evidence.agreement < AGREEMENT:
         found["agreement"] = (
             f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance, less than "
-            f"{AGREEMENT:g}, which matched pairs of one contrast exceed. Noise, refined like an image, came to {NOISE:g}."
+            f"{AGREEMENT:g}, which matched pairs of one contrast exceed. Noise, refined too, came to {NOISE:g}."
         )
     if evidence.sdlogj > ROUGHNESS:
         found["rough"] = (
