@@ -16,7 +16,9 @@ from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
+from benchmarks.verdict import verdict
 from monai_lm.cli import with_values
+from monai_lm.console import console
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
@@ -34,9 +36,7 @@ if __name__ == "__main__":
         gpu,
         knee,
         supervision,
+        verdict,
     ]
-    try:
-        auto_cli(commands, args=with_values(sys.argv[1:], commands), as_positional=False)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with console("benchmarks"):
+        auto_cli(commands, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)

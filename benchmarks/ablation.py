@@ -107,7 +107,7 @@ def ablation(
 def _columns(weights: str, pairs: int, device: torch.device) -> dict[str, Callable[[dict[str, Any] | None], float]]:
     """What each column measures with these settings, or with ``None`` before refinement."""
     hippocampi, brains, example = _hippocampus_pairs(weights, pairs), _brain_pairs(), brain_example(3)
-    large_brain = [large_warp(_half(brain_image(s, "t1")), 15, 12, seed) for seed, s in enumerate(("1002", "1007"))]
+    large_brain = [large_warp(half_size(brain_image(s, "t1")), 15, 12, seed) for seed, s in enumerate(("1002", "1007"))]
     large_hippocampus = [large_warp(p[1], 10, 8, seed) for seed, p in enumerate(hippocampi[:3])]
 
     def refined(fixed: Tensor, moving: Tensor, ddf: Tensor | None, settings: dict[str, Any]) -> Tensor:
@@ -195,11 +195,11 @@ def _brain_pairs() -> list[tuple[Tensor, ...]]:
     """1000 ← 1001 and 1006 ← 1002, validation pairs, at 2 mm."""
     pairs: list[tuple[Tensor, ...]] = []
     for subjects in (("1000", "1001"), ("1006", "1002")):
-        images = [_half(brain_image(s, "t1")) for s in subjects]
+        images = [half_size(brain_image(s, "t1")) for s in subjects]
         labels = [brain_image(s, "seg")[:, :, ::2, ::2, ::2] for s in subjects]
         pairs.append((*images, *labels))
     return pairs
 
 
-def _half(image: Tensor) -> Tensor:
+def half_size(image: Tensor) -> Tensor:
     return shrink(image, make_level(image.shape[2:], (1.0, 1.0, 1.0), 2))

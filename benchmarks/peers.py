@@ -102,8 +102,9 @@ def _python(peer: str) -> str:
     """Interpreter of a peer's environment, made at its first use in ``$MONAI_LM_PEERS`` (default: the user's cache)."""
     root = Path(os.environ.get("MONAI_LM_PEERS", Path.home() / ".cache" / "monai_lm" / "peers")) / peer
     python = root / "bin" / "python"
-    if not (root / "installed").is_file():
+    installed = root / "installed"  # lists what was installed; older ones are empty
+    if not installed.is_file() or installed.read_text().split() not in ([], list(PEERS[peer])):
         subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS[peer]], check=True)
-        (root / "installed").touch()
+        installed.write_text("\n".join(PEERS[peer]) + "\n")
     return str(python)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from inspect import signature
@@ -15,7 +16,9 @@ from jsonargparse import auto_cli
 import monai_lm
 from monai_lm import files
 from monai_lm.cohort import refine_cohort
+from monai_lm.console import console
 from monai_lm.demo import run_demo
+from monai_lm.outputs import as_json
 
 __all__ = ["main", "with_values"]
 
@@ -71,7 +74,7 @@ def refine(
         compile: auto, true or false.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html and .png (needs matplotlib, pip install 'monai_lm[demo]').
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
     """
@@ -82,7 +85,7 @@ def refine(
     metrics = files.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
         _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
-        settings if bundle is None else _chosen(settings), bundle, ddf_format,
+        settings if bundle is None else _chosen(settings), bundle, ddf_format, _command(),
     )  # fmt: skip
     _show(metrics, json)
 
@@ -122,8 +125,8 @@ def cohort(
         compile: auto, true or false.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html and .png (needs matplotlib, pip install 'monai_lm[demo]').
-        overwrite: do pairs again that are complete.
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
+        overwrite: do pairs again that are complete, and replace what other files or settings left.
     """
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
@@ -132,7 +135,7 @@ def cohort(
     rows, failed = refine_cohort(
         pairs, output_dir, overwrite, sys.stderr.isatty(),
         file_format=file_format, device=device, report=report, bundle=bundle, ddf_format=ddf_format,
-        settings=settings if bundle is None else _chosen(settings),
+        settings=settings if bundle is None else _chosen(settings), command=_command(),
     )  # fmt: skip
     print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
     if failed:
@@ -323,12 +326,19 @@ def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != defaults[name].default}
 
 
-def _show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(files.as_json(values))
+def _command() -> str:
+    return shlex.join(["monai-lm", *sys.argv[1:]])
+
+
+def _show(values: dict[str, Any], json: bool) -> None:
+    if json:
+        print(as_json(values))
         return
     for key, value in values.items():
-        print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
+        if key == "remarks":
+            print("".join(f"- {text}\n" for text in value.values()), end="")
+        elif not isinstance(value, dict):
+            print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
 
 
 def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
@@ -336,20 +346,17 @@ def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> li
     parameters = [p for command in commands for p in signature(command).parameters.values()]
     switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
     out = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         out += [word, "true"] if word in switches and following.startswith("-") else [word]
     return out
 
 
 def main() -> None:
-    """Run a subcommand; errors that a user can mend end with one paragraph and exit code 2."""
+    """Run a subcommand, or print the help without one; see :func:`monai_lm.console.console` for how it ends."""
     commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
-    try:
+    with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=with_values(sys.argv[1:], commands), as_positional=False)
-    except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"monai-lm: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        auto_cli(named, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)
 
 
 if __name__ == "__main__":

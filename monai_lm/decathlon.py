@@ -12,6 +12,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, ResizeWit
 from torch import Tensor
 
 from monai_lm.fields import fold_count, warp
+from monai_lm.pairs import read_json
 from monai_lm.refinement import refine
 
 __all__ = ["register_pair"]
@@ -23,7 +24,7 @@ def register_pair(root: Path, fixed: int, moving: int) -> str:
     """Register two of the training images from the identity and say what it brought to their labels.
 
     Args:
-        root: folder that holds ``Task04_Hippocampus``; the archive is fetched into it if that is missing.
+        root: folder that holds ``Task04_Hippocampus``; the archive is fetched into it if that is not whole.
         fixed: index of the fixed image.
         moving: index of the moving image.
 
@@ -33,7 +34,7 @@ def register_pair(root: Path, fixed: int, moving: int) -> str:
     if not root.is_dir():
         raise ValueError(f"root_dir must be an existing folder, got {str(root)!r}")
     dataset = DecathlonDataset(
-        root, _TASK, section="training", val_frac=0.0, cache_num=0, download=not (root / _TASK).is_dir(), progress=True
+        root, _TASK, section="training", val_frac=0.0, cache_num=0, download=not _whole(root / _TASK), progress=True
     )
     for name, index in (("fixed", fixed), ("moving", moving)):
         if not 0 <= index < len(dataset.data):
@@ -54,6 +55,15 @@ def register_pair(root: Path, fixed: int, moving: int) -> str:
     after = _dice(fixed_label, warp(moving_label, result.ddf, mode="nearest"))
     folds = int(fold_count(result.ddf))
     return f"mean Dice of the two labels {before:.3f} -> {after:.3f}, {folds} folds, {result.seconds:.1f} s"
+
+
+def _whole(folder: Path) -> bool:
+    """Whether everything that the folder's list names is there; unpacking may have been interrupted."""
+    listing = folder / "dataset.json"
+    if not listing.is_file():
+        return False
+    named = [entry[key] for entry in read_json("dataset", listing)["training"] for key in ("image", "label")]
+    return all((folder / name).is_file() for name in named)
 
 
 def _dice(fixed: Tensor, moving: Tensor) -> float:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import fold_count, gaussian_smooth, integrate, warp
+from monai_lm.fileio.files import replacing
+from monai_lm.outputs import check_outputs
 from monai_lm.refinement import refine
+from monai_lm.report.figures import figure_class
 from monai_lm.result import RefinementResult
 
 __all__ = ["Example", "brain_example", "endpoint_error", "run_demo"]
@@ -90,7 +93,13 @@ def run_demo(output_dir: str | Path, resolution: int = 2, seed: int = 0, progres
         resolution: voxel edge in millimetres.
         seed: of the example.
         progress: show a progress bar.
+
+    Raises:
+        ImportError: matplotlib or nilearn is not installed.
+        ValueError: a resolution out of range, or a file where the folder should be.
     """
+    figure_class()  # what is missing is found before the work
+    check_outputs(Path(output_dir), ["demo.png"], overwrite=True)
     example = brain_example(resolution, seed)
     result = refine(example.fixed, example.moving, example.prediction, progress=progress)
     identity = torch.zeros_like(example.truth)
@@ -111,8 +120,6 @@ def run_demo(output_dir: str | Path, resolution: int = 2, seed: int = 0, progres
 
 def _draw(example: Example, result: RefinementResult, path: Path) -> None:
     """Fixed, moving, warped before and after, and where the field was wrong before and after."""
-    from matplotlib.figure import Figure
-
     middle = example.fixed.shape[-1] // 2
 
     def view(volume: Tensor) -> np.ndarray:
@@ -121,7 +128,7 @@ def _draw(example: Example, result: RefinementResult, path: Path) -> None:
     def error(ddf: Tensor) -> Tensor:
         return torch.linalg.vector_norm(ddf - example.truth, dim=1) * example.spacing * example.mask
 
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    figure = figure_class()(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots(2, 3)
     after = warp(example.moving, result.ddf)
     panels = [
@@ -137,5 +144,5 @@ def _draw(example: Example, result: RefinementResult, path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     figure.colorbar(shown, ax=axes[1, 2], label="mm", shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

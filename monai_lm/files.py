@@ -8,11 +8,8 @@ points of the fixed to points of the moving image, affine included.
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +27,20 @@ from monai_lm.fileio.formats import check_grid
 from monai_lm.fileio.points import POINT_SUFFIXES
 from monai_lm.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.metrics import compare_labels, sd_log_jacobian
+from monai_lm.outputs import (
+    as_json,
+    check_field_output,
+    check_not_inputs,
+    check_outputs,
+    made,
+    pair_outputs,
+    report_possible,
+)
+from monai_lm.provenance import describe, machine, pair_recipe, settings_of
 from monai_lm.refinement import refine
+from monai_lm.report.case import Case, checked_case
+from monai_lm.report.findings import Assessment, assess
+from monai_lm.report.page import write_case
 from monai_lm.result import RefinementResult
 from monai_lm.space import (
     fixed_to_moving,
@@ -63,6 +73,7 @@ def refine_pair(
     settings: Mapping[str, Any] | None = None,
     bundle: str | Path | None = None,
     ddf_format: str = "auto",
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -79,16 +90,18 @@ def refine_pair(
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``; a former run's report and warped labels do not stay.
-        report: write the report; its Dice is that of labels brought onto the fixed grid first, ``metrics.json`` samples
-            them once.
+        report: write the report; left out with a warning where matplotlib is missing.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
             :class:`monai_lm.bundles.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an ``affine``, the
             identity included, it gets the moving image on the fixed grid, else both files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.fileio.read_ddf`.
+        command: recorded as what was called.
 
     Returns:
-        The metrics, before (``…_before``) and after.
+        What ``metrics.json`` holds: the metrics, before (``…_before``) and after; the ``verdict`` of the report
+        (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; and ``provenance``: inputs with their
+        digests, settings, versions.
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is false.
@@ -99,15 +112,18 @@ def refine_pair(
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     folder, suffix = Path(output_dir), file_suffix(file_format)
-    names = ["warped.nii.gz", "metrics.json", f"ddf{suffix}", f"inverse{suffix}"]
-    names += ["warped_label.nii.gz"] * bool(labels) + ["report.html", "report.png"] * report
-    free(folder, names, overwrite)
+    report = report and report_possible()
+    names = pair_outputs(file_format, labels is not None, report)
+    check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, affine, labels, points, mask)
     f, m = pair.fixed, pair.moving
     file_suffix(file_format, len(f.size))
     for image in (f, m):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.affine, len(f.size))
+    recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format, ddf_format)
     chosen = find_device(device)
+    check_not_inputs(folder, names, recipe.inputs.values())
+    provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     start = torch.zeros(1, len(f.size), *f.size, device=chosen)
     predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
@@ -115,11 +131,11 @@ def refine_pair(
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
-    with _made(folder):  # what cannot be written to is found before the work
+    with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            result = refine(f.data.to(chosen), onto, predicted, weight, **keywords)
+            result, used = refine(f.data.to(chosen), onto, predicted, weight, **keywords), settings_of(keywords)
         else:
-            start, result = _registered(bundle, pair, chosen, settings)
+            start, result, used = _registered(bundle, pair, chosen, settings)
             predicted = start
     before, after = _measure(start, pair), _measure(result.ddf, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
@@ -127,12 +143,17 @@ def refine_pair(
         "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
     }  # fmt: skip
-    _write_fields(folder, suffix, file_format, pair, result.ddf)
-    _write_warped(folder, pair, result.ddf)
-    if report:
-        _report(folder / "report.html", pair, onto, result, predicted, keywords)
-    with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(as_json(metrics) + "\n")
+    case = _case(pair, onto, result, predicted, used)
+    found = assess(case, surfaces=report)
+    metrics |= found.values() | {"provenance": provenance | {"refine": used}}
+    (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
+    with made(folder, names):  # half a result would be in the way of the next try
+        _write_fields(folder, suffix, file_format, pair, result.ddf)
+        _write_warped(folder, pair, result.ddf)
+        if report:
+            _write_report(folder, pair, case, found, provenance)
+        with replacing(folder / "metrics.json") as temporary:
+            temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
         for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
@@ -141,9 +162,14 @@ def refine_pair(
 
 def _registered(
     bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
-) -> tuple[Tensor, RefinementResult]:
-    """A bundle's prediction and its refinement, on the fixed grid; after an affine, of what that brings there."""
+) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
+    """A bundle's prediction, its refinement and its settings, on the fixed grid; after an affine, of what that brings.
+
+    ValueError for a bundle that does not refine, before it predicts.
+    """
     registration, f = RegistrationBundle(bundle, device, settings), pair.fixed
+    if registration.inferer.refine is None:
+        raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
     with TemporaryDirectory() as folder:
         moving: str | Path = pair.moving.path
         if pair.initial is not None:
@@ -153,33 +179,8 @@ def _registered(
             onto = resample_moving(m.data, still, f.affine, m.affine, pair.initial, padding_mode="zeros")
             save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
         predicted, result = registration.register(f.path, moving, f.size, f.affine)
-    if result is None:
-        raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
-    return predicted, result
-
-
-def as_json(values: Mapping[str, Any]) -> str:
-    """JSON, which knows no NaN: null in its place."""
-    return json.dumps(
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}, indent=1
-    )
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """A folder that is there, and gone again if it was not and the work fails."""
-    new = next((parent for parent in (*reversed(folder.parents), folder) if not parent.exists()), None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"output_dir must be a folder, got the file {folder}") from error
-    try:
-        yield
-    except BaseException:
-        while new is not None and folder != new.parent and not any(folder.iterdir()):
-            folder.rmdir()
-            folder = folder.parent
-        raise
+    assert result is not None  # for mypy
+    return predicted, result, {"bundle": str(bundle), **describe(registration.inferer.refine)}
 
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
@@ -215,26 +216,26 @@ def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
         save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
 
 
-def _report(
-    path: Path,
-    pair: Pair,
-    onto: Tensor,
-    result: RefinementResult,
-    predicted: Tensor | None,
-    settings: Mapping[str, Any],
-) -> None:
-    """The page shows, and measures, what has been brought onto the fixed grid."""
-    from monai_lm.report import write_report
+def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, provenance: Mapping[str, Any]) -> None:
+    shown = {"command": provenance["command"]} if provenance["command"] else {}
+    for role, file in provenance["inputs"].items():
+        shown[role] = f"{file['path']} ({file['bytes']} bytes, SHA-256 {file['sha256'][:16]}…)"
+    title = f"{pair.moving.path.name} onto {pair.fixed.path.name}"
+    write_case(folder / "report.html", case, found, title, folder / "report.png", shown)
 
-    labels, points, affine = None, None, pair.fixed.affine
+
+def _case(
+    pair: Pair, onto: Tensor, result: RefinementResult, predicted: Tensor | None, settings: Mapping[str, Any]
+) -> Case:
+    """The pair as the report sees it, on the fixed grid; labels and landmarks as :func:`_measure` has them."""
+    labels: Any = None
     if pair.labels:
-        labels = (pair.labels[0].data, pair.brought(pair.labels[1], torch.zeros_like(result.ddf)))
-    if pair.points and pair.initial is None:
-        points = (to_voxel(pair.points[0], affine), to_voxel(pair.points[1], affine))
-    write_report(
-        path, pair.fixed.data, onto, result, prediction=predicted, affine=affine, labels=labels, landmarks=points,
-        settings=dict(settings), title=f"{pair.moving.path.name} onto {pair.fixed.path.name}",
-        png=path.with_suffix(".png"),
+        fixed_label, moving_label = pair.labels
+        labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
+    return checked_case(
+        pair.fixed.data, onto, result, predicted, pair.fixed.affine, labels,
+        (lambda ddf: _landmark_error(ddf, pair)) if pair.points else None, settings,
+        None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
     )  # fmt: skip
 
 
@@ -246,9 +247,14 @@ def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
         spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
         out |= {key: float(value) for key, value in compare_labels(label, fixed, [spacing]).items()}
     if pair.points:
-        moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
-        out["tre"] = float(torch.linalg.vector_norm(moved - pair.points[1].to(moved), dim=1).mean())
+        out["tre"] = _landmark_error(ddf, pair)
     return out
+
+
+def _landmark_error(ddf: Tensor, pair: Pair) -> float:
+    assert pair.points is not None  # for mypy
+    moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
+    return float(torch.linalg.vector_norm(moved - pair.points[1].to(moved), dim=1).mean())
 
 
 def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray | None = None) -> Tensor:
@@ -283,7 +289,7 @@ def apply_field(
         device: where it is computed; ``"auto"`` takes a GPU if there is one.
     """
     output, chosen = Path(output), find_device(device)
-    free(output.parent, [output.name], overwrite)
+    check_outputs(output.parent, [output.name], overwrite, "the output's folder")
     grid, target = (None if path is None else Image(path) for path in (fixed, moving))
     if Path(source).name.lower().endswith(POINT_SUFFIXES):
         if output.suffix != ".csv":
@@ -328,9 +334,10 @@ def invert_field(
         How far inverse and field miss the identity, where, and why.
     """
     output, chosen = Path(output), find_device(device)
-    free(output.parent, [output.name], overwrite)
+    check_field_output(output, file_format, overwrite)
     image = None if moving is None else Image(moving)
     field = Field(ddf, None, image, ddf_format)
+    file_suffix(file_format, field.ddf.shape[1])
     size = tuple(field.ddf.shape[2:]) if image is None else image.size
     inner, affines = field.inner().to(chosen), (field.affine, field.moving_affine)
     inverse, residual = invert_between(inner, *affines, None, size)
@@ -351,7 +358,7 @@ def compose_fields(
 ) -> None:
     """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``."""
     output = Path(output)
-    free(output.parent, [output.name], overwrite)
+    check_field_output(output, "itk", overwrite)
     outer = Field(second, file_format=second_format)
     values, affine = read_ddf(first, first_format, moving_affine=outer.affine)
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
@@ -373,7 +380,7 @@ def convert_field(
 ) -> None:
     """Write a field in another format; ``fixed`` and ``moving`` are images on the grids it leads from and to."""
     output = Path(output)
-    free(output.parent, [output.name], overwrite)
+    check_field_output(output, to, overwrite)
     target = None if moving is None else Image(moving)
     field = Field(ddf, None if fixed is None else Image(fixed), target, file_format)
     write_ddf(
@@ -396,10 +403,3 @@ def evaluate_field(
     pair = load_pair(fixed, moving, None, labels, points)
     field = Field(ddf, pair.fixed, pair.moving, file_format)
     return _measure(field.inner().to(chosen), pair)
-
-
-def free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
-    """FileExistsError if one of the names is taken in the folder and must not be replaced."""
-    taken = [name for name in names if (folder / name).exists()]
-    if taken and not overwrite:
-        raise FileExistsError(f"{', '.join(str(folder / n) for n in taken)} exists; --overwrite replaces it")

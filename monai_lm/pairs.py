@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -172,23 +173,28 @@ def named(pairs: Iterable[Mapping[str, Any]]) -> list[Entry]:
     """Give every pair without a ``name`` one of its own, ``<fixed>__<moving>``; namesakes are numbered from 2 on.
 
     Raises:
-        ValueError: a pair without ``fixed`` or ``moving``.
+        ValueError: a pair without ``fixed`` or ``moving``, or names that are given twice.
     """
-    taken: set[str] = set()
-    out = []
-    for index, pair in enumerate(pairs):
+    entries = [dict(pair) for pair in pairs]
+    for index, pair in enumerate(entries):
         if missing := {"fixed", "moving"} - set(pair):
-            raise ValueError(
-                f"pair {index} must have the keys fixed and moving, {sorted(missing)} missing: {dict(pair)}"
-            )
-        stem = str(pair.get("name") or f"{_stem(pair['fixed'])}__{_stem(pair['moving'])}")
+            raise ValueError(f"pair {index} must have the keys fixed and moving, {sorted(missing)} missing: {pair}")
+    given = [str(pair["name"]) for pair in entries if pair.get("name")]
+    twice = [name for name, count in Counter(given).items() if count > 1]
+    raise_all([f"{name!r}: the name of {given.count(name)} pairs" for name in twice], "pairs")
+    taken = set(given)
+    for pair in entries:
+        if pair.get("name"):
+            pair["name"] = str(pair["name"])
+            continue
+        stem = f"{_stem(pair['fixed'])}__{_stem(pair['moving'])}"
         name, number = stem, 1
         while name in taken:
             number += 1
             name = f"{stem}_{number}"
         taken.add(name)
-        out.append({**pair, "name": name})
-    return out
+        pair["name"] = name
+    return entries
 
 
 def share(pairs: Sequence[Entry], rank: int, processes: int) -> list[Entry]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -103,3 +104,27 @@ def test_a_switch_before_another_option_means_true(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words[:2], *words[3:], "--overwrite", "false"])
     cli.main()
     assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False, "auto", "auto")
+
+
+def test_no_command_at_all_prints_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    said = capsys.readouterr()
+    assert "Available subcommands" in said.out
+    assert said.err == ""
+
+
+def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
+    def warn(*_):
+        warnings.warn("no report is written", stacklevel=1)
+        return {"loss": 0.5, "remarks": {"rough": "The field is rough."}, "provenance": {"command": None}}
+
+    monkeypatch.setattr(cli.files, "refine_pair", warn)
+    words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
+    cli.main()
+    said = capsys.readouterr()
+    assert said.err == "monai-lm: warning: no report is written\n"
+    assert said.out == "loss                0.5\n- The field is rough.\n"

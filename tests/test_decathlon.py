@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from monai_lm import decathlon
 from monai_lm.decathlon import register_pair
 
 
@@ -35,3 +36,20 @@ def test_registration_of_a_real_pair_improves_its_labels(task_folder):
 def test_index_out_of_range_says_which(task_folder):
     with pytest.raises(ValueError, match="moving must be between 0 and 2, got 3"):
         register_pair(task_folder, 0, 3)
+
+
+def test_a_folder_that_was_unpacked_in_part_is_fetched_again(task_folder, monkeypatch):
+    asked = []
+
+    def dataset(*_, download, **__):
+        asked.append(download)
+        raise ValueError("looked")
+
+    monkeypatch.setattr(decathlon, "DecathlonDataset", dataset)
+    task = task_folder / "Task04_Hippocampus"
+    for missing in (None, next((task / "labelsTr").iterdir()), task / "dataset.json"):
+        if missing:
+            missing.unlink()
+        with pytest.raises(ValueError, match="looked"):
+            register_pair(task_folder, 0, 1)
+    assert asked == [False, True, True]

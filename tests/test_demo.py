@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("nilearn", reason="the demo needs nilearn")
 
+from monai_lm import demo
 from monai_lm.demo import brain_example, endpoint_error, run_demo
 from monai_lm.fields import fold_count, warp
 from monai_lm.refinement import refine
@@ -43,3 +44,13 @@ def test_demo_writes_its_picture_and_prints_its_table(tmp_path):
     assert set(rows) == {"no registration", "network's prediction", "refined by LM"}
     assert float(rows["refined by LM"][0]) < float(rows["network's prediction"][0])  # dissimilarity
     assert rows["refined by LM"][1] == "0"  # folds
+
+
+def test_what_the_demo_lacks_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "brain_example", pytest.fail)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
+        run_demo(tmp_path / "file", progress=False)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib.*monai_lm\[demo\]"):
+        run_demo(tmp_path / "out", progress=False)

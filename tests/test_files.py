@@ -393,3 +393,110 @@ def test_the_report_is_written_beside_the_fields(pair, tmp_path):
     assert "moving.nii.gz onto fixed.nii.gz" in page
     assert f"<td>{metrics['tre']:.2f}</td>" in page
     assert f"<td>{metrics['sdlogj']:.3f}</td>" in page
+
+
+def test_the_report_has_what_metrics_json_has_with_an_affine_too(pair, tmp_path):
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    affine = np.eye(4)
+    affine[:3, 3] = pair["shift"] * 0.5
+    np.savetxt(tmp_path / "affine.txt", affine)
+    metrics = _refine(
+        pair, tmp_path / "out", affine=tmp_path / "affine.txt", report=True, command="monai-lm refine …",
+        settings=QUICK | {"iterations": 3},
+    )  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name, key, digits in (("mean Dice", "dice", 3), ("TRE, mm", "tre", 2), ("SD of log Jacobian", "sdlogj", 3)):
+        values = [f"<td>{metrics[k]:.{digits}f}</td>" for k in (f"{key}_before", key)]
+        assert f'<th scope="row">{name}</th>{values[0]}{values[1]}' in page
+    assert '<th scope="col">affine only</th>' in page
+    assert "not registered" not in page
+    for path in (pair["fixed"], pair["moving"], tmp_path / "affine.txt", *pair["labels"], *pair["points"]):
+        assert str(path) in page
+    assert '<th scope="row">command</th><td>monai-lm refine …</td>' in page
+    assert '<th scope="row">similarity</th><td>lncc</td>' in page  # a default, too
+
+
+def test_metrics_json_says_what_it_is_of_and_what_to_think_of_it(pair, tmp_path):
+    metrics = _refine(pair, tmp_path / "out", settings=QUICK | {"step": 0.25})
+    assert metrics["verdict"] in ("good", "check")
+    assert metrics["headline"].startswith("The field has no folds")
+    assert metrics["agreement"] > metrics["agreement_before"]
+    made_of = metrics["provenance"]
+    assert made_of["settings"]["step"] == made_of["refine"]["step"] == 0.25
+    assert made_of["torch"] == torch.__version__
+    assert set(made_of["inputs"]) == {
+        "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points",
+    }  # fmt: skip
+    assert made_of["inputs"]["fixed"]["path"] == str(pair["fixed"])
+    assert made_of["inputs"]["fixed"]["bytes"] == pair["fixed"].stat().st_size
+
+
+def test_noise_for_an_image_is_doubted(pair, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((26, 27, 20)).astype(np.float32)
+    metrics = _refine(
+        pair | {"moving": _save(tmp_path / "noise.nii.gz", noise, MOVING)}, tmp_path / "out", labels=None, points=None,
+        settings={"compile": False},
+    )  # fmt: skip
+    assert metrics["loss"] < metrics["loss_before"]  # similarity alone would be content
+    assert metrics["verdict"] == "check"
+    assert {"extreme", "rough"} <= set(metrics["remarks"])
+
+
+def test_a_plain_install_refines_and_says_that_there_is_no_report(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match=r"no report is written: .*monai_lm\[demo\]"):
+        metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 2})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"ddf.nii.gz", "inverse.nii.gz", "metrics.json", "warped.nii.gz", "warped_label.nii.gz"}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+
+
+def test_a_run_that_fails_while_writing_leaves_no_metrics_of_a_former_one(pair, tmp_path, monkeypatch):
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "ddf.nii.gz")
+
+    monkeypatch.setattr(files, "write_ddf", full)
+    with pytest.raises(OSError, match=r"No space left on device: 'ddf\.nii\.gz'"):
+        _refine(pair, tmp_path / "out", overwrite=True, settings=QUICK | {"iterations": 1})
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_outputs_of_fields_are_checked_before_the_work(pair, tmp_path, monkeypatch):
+    write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 18, 17, 14), np.float32), FIXED)
+    field, message = tmp_path / "ddf.nii.gz", "output must end in "
+    monkeypatch.setattr(files, "Field", pytest.fail)
+    for work in (
+        lambda: files.invert_field(field, tmp_path / "inverse.npz"),
+        lambda: files.invert_field(field, tmp_path / "inverse.nii.gz", file_format="learn2reg"),
+        lambda: files.compose_fields(field, field, tmp_path / "both.txt"),
+        lambda: files.convert_field(field, tmp_path / "other.nii.gz", "learn2reg"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
+    with pytest.raises(ValueError, match="the output's folder must be a folder, got the file"):
+        files.apply_field(field, pair["moving"], field / "warped.nii.gz")
+
+
+def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "warped.nii.gz")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_nifti", full)
+        with pytest.raises(OSError, match=r"No space left on device: 'warped\.nii\.gz'"):
+            _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+    assert list((tmp_path / "out").iterdir()) == []
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+
+
+def test_an_input_is_never_replaced(pair, tmp_path):
+    _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
+    field = tmp_path / "out" / "ddf.nii.gz"
+    before = field.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"output_dir must not be where its inputs are, .*ddf\.nii\.gz would be replaced"
+    ):
+        _refine(pair, tmp_path / "out", ddf=field, overwrite=True, settings=QUICK | {"iterations": 1})
+    assert field.read_bytes() == before

@@ -137,3 +137,10 @@ def test_files_are_checked_all_at_once(tmp_path):
                "orientation LPS, but its image has RAS"]  # fmt: skip
     assert all(any(reason in line for line in lines) for reason in reasons)
     check_files(pairs[5:6], values=None, same_grid=False)
+
+
+def test_a_name_that_is_given_is_kept_and_given_once_only():
+    pair = {"fixed": "x.nii", "moving": "y.nii"}
+    assert [p["name"] for p in named([pair, {**pair, "name": "x__y"}])] == ["x__y_2", "x__y"]
+    with pytest.raises(ValueError, match=r"pairs has 1 problem\(s\):\n  'a': the name of 2 pairs"):
+        named([{**pair, "name": "a"}, pair, {**pair, "name": "a"}])

@@ -24,13 +24,18 @@ __all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path``, same suffixes, to write to; renamed to ``path`` if nothing failed, else removed.
 
-    The folder is made if missing. A reader sees the old file, or the new one, never half of one.
+    The folder is made if missing. A reader sees the old file, or the new one, never half of one. An ``OSError``, such
+    as that of a full disk, names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
 from monai_lm.fields.topology import folded_cells
-from monai_lm.report.findings import Case, centre_of_mass
+from monai_lm.report.case import Case
+from monai_lm.report.views import View
 from monai_lm.result import Iteration
 
 __all__ = [
     "FIXED_COLOUR",
     "MOVING_COLOUR",
-    "View",
     "Volumes",
     "curves",
     "figure_class",
@@ -27,12 +26,17 @@ __all__ = [
     "levels_of",
     "pictures_of",
     "summary",
-    "views_of",
     "volumes_of",
 ]
 
 _EDGE = 360
 """Longest edge of a slice's picture in pixels."""
+
+_FINE = 2.5
+"""How much finer the pictures of outlines are, which are read enlarged."""
+
+_FEW = 8
+"""So many labels of a slice are outlined boldly."""
 
 FIXED_COLOUR, MOVING_COLOUR = "#22d3ee", "#ff9f1c"
 
@@ -42,76 +46,8 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a report needs matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
+        raise ImportError("pictures need matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
     return Figure
-
-
-@dataclass(frozen=True)
-class View:
-    """A slice of a grid and how it lies on the page.
-
-    Attributes:
-        name: of the plane.
-        normal: array axis across the slice, None in 2D.
-        index: voxel along it.
-        axes: array axes shown to the right and upwards.
-        flips: whether each of them runs the other way on the page.
-        spacing: voxel edges in millimetres of these two axes.
-        letters: patient directions at the left, right, top and bottom edge; None where unknown.
-    """
-
-    name: str
-    normal: int | None
-    index: int
-    axes: tuple[int, int]
-    flips: tuple[bool, bool]
-    spacing: tuple[float, float]
-    letters: tuple[str, str, str, str] | None
-
-    def cut(self, volume: np.ndarray) -> np.ndarray:
-        """Slice of a volume ``(*S)``, rows upwards and columns to the right."""
-        plane = volume if self.normal is None else np.take(volume, self.index, axis=self.normal)
-        plane = plane if self.axes[0] > self.axes[1] else plane.T
-        return plane[:: -1 if self.flips[1] else 1, :: -1 if self.flips[0] else 1]
-
-
-def views_of(case: Case) -> list[View]:
-    """One view in 2D, three orthogonal ones through the fixed image's centre of mass in 3D.
-
-    With an affine the views are those of radiology: the patient's right (or front) at the left, front (or head) up.
-    """
-    size = case.fixed.shape[2:]
-    n = len(size)
-    centre = [min(max(round(c), 0), s - 1) for c, s in zip(centre_of_mass(case.fixed[0, 0]), size, strict=True)]
-    if case.affine is None:
-        pairs = [(None, 0, 1)] if n == 2 else [(2, 0, 1), (1, 0, 2), (0, 1, 2)]
-        return [
-            View(
-                "slice" if k is None else f"axis {k}, voxel {centre[k]}",
-                k,
-                0 if k is None else centre[k],
-                (a, b),
-                (False, False),
-                (case.spacing[a], case.spacing[b]),
-                None,
-            )
-            for k, a, b in pairs
-        ]
-    orientation = nib.io_orientation(np.asarray(case.affine))
-    axis_of = {int(world): axis for axis, (world, _) in enumerate(orientation[:n])}
-    sign = orientation[:, 1]
-    planes = [("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2)]
-    planes = planes if n == 3 else [plane for plane in planes if plane[1] not in axis_of]
-    views = []
-    for name, normal, right, up in planes:
-        k = axis_of.get(normal)
-        a, b = axis_of[right], axis_of[up]
-        letters = ("RA"[right], "LP"[right], "RAS"[up], "LPI"[up])
-        index = 0 if k is None else centre[k]
-        title = name if k is None else f"{name}, voxel {index}"
-        flips = (bool(sign[a] > 0), bool(sign[b] < 0))
-        views.append(View(title, k, index, (a, b), flips, (case.spacing[a], case.spacing[b]), letters))
-    return views
 
 
 def _window_of(image: Tensor) -> tuple[float, float]:
@@ -120,26 +56,35 @@ def _window_of(image: Tensor) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 1)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, colours: int | None = None) -> bytes:
+    """A figure as PNG, with a palette of so many colours if given: half as large for fine outlines."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    if colours is None:
+        return buffer.getvalue()
+    from PIL import Image  # matplotlib needs it, too
+
+    small = io.BytesIO()
+    Image.open(buffer).convert("RGB").quantize(colours).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 class _Panel:
     """One slice as a figure that it fills to the edge, in the proportions of the patient."""
 
-    def __init__(self, view: View, shape: tuple[int, int]) -> None:
+    def __init__(self, view: View, shape: tuple[int, int], fineness: float = 1.0) -> None:
         width, height = shape[1] * view.spacing[0], shape[0] * view.spacing[1]
         scale = _EDGE / max(width, height) / 100
         edges = max(width * scale, 0.4), max(height * scale, 0.4)
-        self.figure = figure_class()(figsize=edges, dpi=100, facecolor="black")
+        self.figure = figure_class()(figsize=edges, dpi=100 * fineness, facecolor="black")
         self.axis = self.figure.add_axes((0, 0, 1, 1))
         self.axis.set_axis_off()
         _draw_frame(self.axis, view, shape)
 
+        self.colours = None if fineness == 1 else 256
+
     def png(self) -> bytes:
-        return _png(self.figure)
+        return _png(self.figure, self.colours)
 
 
 def _draw_frame(axis: Any, view: View, shape: tuple[int, int], size: float = 16) -> None:
@@ -181,8 +126,10 @@ def _draw_contours(axis: Any, view: View, labels: np.ndarray, colour: str) -> No
     """Outlines of every label of a slice."""
     rows, columns = labels.shape
     x, y = np.arange(columns) * view.spacing[0], np.arange(rows) * view.spacing[1]
-    for label in np.unique(labels[labels != 0]):
-        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=1.3)
+    values = np.unique(labels[labels != 0])
+    width = 1.3 if len(values) <= _FEW else 0.5
+    for label in values:
+        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=width)
 
 
 def _draw_grid(axis: Any, view: View, ddf: np.ndarray) -> None:
@@ -241,11 +188,8 @@ def volumes_of(case: Case) -> Volumes:
     """First channels, warped by the first and the last field; labels likewise; half-width of the Jacobian's scale."""
     labels = None
     if case.labels is not None:
-        fixed, moving = case.labels
-        labels = tuple(
-            m[0, 0].numpy()
-            for m in (fixed, warp(moving, case.start, mode="nearest"), warp(moving, case.ddf, mode="nearest"))
-        )
+        moved = [case.warped_label(ddf) for ddf in (case.start, case.ddf)]
+        labels = tuple(m[0, 0].numpy() for m in (case.labels[0], *moved) if m is not None)
     spread = [_log2_jacobian(field) for field in (case.start, case.ddf)]
     limit = max(float(np.percentile(np.abs(values), 99.5)) for values in spread)
     return Volumes(
@@ -297,7 +241,7 @@ def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequ
     for kind in kinds:
         out[kind] = []
         for view in views:
-            panel = _Panel(view, view.cut(volumes.fixed).shape)
+            panel = _Panel(view, view.cut(volumes.fixed).shape, _FINE if kind.startswith("labels") else 1.0)
             _paint(case, volumes, kind, view, panel.axis)
             out[kind].append(panel.png())
     return out

@@ -10,49 +10,27 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import fold_count, warp
-from monai_lm.metrics import label_overlap, sd_log_jacobian, target_registration_error
-from monai_lm.result import RefinementResult
+from monai_lm.metrics import label_overlap, sd_log_jacobian
+from monai_lm.report.case import Case
+from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
 
-__all__ = ["LARGE_MISALIGNMENT", "Case", "FieldMetrics", "centre_of_mass", "measure_field", "verdict", "warnings_of"]
+__all__ = [
+    "LARGE_MISALIGNMENT",
+    "Assessment",
+    "Case",
+    "FieldMetrics",
+    "assess",
+    "centre_of_mass",
+    "measure_field",
+    "verdict",
+    "warnings_of",
+]
+
+_DOUBTS = {"agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot"}
+"""What :func:`~monai_lm.report.evidence.doubts_of` finds, for the headline."""
 
 LARGE_MISALIGNMENT = 0.1
 """A start is far off if the two centres of mass are further apart than this part of the longest edge of the grid."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checked pair and what is known of it; tensors on the CPU.
-
-    Attributes:
-        fixed: ``(1, C, *S)`` float32.
-        moving: ``(1, C, *S)`` float32.
-        result: the refinement.
-        ddf: ``(1, n, *S)``, the refined field in voxels.
-        prediction: ``(1, n, *S)`` or None.
-        affine: ``(4, 4)`` voxel-to-RAS, or None where unknown.
-        spacing: voxel edges in millimetres; ones where unknown.
-        labels: fixed and moving label map, ``(1, 1, *S)``, or None.
-        landmarks: fixed and moving points, ``(1, N, n)`` in voxels, or None.
-        settings: what the refinement was called with.
-        device: where the images were.
-    """
-
-    fixed: Tensor
-    moving: Tensor
-    result: RefinementResult
-    ddf: Tensor
-    prediction: Tensor | None
-    affine: Any
-    spacing: tuple[float, ...]
-    labels: tuple[Tensor, Tensor] | None
-    landmarks: tuple[Tensor, Tensor] | None
-    settings: Mapping[str, Any]
-    device: torch.device
-
-    @property
-    def start(self) -> Tensor:
-        """The field that the refinement started from: the prediction, or zeros."""
-        return torch.zeros_like(self.ddf) if self.prediction is None else self.prediction
 
 
 @dataclass(frozen=True)
@@ -98,29 +76,60 @@ def centre_of_mass(image: Tensor) -> tuple[float, ...]:
     return tuple(inside.mean(0).tolist())
 
 
-def measure_field(case: Case, ddf: Tensor) -> FieldMetrics:
-    """All values of a field ``(1, n, *S)`` that the case has something for."""
+def measure_field(case: Case, ddf: Tensor, surfaces: bool = True) -> FieldMetrics:
+    """All values of a field ``(1, n, *S)`` that the case has something for; ``surfaces``: Hausdorff distances, too."""
     edges = torch.tensor(case.spacing).view(1, -1, *[1] * len(case.spacing))
     dice, hd95 = None, None
-    if case.labels is not None:
-        warped = warp(case.labels[1], ddf, mode="nearest")
-        dice, hd95 = label_overlap(warped[0, 0], case.labels[0][0, 0], case.spacing)
+    if (warped := case.warped_label(ddf)) is not None and case.labels is not None:
+        dice, hd95 = label_overlap(warped[0, 0], case.labels[0][0, 0], case.spacing if surfaces else None)
     return FieldMetrics(
         dice=dice,
         hd95=hd95,
-        tre=_tre(case, ddf),
+        tre=case.landmark_error(ddf),
         sdlogj=float(sd_log_jacobian(ddf)),
         folds=int(fold_count(ddf)),
         displacement=float(torch.linalg.vector_norm(ddf * edges, dim=1).mean()),
     )
 
 
-def _tre(case: Case, ddf: Tensor) -> float | None:
-    if case.landmarks is None:
-        return None
-    error = target_registration_error(ddf, *case.landmarks, torch.tensor([case.spacing]))
-    value = float(error.nanmean())
-    return value if value == value else None
+@dataclass(frozen=True)
+class Assessment:
+    """What is to be said of a case.
+
+    Attributes:
+        before: values of the field that the refinement started from.
+        after: values of the refined field.
+        evidence: on the refined field.
+        agreement_before: :func:`~monai_lm.report.evidence.agreement` of the images at the start.
+        remarks: a short name of each condition that holds, and a sentence.
+        state: ``"good"``, ``"check"`` or ``"bad"``.
+        headline: the first sentence of the report.
+    """
+
+    before: FieldMetrics
+    after: FieldMetrics
+    evidence: Evidence
+    agreement_before: float
+    remarks: dict[str, str]
+    state: str
+    headline: str
+
+    def values(self) -> dict[str, Any]:
+        """What ``metrics.json`` keeps: ``agreement`` before and after, ``extremes``, ``verdict`` and ``remarks``."""
+        return {
+            "agreement_before": self.agreement_before, "agreement": self.evidence.agreement,
+            "extremes": self.evidence.extremes, "verdict": self.state, "headline": self.headline,
+            "remarks": self.remarks,
+        }  # fmt: skip
+
+
+def assess(case: Case, surfaces: bool = True) -> Assessment:
+    """Measure the fields of a case and say what they are worth; ``surfaces``: Hausdorff distances, too."""
+    before, after = (measure_field(case, ddf, surfaces) for ddf in (case.start, case.ddf))
+    evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask)
+    start = agreement(case.fixed[:, :1], warp(case.moving[:, :1], case.start), case.mask)
+    remarks = warnings_of(case, before, after) | doubts_of(evidence)
+    return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
 
 
 def _misalignment(case: Case) -> tuple[float, float]:
@@ -194,5 +203,8 @@ def verdict(case: Case, warnings: Mapping[str, str]) -> tuple[str, str]:
             "check",
             f"{free} and the images look more alike, but the {' and the '.join(worse)} fit worse than before.",
         )
+    doubts = [name for key, name in _DOUBTS.items() if key in warnings]
+    if doubts:
+        return "check", f"{free}, but it looks as if the images were not of the same thing: {', '.join(doubts)}."
     change = f"{free} and the images match better than before (dissimilarity {initial:.4g} → {final:.4g})"
     return ("check", f"{change}; see the remarks below.") if warnings else ("good", f"{change}.")

@@ -1,4 +1,4 @@
-"""How the page looks, and the few lines that let two pictures flicker."""
+"""How the page looks, and the few lines that let two pictures flicker and one grow."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ p { max-width: 46rem; margin: 0.5rem 0; }
 .views { display: grid; gap: 0.3rem 1.5rem; }
 .views.narrow { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 .row { display: grid; gap: 0.6rem; grid-template-columns: repeat(var(--n), minmax(0, 22rem)); }
-@media (max-width: 40rem) { .row { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .row.single { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 40rem) { main { padding: 0.5rem; }
+  .row { gap: 0.25rem; grid-template-columns: repeat(var(--m), minmax(0, 1fr)); } }
+details { margin: 0.8rem 0; } summary { cursor: pointer; }
+.views img { cursor: zoom-in; }
+dialog { padding: 0; border: 0; max-width: 100vw; max-height: 100vh; background: #000; cursor: zoom-out; }
+dialog img { width: max(56rem, min(96vw, 94vh)); border-radius: 0; }
 .swatch { display: inline-block; width: 1.2rem; height: 0.3rem; vertical-align: middle; border-radius: 2px; }
 figure { margin: 0; position: relative; }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
@@ -63,5 +67,19 @@ function flick(on) {
 }
 button.addEventListener("click", () => flick(timer === null));
 for (const pair of pairs) pair.addEventListener("click", () => { flick(false); turn(); });
+const shown = document.createElement("dialog"), large = document.createElement("img");
+shown.append(large);
+document.body.append(shown);
+function enlarge(picture) {
+  large.src = picture.src;
+  large.alt = picture.alt;
+  shown.showModal();
+}
+for (const picture of document.querySelectorAll(".views img")) {
+  picture.tabIndex = 0;
+  picture.addEventListener("click", () => enlarge(picture));
+  picture.addEventListener("keydown", (event) => { if (event.key === "Enter") enlarge(picture); });
+}
+shown.addEventListener("click", () => shown.close());
 flick(!matchMedia("(prefers-reduced-motion: reduce)").matches);
 """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import random
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,15 +51,17 @@ class PairDataModule(pl.LightningDataModule):
             where the data itself says ``part``, it is not asked for.
         pairing: how subjects become pairs: ``"random"`` or ``"all"`` pairs of different subjects, ``"intra"`` those of
             images of one subject. Training draws such pairs anew in every epoch, unless the data are pairs.
-        pairs: how many pairs of subjects a part has, one number or a dictionary by part; ``None`` takes them all.
-        predict: the part that ``predict`` takes where the data has none of that name.
+        pairs: how many pairs a part has, one number or a dictionary by part: drawn from the subjects, or the first of
+            pairs that are listed; ``None`` takes them all.
+        predict: the part that ``predict`` takes where the data has none of that name; as many pairs as ``pairs`` says
+            for ``predict``, else for that part.
         labels: number of label values including the background, or the values themselves; files with others are
             refused. ``None`` does not look.
         grid: voxel counts of the common grid; ``None`` leaves the images as they are, which then must fit each other.
         transform: replaces the default loading of a dictionary with ``image`` and perhaps ``label``; MONAI's keys.
         augmentation: applied to every training pair, a dictionary with ``fixed``, ``moving`` and their labels.
-        cache: ``"memory"`` keeps the loaded images, a folder keeps them there (MONAI's ``PersistentDataset``), ``None``
-            loads them anew.
+        cache: ``"memory"`` keeps the loaded images, a folder keeps them there (MONAI's ``PersistentDataset``, by path,
+            size and time of change of the files and by what loads them), ``None`` loads them anew.
         batch_size: pairs per batch.
         num_workers: processes that load.
         seed: of splits and pairs.
@@ -101,6 +106,7 @@ class PairDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
         self.datasets: dict[str, PairDataset] = {}
         self._parts: dict[str, list[Entry]] | None = None
+        self._done: Callable[[Entry], bool] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and check what a stage needs, and make its data sets."""
@@ -109,15 +115,11 @@ class PairDataModule(pl.LightningDataModule):
         for part in dict.fromkeys(wanted):
             source = self.predict_part if part == "predict" and not parts.get(part) else part
             if parts.get(source) and part not in self.datasets:
-                self.datasets[part] = self._dataset(source, parts[source], training=part == "train")
+                self.datasets[part] = self._dataset(part, source, parts[source])
 
-    def skip(self, done: Callable[[str], bool]) -> int:
-        """Leave out the pairs to predict whose name is ``done``; returns how many that are."""
-        dataset = self.datasets["predict"]
-        kept = [pair for pair in dataset.pairs if not done(pair["name"])]
-        skipped = len(dataset.pairs) - len(kept)
-        dataset.pairs = kept
-        return skipped
+    def skip(self, done: Callable[[Entry], bool] | None) -> None:
+        """Leave out the pairs that are ``done`` whenever pairs to predict are asked for; ``None`` leaves out none."""
+        self._done = done
 
     def train_dataloader(self) -> DataLoader:
         """Training pairs in random order."""
@@ -132,8 +134,8 @@ class PairDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Pairs to predict."""
-        return self._loader("predict")
+        """Pairs to predict, without those that :meth:`skip` leaves out."""
+        return self._loader("predict", self._done)
 
     def _read(self) -> dict[str, list[Entry]]:
         """Entries by part; subjects without a part are split."""
@@ -149,14 +151,16 @@ class PairDataModule(pl.LightningDataModule):
             self._parts = parts
         return self._parts
 
-    def _dataset(self, part: str, entries: list[Entry], training: bool) -> PairDataset:
-        count = self.counts.get(part) if isinstance(self.counts, Mapping) else self.counts
+    def _dataset(self, part: str, source: str, entries: list[Entry]) -> PairDataset:
+        """The pairs of a part, made of the entries of the part ``source``."""
+        counts, training = self.counts, part == "train"
+        count = counts.get(part, counts.get(source)) if isinstance(counts, Mapping) else counts
         drawn = "fixed" not in entries[0]
         if drawn:
             draw = None if training else count
             pairs = [_joined(entries[f], entries[m]) for f, m in draw_pairs(entries, self.pairing, draw, self.seed)]
         else:
-            pairs = entries
+            pairs = entries[:count]
         pairs = named(pairs)
         check_files(pairs, self.values, same_grid=self.grid is None and self.transform is None)
         images: dict[tuple[str, str | None], int] = {}
@@ -171,16 +175,18 @@ class PairDataModule(pl.LightningDataModule):
         transform = default_transform(self.grid) if self.transform is None else self.transform
         if self.cache == "memory":
             return CacheDataset(files, transform, progress=False)
-        return (
-            TransformDataset(files, transform)
-            if self.cache is None
-            else PersistentDataset(files, transform, self.cache)
-        )
+        if self.cache is None:
+            return TransformDataset(files, transform)
+        how = f"{self.grid}" if self.transform is None else _pickled(transform)
+        return PersistentDataset(files, transform, self.cache, hash_func=lambda entry: _cache_key(entry, how))
 
-    def _loader(self, part: str) -> DataLoader:
+    def _loader(self, part: str, done: Callable[[Entry], bool] | None = None) -> DataLoader:
         if part not in self.datasets:
             raise ValueError(f"data must have pairs for the part {part!r}, got parts {sorted(self._read())}")
         dataset = self.datasets[part]
+        if done is not None:
+            left = [pair for pair in dataset.pairs if not done(pair)]
+            dataset = PairDataset(dataset.images, left, dataset.count, dataset.augmentation)
         sampler = None
         world = self.trainer.world_size if self.trainer is not None else 1
         if part != "train" and world > 1:  # every pair once, where Lightning's own sampler repeats some
@@ -264,6 +270,25 @@ def default_transform(grid: Sequence[int] | None) -> Compose:
 def _as_small_as_exact(label: MetaTensor) -> MetaTensor:
     """Labels as float32, as MONAI has them, or as they are where that would merge them."""
     return label if float(label.max()) > 2**24 else label.to(torch.float32)  # type: ignore[return-value]
+
+
+def _cache_key(entry: Any, how: str) -> bytes:
+    """What a cached entry is known by: its files as they are now, and what loads them."""
+    states = {key: (path, *_size_and_time(path)) for key, path in sorted(entry.items())}
+    return hashlib.md5(f"{states} {how}".encode(), usedforsecurity=False).hexdigest().encode()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    state = Path(path).stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def _pickled(transform: Any) -> str:
+    """A digest of a transform and its settings, or, where it cannot be pickled, a name that never comes again."""
+    try:
+        return hashlib.sha256(pickle.dumps(transform)).hexdigest()
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return uuid.uuid4().hex
 
 
 def _draw(index: int, count: int) -> int:

@@ -26,6 +26,15 @@ __all__ = ["RegistrationModule"]
 SUPERVISIONS = ("none", "distill", "implicit")
 
 
+class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):
+    """A cycle as long as this fit, also when it goes on from a checkpoint of a shorter or longer one."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over where the other schedule was, not how long it was."""
+        own = {name: getattr(self, name) for name in ("total_steps", "_schedule_phases")}
+        super().load_state_dict(state_dict | own)
+
+
 class RegistrationModule(pl.LightningModule):
     """Train a network that maps a pair of images to a velocity or a displacement, and refine its field at test time.
 
@@ -175,9 +184,7 @@ class RegistrationModule(pl.LightningModule):
         else:
             optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
             total = int(self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, self.learning_rate, total_steps=total, pct_start=0.1
-            )
+            scheduler = _OneCycle(optimizer, self.learning_rate, total_steps=total, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _fields(self, images: Tensor) -> tuple[Tensor, RefinementResult | None]:

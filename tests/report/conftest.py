@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from monai_lm.report.case import Case
 from monai_lm.result import Iteration, RefinementResult
 
 
@@ -55,3 +56,16 @@ def case(request, make_result):
         "labels": labels,
         "landmarks": (torch.cat([landmark, landmark + 1]), torch.cat([moved, landmark + float("nan")])),
     }
+
+
+@pytest.fixture
+def make_case(make_result):
+    """``make_case(size, affine)``: a voxel at a third of the grid in both images, and no motion."""
+
+    def make(size, affine=None):
+        image = torch.zeros(1, 1, *size)
+        image[(0, 0, *[s // 3 for s in size])] = 1
+        ddf = torch.zeros(1, len(size), *size)
+        return Case(image, image, make_result(ddf), ddf, None, affine, (1.0,) * len(size), None, None, {}, image.device)
+
+    return make

@@ -146,7 +146,7 @@ def test_misalignment_warning(tmp_path, case, voxels, expected):
 
 def test_worse_labels_and_landmarks_warn(tmp_path, case, make_result):
     html = written(tmp_path, case, result=make_result(-case["result"].ddf))
-    assert warned(html) == {"dice", "tre"}
+    assert warned(html) == {"dice", "tre", "agreement"}
     assert "the labels and the landmarks fit worse than before" in html
     assert "rose from 4.00 to 8.00 mm" in html
     assert 'class="verdict check"' in html
@@ -154,7 +154,7 @@ def test_worse_labels_and_landmarks_warn(tmp_path, case, make_result):
 
 def test_a_field_that_folds_is_condemned(tmp_path, case, make_result):
     html = written(tmp_path, case, result=make_result(folded(case)), labels=None, landmarks=None)
-    assert warned(html) == {"folds"}
+    assert warned(html) - {"agreement", "extreme"} == {"folds"}  # one voxel of a small plane is a large share
     assert 'class="verdict bad"' in html
     assert "Do not use this field" in html
 
@@ -182,9 +182,11 @@ def test_strings_from_outside_are_escaped(tmp_path, case):
 def test_pictures_have_the_proportions_of_the_patient(tmp_path, case):
     shown = {alt: image for alt, image in pictures(written(tmp_path, case)).items() if alt.startswith("fixed,")}
     size = [s * e for s, e in zip(case["fixed"].shape[2:], (2, 1, 3), strict=False)]
-    pairs = [(0, 1)] if len(size) == 2 else [(0, 1), (0, 2), (1, 2)]
-    ratios = [image.size[0] / image.size[1] for image in shown.values()]
-    assert ratios == pytest.approx([size[a] / size[b] for a, b in pairs], rel=0.02)
+    planes = {"axial": (0, 1)} if len(size) == 2 else {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
+    for plane, (a, b) in planes.items():
+        ratios = [image.size[0] / image.size[1] for alt, image in shown.items() if plane in alt]
+        assert ratios == pytest.approx([size[a] / size[b]] * len(ratios), rel=0.02)
+        assert len(ratios) == (1 if len(size) == 2 else 5)  # several slices per axis
 
 
 @pytest.mark.usefixtures("drawing")
@@ -256,3 +258,76 @@ def test_missing_matplotlib_names_the_extra(tmp_path, case, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"monai_lm\[demo\]"):
         write_report(tmp_path / "r.html", **case)
+
+
+def test_similarity_is_said_not_to_show_correctness(tmp_path, case):
+    assert "Similarity alone does not show correctness: the labels and the landmarks below say more" in written(
+        tmp_path, case
+    )
+    html = written(tmp_path, case, labels=None, landmarks=None)
+    assert "Similarity alone does not show correctness: look at structures you know" in html
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_in_place_of_an_image_is_not_good(tmp_path, case, make_result, random_tensor, seed):
+    noise = random_tensor(case["fixed"].shape, seed).float()
+    still = make_result(torch.zeros_like(case["result"].ddf))
+    html = written(tmp_path, case, moving=noise, result=still, labels=None, landmarks=None)
+    assert "agreement" in warned(html)
+    assert 'class="verdict check"' in html
+    assert "it looks as if the images were not of the same thing: they agree little" in html
+
+
+def test_labels_and_landmarks_may_be_measured_by_functions(tmp_path, case):
+    """As the command line does, whose labels lie on another grid and whose field goes on in an affine."""
+    fixed = case["labels"][0]
+    seen = []
+
+    def moved(ddf):
+        seen.append(ddf)
+        return torch.zeros_like(fixed) if float(ddf.abs().max()) == 0 else fixed
+
+    rows = rows_of(written(tmp_path, case, labels=(fixed, moved), landmarks=lambda ddf: 7 - float(ddf.abs().max())))
+    assert rows["mean Dice"] == ["0.000", "1.000"]
+    assert rows["TRE, mm"] == ["7.00", "5.00"]
+    assert all(ddf.shape == case["result"].ddf.shape for ddf in seen)
+
+
+def test_what_the_moving_image_has_been_through_heads_its_column(tmp_path, case):
+    html = written(tmp_path, case, initial="affine only")
+    assert re.findall(r'<th scope="col">(.*?)</th>', html) == ["affine only", "refined"]
+    assert "<figcaption>moving, affine only</figcaption>" in html
+    assert "not registered" not in html
+
+
+def test_provenance_is_shown(tmp_path, case):
+    made_of = {"command": "monai-lm refine --fixed <a>", "inputs": {"fixed": {"path": "/x/a.nii.gz", "sha256": "12"}}}
+    html = written(tmp_path, case, provenance=made_of)
+    assert "<h2>Provenance</h2>" in html
+    assert '<th scope="row">command</th><td>monai-lm refine --fixed &lt;a&gt;</td>' in html
+    assert '<th scope="row">path</th><td>/x/a.nii.gz</td>' in html
+
+
+def test_a_mask_says_where_agreement_counts(tmp_path, case, random_tensor):
+    half = case["fixed"].shape[2] // 2
+    moving, mask = case["moving"].clone(), torch.zeros_like(case["fixed"])
+    moving[:, :, half + 3 :] = random_tensor(moving[:, :, half + 3 :].shape).float()
+    mask[:, :, : half - 1] = 1
+    changes = {"moving": moving, "labels": None, "landmarks": None}
+    assert "agreement" in warned(written(tmp_path, case, **changes))
+    assert "agreement" not in warned(written(tmp_path, case, **changes, mask=mask))
+
+
+@pytest.mark.usefixtures("drawing")
+def test_outlines_are_drawn_finely_to_be_enlarged(tmp_path, case):
+    shown = pictures(written(tmp_path, case))
+    labels, plain = (max(i.size[0] for alt, i in shown.items() if alt.startswith(n)) for n in ("labels", "fixed,"))
+    assert labels == pytest.approx(2.5 * plain, abs=2)
+
+
+def test_three_images_share_a_row_of_a_small_screen(tmp_path, case):
+    html = written(tmp_path, case, prediction=case["result"].ddf * 0.5)
+    first = re.search(r'<div class="row" style="--n:4;--m:3">(.*?)</div>', html).group(1)
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", first) == [
+        "fixed", "moving, as predicted", "moving, refined", "moving",
+    ]  # fmt: skip

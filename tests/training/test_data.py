@@ -112,3 +112,32 @@ def test_a_stage_without_pairs_says_so(cohort):
     data.setup()
     with pytest.raises(ValueError, match="pairs for the part 'test'"):
         data.test_dataloader()
+
+
+def test_as_many_pairs_are_predicted_as_asked_for(cohort):
+    data = PairDataModule(cohort, split=(0, 0, 1), pairs={"predict": 5})
+    data.setup()
+    assert (len(data.predict_dataloader()), len(data.test_dataloader())) == (5, 30)
+    images = [str(cohort / "images" / f"s{i}.nii.gz") for i in range(4)]
+    listed = PairDataModule([{"fixed": images[0], "moving": moving} for moving in images[1:]], pairs={"predict": 2})
+    listed.setup()
+    assert [b["name"][0] for b in listed.predict_dataloader()] == ["s0__s1", "s0__s2"]
+
+
+def test_a_cache_on_disk_is_of_the_files_and_the_grid_that_are_asked_for(cohort, tmp_path):
+    image = tmp_path / "a.nii.gz"
+    pair = {"fixed": str(image), "moving": str(cohort / "images" / "s1.nii.gz")}
+
+    def fixed(**kwargs):
+        data = PairDataModule([pair], cache=tmp_path / "cache", **kwargs)
+        data.setup("predict")
+        return next(iter(data.predict_dataloader()))["fixed"]
+
+    image.write_bytes((cohort / "images" / "s0.nii.gz").read_bytes())
+    first = fixed()
+    assert fixed(grid=(16, 16, 16)).shape == (1, 1, 16, 16, 16)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert fixed().equal(first)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == times
+    image.write_bytes((cohort / "images" / "s2.nii.gz").read_bytes())
+    assert not fixed().equal(first)

@@ -200,3 +200,18 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, message):
 def test_batches_that_lack_something_are_refused(batch, error, message):
     with pytest.raises(error, match=message):
         RegistrationModule(_network()).predict_step(batch, 0)
+
+
+def test_a_fit_goes_on_from_a_checkpoint_for_longer(tmp_path):
+    """The one-cycle schedule then spans the longer fit: from where it was, down to its end."""
+    loader = DataLoader(_pairs(4), batch_size=2)
+    first = _trainer(tmp_path, max_epochs=2)
+    first.fit(RegistrationModule(_network()), loader)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    longer = _trainer(tmp_path, max_epochs=10)
+    longer.fit(RegistrationModule(_network()), loader, ckpt_path=tmp_path / "a.ckpt")
+    assert longer.global_step == 20
+    whole = _trainer(tmp_path, max_epochs=10)
+    whole.fit(RegistrationModule(_network()), loader)
+    last = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (longer, whole)]
+    assert last[0] == pytest.approx(last[1])

@@ -85,7 +85,7 @@ def test_a_cohort_that_was_stopped_goes_on(tmp_path, data, network, trainer):
     trainer(callbacks=[FieldWriter(tmp_path / "stopped")], limit_predict_batches=2).predict(module, data())
     assert len(_rows(tmp_path / "stopped")) == 2
     times = {f: f.stat().st_mtime_ns for f in (tmp_path / "stopped").glob("*.json")}
-    with pytest.warns(UserWarning, match=r"2 pairs are complete in .*stopped and left out, whatever network"):
+    with pytest.warns(UserWarning, match=r"2 pairs are complete in .*stopped and left out: same files, network and"):
         outputs = trainer(callbacks=[FieldWriter(tmp_path / "stopped")]).predict(module, data())
     assert len(outputs) == 3
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
@@ -95,6 +95,88 @@ def test_a_cohort_that_was_stopped_goes_on(tmp_path, data, network, trainer):
     assert whole == stopped
     again = trainer(callbacks=[FieldWriter(tmp_path / "stopped", overwrite=True)]).predict(module, data())
     assert len(again) == 5
+
+
+def _stopped(tmp_path, data, module, trainer, **kwargs):
+    trainer(callbacks=[FieldWriter(tmp_path)], limit_predict_batches=2).predict(module, data(), **kwargs)
+    return {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+
+
+@pytest.mark.parametrize("changed", ["network", "settings", "grid", "file"])
+def test_what_something_else_made_is_not_taken_for_a_result(tmp_path, cohort, network, trainer, changed):
+    images = [tmp_path / f"s{i}.nii.gz" for i in range(3)]
+    for i, image in enumerate(images):
+        image.write_bytes((cohort / "images" / f"s{i}.nii.gz").read_bytes())
+    pairs = [{"fixed": str(images[0]), "moving": str(images[i])} for i in (1, 2)]
+    grid, refine, out = (16, 16, 16), dict(REFINE), tmp_path / "out"
+    times = _stopped(out, lambda: PairDataModule(pairs, grid=grid), RegistrationModule(network, refine=refine), trainer)
+    assert len(times) == 2
+    if changed == "network":
+        network[0].weight.data += 0.1
+    elif changed == "settings":
+        refine["step"] = 0.25
+    elif changed == "grid":
+        grid = (18, 16, 16)
+    else:
+        images[2].write_bytes((cohort / "images" / "s3.nii.gz").read_bytes())
+    module = RegistrationModule(network, refine=refine)
+    with pytest.raises(ValueError, match="output_dir has") as error:
+        trainer(callbacks=[FieldWriter(out)]).predict(module, PairDataModule(pairs, grid=grid))
+    expected = {
+        "network": "network was '", "settings": "refine.step was 0.5, is 0.25", "grid": "[16, 16, 16], is [18, 16, 16]",
+        "file": f"s0__s2: {out} holds another result: moving {images[2]} has changed since",
+    }  # fmt: skip
+    assert expected[changed] in str(error.value)
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    again = trainer(callbacks=[FieldWriter(out, overwrite=True)]).predict(module, PairDataModule(pairs, grid=grid))
+    assert len(again) == 2
+
+
+def test_pairs_of_the_network_of_a_checkpoint_are_left_out(tmp_path, data, network, trainer):
+    """The weights are those that the checkpoint brings, which come after the callbacks are set up."""
+    module = RegistrationModule(network, refine=REFINE)
+    fit = trainer(max_epochs=1, enable_checkpointing=True, limit_val_batches=0)
+    fit.fit(module, PairDataModule(data().source, split=(1, 0, 0), pairs=1, grid=(16, 16, 16)))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    times = _stopped(tmp_path / "out", data, module, trainer, ckpt_path=tmp_path / "a.ckpt")
+    network[0].weight.data += 1  # replaced by the checkpoint's
+    with pytest.warns(UserWarning, match="2 pairs are complete"):
+        left = trainer(callbacks=[FieldWriter(tmp_path / "out")]).predict(module, data(), ckpt_path=tmp_path / "a.ckpt")
+    assert len(left) == 3
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+
+def test_the_table_is_of_the_pairs_of_this_run_and_says_their_images(tmp_path, cohort, network, trainer):
+    images = [str(cohort / "images" / f"s{i}.nii.gz") for i in range(3)]
+    module = RegistrationModule(network)
+    for moving in images[1:]:
+        pairs = PairDataModule([{"fixed": images[0], "moving": moving}], grid=(16, 16, 16))
+        trainer(callbacks=[FieldWriter(tmp_path / "out")]).predict(module, pairs)
+        (row,) = _rows(tmp_path / "out")
+        assert (row["fixed"], row["moving"]) == (images[0], moving)
+
+
+@pytest.mark.filterwarnings("ignore:.*pairs are complete")
+def test_one_data_module_leaves_out_for_one_folder_what_it_predicts_for_another(tmp_path, data, network, trainer):
+    pairs, module = data(), RegistrationModule(network)
+    counts = [
+        len(trainer(callbacks=[writer]).predict(module, pairs) or [])
+        for writer in (FieldWriter(tmp_path / "a"), FieldWriter(tmp_path / "a"), FieldWriter(tmp_path / "b"))
+    ]
+    assert counts == [5, 0, 5]
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path, network, trainer):
+    batch = {k: torch.rand(1, 1, 8, 8, 8) for k in ("fixed", "moving")} | {"name": ["a"]}
+    loader = torch.utils.data.DataLoader([batch, batch], batch_size=None)
+    with pytest.raises(ValueError, match="every pair must have a name of its own, got 'a' twice"):
+        trainer(callbacks=[FieldWriter(tmp_path)]).predict(RegistrationModule(network), loader)
+
+
+def test_a_folder_that_is_a_file_is_found_before_the_work(tmp_path, data, network, trainer):
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
+        trainer(callbacks=[FieldWriter(tmp_path / "out")]).predict(RegistrationModule(network), data())
 
 
 def test_without_refinement_the_network_is_written(tmp_path, data, network, trainer):

@@ -1,0 +1,170 @@
+"""Whether a report's doubts are raised by nonsense and not by real pairs: false alarms and misses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import monai_lm
+from benchmarks.ablation import half_size
+from benchmarks.data import BRAIN_SPLIT, BUNDLE, brain_image, data_root, hippocampus_network, hippocampus_pairs
+from monai_lm.fields import gaussian_smooth, warp
+from monai_lm.metrics import compare_labels
+from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
+from monai_lm.space import resample_moving, spacing_of
+from monai_lm.volumes import Image
+
+Case = tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[float, ...] | None]
+
+
+def verdict(
+    sets: tuple[str, ...] = ("hippocampus", "bundle", "brain", "cardiac", "abdomen"),
+    pairs: int = 10,
+    nonsense: int = 3,
+    compile: bool = False,  # noqa: A002 (as refine calls it)
+    json_file: str | None = None,
+    rows: str | None = None,
+) -> None:
+    """Register real pairs of the validation sets and nonsense in their place, and count doubts.
+
+    In place of the moving image: noise, white and smoothed by 1, 2 and 4 voxels, and the moving image mirrored along
+    its second axis. A real pair that is doubted is a false alarm, nonsense that is not is a miss.
+
+    Args:
+        sets: of the shared data; of hippocampus and brain (at 2 mm) the validation subjects; ``bundle``: the hippocampi
+            as their bundle predicts and refines them.
+        pairs: real pairs of each set, at most.
+        nonsense: how many of them also get each kind of nonsense.
+        compile: compile the kernels.
+        json_file: write one line per registration here, as it goes.
+        rows: do not register, count what an earlier run wrote to this ``json_file``.
+    """
+    if rows is not None:
+        _print([json.loads(line) for line in Path(rows).read_text().splitlines()])
+        return
+    done: list[dict[str, Any]] = []
+    for name in sets:
+        for number, case in enumerate(islice(_SETS[name](), pairs)):
+            for kind in ("real", *(_NONSENSE if number < nonsense else ())):
+                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, compile)})
+                if json_file:
+                    with Path(json_file).open("a") as file:
+                        file.write(json.dumps(done[-1]) + "\n")
+    _print(done)
+
+
+def _row(name: str, case: Case, kind: str, seed: int, compile_: bool) -> dict[str, Any]:
+    fixed, moving, labels, spacing = case
+    moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
+    if name == "bundle":
+        network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt")
+        images, inferer.refine = torch.cat([moving, fixed], 1), {**(inferer.refine or {}), "compile": compile_}
+        with torch.no_grad():
+            result = inferer.refined(images, inferer.predict(images, network))
+    else:
+        result = monai_lm.refine(fixed, moving, spacing=spacing, compile=compile_)
+    found = evidence_of(fixed, warp(moving, result.ddf), result.ddf)
+    out = {"agreement_before": agreement(fixed, moving), **vars(found), "seconds": result.seconds}
+    out |= {"loss_before": float(result.initial_loss), "loss": float(result.final_loss)}
+    if kind == "real":
+        moved = warp(labels[1], result.ddf, mode="nearest")
+        dice = [float(compare_labels(label, labels[0])["dice"]) for label in (labels[1], moved)]
+        out |= {"dice_before": dice[0], "dice": dice[1]}
+    return out
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"doubted: agreement < {AGREEMENT:g}, SDlogJ > {ROUGHNESS:g}, extremes > {EXTREMES:g}")
+    print(
+        "| set | moving | pairs | Dice | agreement | SDlogJ | extremes | doubted |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for kind in ("real", *_NONSENSE):
+            found = [row for row in rows if (row["set"], row["kind"]) == (name, kind)]
+            if not found:
+                continue
+            dice = "–"
+            if kind == "real":
+                dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice"))
+            cells = [f"{_mean(found, 'agreement_before')} → {_range(found, 'agreement')}"]
+            cells += [_range(found, "sdlogj"), _range(found, "extremes"), f"{sum(map(_doubted, found))}"]
+            print(f"| {name} | {kind} | {len(found)} | {dice} | {' | '.join(cells)} |")
+    real, false = [[row for row in rows if (row["kind"] == "real") is real] for real in (True, False)]
+    misses = sum(not _doubted(row) for row in false)
+    print(f"false alarms: {sum(map(_doubted, real))} of {len(real)}; misses: {misses} of {len(false)}")
+
+
+def _doubted(row: dict[str, Any]) -> bool:
+    return bool(doubts_of(Evidence(*(row[key] for key in ("agreement", "sdlogj", "extremes")))))
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> str:
+    return f"{np.mean([row[key] for row in rows]):.2f}"
+
+
+def _range(rows: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows]
+    return f"{min(values):.2f}–{max(values):.2f}"
+
+
+def _noise(sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+    def make(moving: Tensor, generator: torch.Generator) -> Tensor:
+        white = torch.randn(moving.shape, generator=generator)
+        return gaussian_smooth(white, sigma) if sigma else white
+
+    return make
+
+
+_NONSENSE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "noise": _noise(0), "noise 1": _noise(1), "noise 2": _noise(2), "noise 4": _noise(4),
+    "mirrored": lambda moving, _: moving.flip(3),
+}  # fmt: skip
+
+
+def _hippocampi() -> Iterator[Case]:
+    for pair in hippocampus_pairs("validation", 50, seed=1):
+        tensors = {key: torch.as_tensor(value)[None].float() for key, value in pair.items()}
+        yield tensors["fixed"], tensors["moving"], (tensors["fixed_label"], tensors["moving_label"]), None
+
+
+def _brains() -> Iterator[Case]:
+    """Ordered pairs of the validation subjects at 2 mm."""
+    for subjects in permutations(BRAIN_SPLIT["validation"], 2):
+        images = [half_size(brain_image(subject, "t1")) for subject in subjects]
+        labels = [brain_image(subject, "seg")[:, :, ::2, ::2, ::2] for subject in subjects]
+        yield images[0], images[1], (labels[0], labels[1]), None
+
+
+def _listed(folder: str) -> Callable[[], Iterator[Case]]:
+    """Pairs of a ``pairs.csv``; where it says so, the centres of the volumes are laid on each other."""
+
+    def make() -> Iterator[Case]:
+        root = data_root(folder)
+        with (root / "pairs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
+            initial = np.eye(4)
+            if row["align"] == "center":
+                middles = [(i.affine @ [*((s - 1) / 2 for s in i.size), 1])[:3] for i in (fixed, moving)]
+                initial[:3, 3] = middles[1] - middles[0]
+            still, grids = torch.zeros(1, 3, *fixed.size), (fixed.affine, moving.affine)
+            onto = resample_moving(moving.data, still, *grids, initial)
+            brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
+            yield fixed.data, onto, (label.data, brought), spacing_of(fixed.affine)
+
+    return make
+
+
+_SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "hippocampus": _hippocampi, "bundle": _hippocampi, "brain": _brains,
+    "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""How far images explain each other, and how hard a field pulls."""
+
+import pytest
+import torch
+
+from monai_lm.fields import warp
+from monai_lm.report.evidence import AGREEMENT, Evidence, agreement, doubts_of, evidence_of, extremes
+
+
+@pytest.mark.parametrize("size", [(40, 30), (40, 20, 18)])
+def test_agreement_is_one_whatever_the_contrast_and_near_nothing_for_noise(smooth_image, random_tensor, size):
+    image = smooth_image((1, 1, *size)).float()
+    assert agreement(image, image) == pytest.approx(1, abs=0.02)
+    assert agreement(image, 100 - 3 * image) == pytest.approx(agreement(image, image), abs=1e-4)
+    assert agreement(image, random_tensor(image.shape, 1).float()) < 0.1
+
+
+def test_agreement_is_that_of_a_fit_in_every_window(random_tensor):
+    fixed, warped = random_tensor((1, 1, 9, 8), 1).float(), random_tensor((1, 1, 9, 8), 2).float()
+    explained = whole = 0.0
+    for i in range(9):
+        for j in range(8):
+            f, w = (m[0, 0, max(0, i - 2) : i + 3, max(0, j - 2) : j + 3].double().flatten() for m in (fixed, warped))
+            f, w = f - f.mean(), w - w.mean()
+            explained += float((f * w).mean() ** 2 / (w * w).mean())
+            whole += float((f * f).mean())
+    assert agreement(fixed, warped) == pytest.approx(explained / whole, rel=0.01)
+
+
+def test_agreement_does_not_see_the_background_nor_the_slabs(smooth_image):
+    image, other = smooth_image((1, 1, 24, 22), seed=1).float(), smooth_image((1, 1, 24, 22), seed=2).float()
+    window = torch.hann_window(24, periodic=False)[:, None] * torch.hann_window(22, periodic=False)
+    image, other = image * window, other * window
+    plain = agreement(image, other)
+    padded = [torch.nn.functional.pad(i, (9, 9, 40, 7)) for i in (image, other)]
+    assert agreement(*padded) == pytest.approx(plain, rel=0.01)
+    assert agreement(image.transpose(2, 3), other.transpose(2, 3)) == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_constant_image_has_no_agreement():
+    flat = torch.ones(1, 1, 12, 12)
+    value = agreement(flat, flat)
+    assert value != value
+    assert doubts_of(Evidence(value, 0.1, 0.0)) == {}
+
+
+def test_extremes_are_voxels_that_change_four_fold():
+    ddf = torch.zeros(1, 2, 20, 10)
+    grow = torch.zeros(20)
+    grow[10:] = 4.0 * torch.arange(1, 11)  # from voxel 10 on every step leads 5 voxels on
+    ddf[:, 0] = grow[:, None]
+    assert extremes(torch.zeros_like(ddf)) == 0
+    assert extremes(ddf) == pytest.approx(10 / 20)
+    assert (
+        extremes(
+            -0.9 * torch.arange(20.0).view(1, 1, 20, 1).expand(1, 2, 20, 10) * torch.tensor([1.0, 0]).view(1, 2, 1, 1)
+        )
+        == 1
+    )
+
+
+def test_doubts_name_the_bound_that_is_crossed():
+    good = Evidence(0.95, 0.3, 0.01)
+    assert doubts_of(good) == {}
+    for evidence, name, text in (
+        (Evidence(0.3, 0.3, 0.01), "agreement", "explains only 0.30 of the fixed one's local variance"),
+        (Evidence(0.95, 1.29, 0.01), "rough", "varies by 1.29 (SDlogJ)"),
+        (Evidence(0.95, 0.3, 0.2), "extreme", "the volume of 20.0 % of the voxels more than four-fold"),
+    ):
+        found = doubts_of(evidence)
+        assert list(found) == [name]
+        assert text in found[name]
+
+
+def test_evidence_is_of_the_first_channel(smooth_image, random_tensor):
+    image, noise = smooth_image((1, 1, 24, 22)).float(), random_tensor((1, 1, 24, 22)).float()
+    ddf = torch.zeros(1, 2, 24, 22)
+    found = evidence_of(torch.cat([image, image], 1), torch.cat([warp(image, ddf), noise], 1), ddf)
+    assert found.agreement > AGREEMENT
+    assert (found.sdlogj, found.extremes) == (0, 0)
