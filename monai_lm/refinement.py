@@ -21,6 +21,7 @@ from monai_lm.devices import Stopwatch
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.level import LevelRun, Settings
 from monai_lm.memory import MODES, automatic_mode, halved
+from monai_lm.prediction import believed
 from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
@@ -75,7 +76,8 @@ def refine(
         fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32.
         moving: ``(B, C, *S)`` on the same grid.
         ddf: predicted displacement ``(B, n, *S)`` in voxels on the fixed grid, ``warped(x) = moving(x + ddf(x))``, or
-            ``None``. Folds in it are repaired first.
+            ``None``. Folds in it are repaired first. What is folded in most cells, or makes the images less alike than
+            no field does, is not used, with a warning that names likely reasons.
         mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
             For the measures of this package. Outside of it the field continues smoothly.
         similarity: ``"lncc"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as ``(warped, fixed)``.
@@ -91,8 +93,8 @@ def refine(
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         smooth_residual: standard deviation of the elastic smoothing of the residual, in the same unit.
         spacing: voxel edge per axis, in millimetres; smoothing and steps are then isotropic in space.
-        seconds: time budget, looked at between iterations; the result so far is returned when it is spent. Compiling,
-            and making sure that the result has no folds, come on top.
+        seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
+            returned when it is spent. Compiling, and making sure that the result has no folds, come on top.
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
         seed: of the ``"metropolis"`` acceptance.
         compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays: for
@@ -114,6 +116,7 @@ def refine(
 
     Warns:
         UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
+            A prediction that is not used.
             A GPU that ran out of memory, before the leaner try.
     """
     started = time.perf_counter()
@@ -196,7 +199,12 @@ def _coarse_to_fine(
     if settings.memory == "half":
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
-    repaired = None if ddf is None else repair(ddf)
+    repaired = None
+    if ddf is not None:
+        edges = [1 / unit for unit in finest.unit]
+        start = believed(ddf, fixed, moving, settings.similarity, finest, edges)
+        repaired = repair(start, deadline=settings.deadline)
+        del start
     given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
     with CompileClock() as clock:
         record = Record(fixed.shape[0], Stopwatch(fixed.device, started), clock)

@@ -9,6 +9,8 @@ Source: Liu et al., "On Finite Difference Jacobian Computation in Deformable Ima
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -31,6 +33,9 @@ _Box = list[tuple[int, int]]
 
 _TILE = {"cpu": 24, "gpu": 128}
 """Edge in voxels of the tiles that are repaired one by one; a GPU has some five waits for each in every round."""
+
+_MOST_WORK = 6
+"""Voxels that a repair smooths, as multiples of those there are; white noise of five voxels takes three."""
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
@@ -188,11 +193,18 @@ def _near(cells: Tensor, reach: int) -> Tensor:
     return torch.maximum(voxels, soft)
 
 
-def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rounds: int = 100) -> Tensor:
+def repair(
+    ddf: Tensor,
+    outer: Tensor | None = None,
+    margin: float = MARGIN,
+    rounds: int = 100,
+    deadline: float = float("inf"),
+) -> Tensor:
     """Unfold a map by the least local smoothing that does it; the field keeps its value away from the folds.
 
     Folded cells and their surroundings are smoothed again and again, with a Gaussian and a reach that grow only while
-    the count of folded cells does not fall. A field that resists is shrunk towards its mean, at last to zero.
+    the count of folded cells does not fall. A field that resists is shrunk towards its mean, as little as it takes:
+    when the rounds are over, when they have smoothed six times as many voxels as there are, or at the deadline.
 
     Args:
         ddf: ``(B, n, *S)`` in voxels, finite.
@@ -200,6 +212,7 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
             Default: identity.
         margin: smallest determinant that still counts as folded.
         rounds: most rounds of local smoothing.
+        deadline: ``time.perf_counter()`` after which no further round begins.
 
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
@@ -211,7 +224,7 @@ def repair(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rou
     if not bool(folded.any()):
         return ddf
     out = ddf.clone()
-    _repair_pairs(out, folded, outer, margin, rounds)
+    _repair_pairs(out, folded, outer, margin, rounds, deadline)
     return out
 
 
@@ -220,15 +233,17 @@ def repair_in_place(ddf: Tensor, outer: Tensor | None = None, margin: float = MA
     folded = folded_cells(ddf, margin, outer)
     if not bool(folded.any()):
         return False
-    _repair_pairs(ddf, folded, outer, margin, rounds)
+    _repair_pairs(ddf, folded, outer, margin, rounds, float("inf"))
     return True
 
 
-def _repair_pairs(ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
+def _repair_pairs(
+    ddf: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int, deadline: float
+) -> None:
     """Repair the pairs that fold, in place; one by one: a pair must not depend on its batch."""
     for index in folded.flatten(1).any(1).nonzero().flatten().tolist():
         pair = slice(index, index + 1)
-        _unfold(ddf[pair], folded[pair], None if outer is None else outer[pair], margin, rounds)
+        _unfold(ddf[pair], folded[pair], None if outer is None else outer[pair], margin, rounds, deadline)
 
 
 def _smooth_near(field: Tensor, folded: Tensor, sigma: float) -> list[_Box]:
@@ -283,23 +298,38 @@ def _tiles_near(folded: Tensor, reach: int, edge: int) -> list[tuple[int, ...]]:
     return [tuple(tile) for tile in near.nonzero().tolist()]
 
 
-def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int) -> None:
+def _unfold(field: Tensor, folded: Tensor, outer: Tensor | None, margin: float, rounds: int, deadline: float) -> None:
     """Repair one pair ``(1, n, *S)`` whose folded cells are given, in place; what is looked at is what was rounded."""
-    sigma, fewest = 1.0, None
+    sigma, fewest, smoothed = 1.0, None, 0
     for _ in range(rounds):
         count = int(torch.count_nonzero(folded))
         if count == 0:
             return
+        if smoothed > _MOST_WORK * folded.numel() or time.perf_counter() > deadline:
+            break
         if fewest is not None and count > 0.7 * fewest:
             sigma = min(sigma * 1.25, 8.0)
         fewest = count if fewest is None else min(fewest, count)
         for box in _smooth_near(field, folded, sigma):
             cells = _cells(box)
             folded[_index(cells)] = _folded_in(cells, field, margin, outer)
-    wide = torch.promote_types(field.dtype, torch.float32)
-    mean = field.mean(dim=tuple(range(2, field.dim())), keepdim=True, dtype=wide)
-    for _ in range(50):
+            smoothed += math.prod(last - first for first, last in box)
+    _shrink(field, outer, margin)
+
+
+def _shrink(field: Tensor, outer: Tensor | None, margin: float) -> None:
+    """Bring a field ``(1, n, *S)`` so much nearer to its mean that nothing folds, in place; at last to zero."""
+    whole = field.to(torch.promote_types(field.dtype, torch.float32), copy=True)
+    mean = whole.mean(dim=tuple(range(2, field.dim())), keepdim=True)
+    best, step = 0.0, 0.5
+    field.copy_(whole)
+    if not bool(folded_cells(field, margin, outer).any()):
+        return
+    for _ in range(8):
+        field.copy_(mean + (best + step) * (whole - mean))
         if not bool(folded_cells(field, margin, outer).any()):
-            return
-        field.sub_(mean).mul_(0.9).add_(mean)
-    field.zero_()
+            best += step
+        step /= 2
+    field.copy_(mean + best * (whole - mean))
+    if bool(folded_cells(field, margin, outer).any()):
+        field.zero_()
