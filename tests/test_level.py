@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from monai_lm import engine as engine_module
 from monai_lm.compilation import CompileClock
+from monai_lm.devices import Stopwatch
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.level import LevelRun, Settings
 from monai_lm.levenberg import initial_trust_of
@@ -46,7 +47,7 @@ def make_run(prediction=None, scale=1, residual=None, before=1, **changes):
 
 def iterate(run, count):
     """The residual that a level ends with, its loss, and the history of the only pair."""
-    record = Record(1, 0.0, CompileClock())
+    record = Record(1, Stopwatch(torch.device("cpu"), 0.0), CompileClock())
     with torch.no_grad():
         loss = run.iterate(1.0, count, record, tqdm(disable=True))
     return run.engine.residual, loss, record.history()[0]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm.devices import widest_float
 from monai_lm.fields.finite import check_finite
 from monai_lm.fields.sampling import sample_points
 
@@ -53,7 +54,7 @@ def invert(
     size = tuple(ddf.shape[2:] if size is None else size)
     n = len(size)
     rows = [*range(n), 3]
-    wide = ddf.dtype if ddf.device.type == "mps" else torch.float64  # Apple's GPUs have no other
+    wide = widest_float(ddf.device)
     onto = None
     if grid is not None:
         onto = torch.from_numpy(np.asarray(grid, np.float64)[np.ix_(rows, rows)]).to(dtype=wide).to(ddf.device)

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm import refine
-from monai_lm.fields import compose
+from monai_lm.fields.algebra import compose
 from tests.gpu.pretend import Pretend, label
 
 CPU = torch.device("cpu")
