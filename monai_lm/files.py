@@ -186,25 +186,14 @@ def _registered(
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
     f, m = pair.fixed, pair.moving
     whole = through_affine(ddf, f.affine, m.affine, pair.initial)
-    write_ddf(
-        folder / f"ddf{suffix}",
-        whole[0].cpu().numpy(),
-        f.affine,
-        file_format,
-        moving_affine=m.affine,
-        moving_size=m.size,
-    )
     back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
     if missed := int((residual > 0.01).sum()):
         warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
-    write_ddf(
-        folder / f"inverse{suffix}",
-        back[0].cpu().numpy(),
-        m.affine,
-        file_format,
-        moving_affine=f.affine,
-        moving_size=f.size,
-    )
+    for name, field, here, there in (("ddf", whole, f, m), ("inverse", back, m, f)):
+        write_ddf(
+            folder / f"{name}{suffix}", field[0].cpu().numpy(), here.affine, file_format,
+            moving_affine=there.affine, moving_size=there.size,
+        )  # fmt: skip
 
 
 def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:

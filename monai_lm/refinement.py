@@ -157,19 +157,7 @@ def refine(
         nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        while True:
-            try:
-                return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
-            except torch.OutOfMemoryError as error:
-                given, leaner = settings.memory, MODES[MODES.index(settings.memory) + 1 :]
-                if not leaner or measure.halo is None:
-                    raise torch.OutOfMemoryError(
-                        f"{fixed.device} has too little memory for images {tuple(fixed.shape)} with memory={given!r}, "
-                        f"the leanest mode for {type(measure).__name__}"
-                    ) from error
-                warnings.warn(f"memory={given!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=2)
-            settings = replace(settings, memory=leaner[0])
-            bar.reset()
+        return _as_memory_allows(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -177,6 +165,33 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
     known = [p.name for p in inspect.signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(names) - set(known)):
         raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
+
+
+def _as_memory_allows(
+    fixed: Tensor,
+    moving: Tensor,
+    mask: Tensor | None,
+    ddf: Tensor | None,
+    stages: list[tuple[Level, int, float, float]],
+    finest: Level,
+    settings: Settings,
+    bar: tqdm,
+    started: float,
+) -> RefinementResult:
+    """:func:`_coarse_to_fine` in the memory mode of the settings, or the next leaner one that a GPU has room for."""
+    while True:
+        try:
+            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
+        except torch.OutOfMemoryError as error:
+            mode, leaner = settings.memory, MODES[MODES.index(settings.memory) + 1 :]
+            if not leaner or settings.similarity.halo is None:
+                raise torch.OutOfMemoryError(
+                    f"{fixed.device} has too little memory for images {tuple(fixed.shape)} with memory={mode!r}, "
+                    f"the leanest mode for {type(settings.similarity).__name__}"
+                ) from error
+            warnings.warn(f"memory={mode!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=3)
+        settings = replace(settings, memory=leaner[0])
+        bar.reset()
 
 
 @many_shapes()
@@ -234,7 +249,7 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
         same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
         if bool(same.any()):
             pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=4)
+            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)
         constant |= same
     return constant
 
@@ -247,7 +262,7 @@ def _finish(
     initial = engine.loss(None)
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
-        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=4)
+        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=6)
     better = (loss <= initial) & ~constant
     rounded = engine.residual.dtype == torch.half
     ddf = engine.displacement(better)
