@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from monai_lm.training import PairDataModule
+from tests.gpu.pretend import Pretend
 
 
 def _batches(loader):
@@ -141,3 +142,12 @@ def test_a_cache_on_disk_is_of_the_files_and_the_grid_that_are_asked_for(cohort,
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == times
     image.write_bytes((cohort / "images" / "s2.nii.gz").read_bytes())
     assert not fixed().equal(first)
+
+
+@pytest.mark.parametrize(("given", "pinned"), [(None, True), (False, False), (True, True)])
+def test_batches_are_pinned_where_there_is_a_cuda_device(given, pinned, cohort):
+    data = PairDataModule(cohort, split=(0, 0, 1), pairs=2, pin_memory=given)
+    data.setup("predict")
+    with Pretend():
+        assert data.predict_dataloader().pin_memory is pinned
+    assert PairDataModule(cohort, split=(0, 0, 1), pairs=2).pin_memory is None
