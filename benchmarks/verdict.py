@@ -16,6 +16,7 @@ from torch import Tensor
 import monai_lm
 from benchmarks.ablation import half_size
 from benchmarks.data import BRAIN_SPLIT, BUNDLE, brain_image, data_root, hippocampus_network, hippocampus_pairs
+from monai_lm.devices import find_device
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.metrics import compare_labels
 from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
@@ -30,6 +31,7 @@ def verdict(
     pairs: int = 10,
     nonsense: int = 3,
     compile: bool = False,  # noqa: A002 (as refine calls it)
+    device: str = "cpu",
     json_file: str | None = None,
     rows: str | None = None,
 ) -> None:
@@ -44,6 +46,7 @@ def verdict(
         pairs: real pairs of each set, at most.
         nonsense: how many of them also get each kind of nonsense.
         compile: compile the kernels.
+        device: where to refine: cpu, cuda, ...
         json_file: write one line per registration here, as it goes.
         rows: do not register, count what an earlier run wrote to this ``json_file``.
     """
@@ -51,21 +54,23 @@ def verdict(
         _print([json.loads(line) for line in Path(rows).read_text().splitlines()])
         return
     done: list[dict[str, Any]] = []
+    chosen = find_device(device)
     for name in sets:
         for number, case in enumerate(islice(_SETS[name](), pairs)):
             for kind in ("real", *(_NONSENSE if number < nonsense else ())):
-                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, compile)})
+                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, compile, chosen)})
                 if json_file:
                     with Path(json_file).open("a") as file:
                         file.write(json.dumps(done[-1]) + "\n")
     _print(done)
 
 
-def _row(name: str, case: Case, kind: str, seed: int, compile_: bool) -> dict[str, Any]:
+def _row(name: str, case: Case, kind: str, seed: int, compile_: bool, device: torch.device) -> dict[str, Any]:
     fixed, moving, labels, spacing = case
     moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
+    fixed, moving, labels = fixed.to(device), moving.to(device), (labels[0].to(device), labels[1].to(device))
     if name == "bundle":
-        network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt")
+        network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt", device)
         images, inferer.refine = torch.cat([moving, fixed], 1), {**(inferer.refine or {}), "compile": compile_}
         with torch.no_grad():
             result = inferer.refined(images, inferer.predict(images, network))

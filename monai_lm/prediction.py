@@ -17,8 +17,8 @@ from monai_lm.similarity import Similarity
 __all__ = ["believed"]
 
 _FOLDED = 0.5
-"""Part of the cells: a mirrored or exchanged axis folds nearly all; what networks predict, some thousandths, and the
-worst that was seen, a network trained for some minutes, .17."""
+"""Part of the cells: a mirrored axis folds nearly all; what published networks predict, some thousandths, and a network
+that was trained for some minutes, a twentieth."""
 
 _WORSE = 0.02
 """Of the dissimilarity without a field; below, a field is as good as none, and may be what a training starts with."""
