@@ -46,6 +46,7 @@ from monai_lm.space import (
     fixed_to_moving,
     from_space,
     resample_moving,
+    share_inside,
     spacing_of,
     through_affine,
     to_space,
@@ -128,6 +129,8 @@ def refine_pair(
     predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
+    if share_inside(through_affine(start, f.affine, m.affine, pair.initial), m.size) == 0:
+        raise ValueError(f"{fixed} and {moving} must overlap, no voxel of the one lies in the other; pass an affine")
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
@@ -137,11 +140,14 @@ def refine_pair(
         else:
             start, result, used = _registered(bundle, pair, chosen, settings)
             predicted = start
+    if result.unused:
+        start = torch.zeros_like(start)
     before, after = _measure(start, pair), _measure(result.ddf, pair)
     metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
     metrics |= {
         "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
+        "prediction_used": None if result.prediction_used is None else not result.unused,
     }  # fmt: skip
     case = _case(pair, onto, result, predicted, used)
     found = assess(case, surfaces=report)
@@ -353,6 +359,15 @@ def compose_fields(
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
         raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")
+    inside = share_inside(inner, outer.ddf.shape[2:])
+    if inside == 0:
+        raise ValueError(f"{first} must lead to the grid of {second}, it leads no voxel there")
+    if inside < 0.999:
+        warnings.warn(
+            f"{1 - inside:.1%} of the voxels of {first} are led to where {second} does not reach; it is continued "
+            "there by its border value",
+            stacklevel=2,
+        )
     # on from voxels of the second grid to voxels of the grid that the second field leads to
     whole = to_space(compose(outer.inner(), inner), np.eye(4), fixed_to_moving(outer.affine, outer.moving_affine))
     write_ddf(output, whole[0].numpy(), affine, "itk", moving_affine=outer.affine)

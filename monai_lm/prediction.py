@@ -26,7 +26,7 @@ _WORSE = 0.02
 
 def believed(
     ddf: Tensor, fixed: Tensor, moving: Tensor, similarity: Similarity, finest: Level, spacing: Sequence[float]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The predicted field, zero for pairs whose prediction cannot be meant; looked at on half the resolution.
 
     Args:
@@ -38,7 +38,7 @@ def believed(
         spacing: voxel edge per axis.
 
     Returns:
-        ``ddf`` itself where every pair is believed, else a copy.
+        ``ddf`` itself where every pair is believed, else a copy; and which pairs are, ``(B,)`` bool.
 
     Warns:
         UserWarning: a field is replaced by zero, with the likely reason.
@@ -52,7 +52,7 @@ def believed(
     worse = with_it > without + _WORSE * without.abs()
     wrong = (folded > _FOLDED) | worse
     if not bool(wrong.any()):
-        return ddf
+        return ddf, ~wrong
     for pair in wrong.nonzero().flatten().tolist():
         told = f"folds in {float(folded[pair]):.0%} of its cells" if float(folded[pair]) > _FOLDED else ""
         if bool(worse[pair]):
@@ -63,4 +63,4 @@ def believed(
             "millimetres, or normalised), or it leads from the moving to the fixed image",
             stacklevel=6,
         )
-    return torch.where(per_voxel(wrong, ddf), torch.zeros_like(ddf), ddf)
+    return torch.where(per_voxel(wrong, ddf), torch.zeros_like(ddf), ddf), ~wrong

@@ -214,10 +214,10 @@ def _coarse_to_fine(
     if settings.memory == "half":
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
-    repaired = None
+    repaired = used = None
     if ddf is not None:
         edges = [1 / unit for unit in finest.unit]
-        start = believed(ddf, fixed, moving, settings.similarity, finest, edges)
+        start, used = believed(ddf, fixed, moving, settings.similarity, finest, edges)
         repaired = repair(start, deadline=settings.deadline)
         del start
     given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
@@ -234,7 +234,7 @@ def _coarse_to_fine(
     if level.factor != finest.factor:
         run = level_run(finest, fixed, moving, repaired, given_up, finest, settings, sigma, 1)
         loss = run.engine.loss(run.engine.residual)
-    return _finish(run, loss, ddf, constant, record, started)
+    return _finish(run, loss, ddf, used, constant, record, started)
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -255,7 +255,13 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
 
 
 def _finish(
-    run: LevelRun, loss: Tensor, predicted: Tensor | None, constant: Tensor, record: Record, started: float
+    run: LevelRun,
+    loss: Tensor,
+    predicted: Tensor | None,
+    used: Tensor | None,
+    constant: Tensor,
+    record: Record,
+    started: float,
 ) -> RefinementResult:
     """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction."""
     engine = run.engine
@@ -273,6 +279,7 @@ def _finish(
     if predicted is not None and repaired is not None and repaired is not predicted:
         folds = fold_count(predicted)
         shift = torch.linalg.vector_norm(repaired - predicted, dim=1).flatten(1).mean(1)
+        shift = torch.where(used, shift, 0.0) if used is not None else shift
     return RefinementResult(
         ddf=ddf,
         history=record.history(),
@@ -281,6 +288,7 @@ def _finish(
         predicted_folds=folds,
         repair_shift=shift,
         seconds=time.perf_counter() - started,
+        prediction_used=used,
     )
 
 

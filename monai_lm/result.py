@@ -84,6 +84,8 @@ class RefinementResult:
         predicted_folds: ``(B,)`` folded cells in the field that came in.
         repair_shift: ``(B,)`` mean displacement in voxels by which the repair of those folds moved the field.
         seconds: wall time of the call.
+        prediction_used: ``(B,)`` bool, false for pairs whose prediction could not be meant, which started from the
+            identity; ``None`` without a prediction.
     """
 
     ddf: Tensor
@@ -93,6 +95,12 @@ class RefinementResult:
     predicted_folds: Tensor
     repair_shift: Tensor
     seconds: float
+    prediction_used: Tensor | None = None
+
+    @property
+    def unused(self) -> list[int]:
+        """Pairs whose prediction was not used."""
+        return [] if self.prediction_used is None else (~self.prediction_used).nonzero().flatten().tolist()
 
     def inverse(self) -> Tensor:
         """Field of the inverse map, ``(B, n, *S)`` in voxels on the moving grid; see :func:`monai_lm.fields.invert`."""

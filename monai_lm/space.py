@@ -27,6 +27,7 @@ __all__ = [
     "move_to_grid",
     "out_of_plane",
     "resample_moving",
+    "share_inside",
     "spacing_of",
     "through_affine",
     "to_space",
@@ -153,6 +154,16 @@ def through_affine(
     """
     _check_field(ddf)
     return to_space(ddf, np.eye(4), fixed_to_moving(fixed_affine, moving_affine, initial))
+
+
+def share_inside(ddf: Tensor, size: Sequence[int]) -> float:
+    """Share of the voxels of fields ``(B, n, *S)`` that are led into a grid of ``size`` voxels, in [0, 1]."""
+    inside = torch.ones_like(ddf[:, 0], dtype=torch.bool)
+    for axis, length in enumerate(size):
+        voxels = torch.arange(ddf.shape[2 + axis], dtype=ddf.dtype, device=ddf.device)
+        target = ddf[:, axis] + voxels.view([-1 if a == axis else 1 for a in range(len(size))])
+        inside &= (target >= -0.5) & (target <= length - 0.5)
+    return float(inside.float().mean())
 
 
 def move_to_grid(

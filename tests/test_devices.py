@@ -17,7 +17,7 @@ def test_devices_that_are_there_are_found():
         assert find_device("cuda:1") == torch.device("cuda:1")
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "tpu-ish", "xla", "", "cuda:-2"])
+@pytest.mark.parametrize("name", ["cuda:99", "tpu-ish", "xla", "meta", "", "cuda:-2"])
 def test_devices_that_are_not_there_are_refused_in_a_sentence(name):
     with pytest.raises(ValueError, match=r"device must be auto or one that torch has here, cpu.*, got ") as caught:
         find_device(name)

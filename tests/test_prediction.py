@@ -3,12 +3,16 @@
 import time
 import warnings
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
-from monai_lm import refine
+from monai_lm import files, refine
+from monai_lm.cohort import refine_cohort
 from monai_lm.fields import compose, fold_count, warp
 from monai_lm.fields.topology import repair
+from monai_lm.fileio import write_ddf
 from monai_lm.prediction import believed
 from monai_lm.pyramid import make_level
 from monai_lm.similarity import LNCC, MSE
@@ -53,7 +57,11 @@ def test_a_prediction_that_cannot_be_meant_is_not_used_and_said_so(mistake, case
     expected = refine(fixed, moving, torch.zeros_like(truth), **SETTINGS)
     assert torch.equal(result.ddf, expected.ddf)
     assert torch.equal(result.predicted_folds, fold_count(given))
-    torch.testing.assert_close(result.repair_shift, torch.linalg.vector_norm(given, dim=1).flatten(1).mean(1))
+    assert result.repair_shift.tolist() == [0, 0]
+    assert result.prediction_used.tolist() == [False, False]
+    assert result.unused == [0, 1]
+    assert expected.unused == []
+    assert refine(fixed, moving, **SETTINGS).prediction_used is None
 
 
 def test_only_the_pair_that_is_wrong_loses_its_prediction(case):
@@ -65,6 +73,7 @@ def test_only_the_pair_that_is_wrong_loses_its_prediction(case):
     alone = refine(fixed[:1], moving[:1], truth[:1], **SETTINGS)
     torch.testing.assert_close(result.ddf[:1], alone.ddf, rtol=0, atol=1e-5)
     assert torch.equal(given, before)
+    assert result.prediction_used.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +94,10 @@ def test_what_brings_the_images_nearer_is_believed(better, similarity, case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ddf = better(truth)
-        assert (
-            believed(ddf, fixed, moving, similarity, make_level(size, [1.0] * len(size), 1), [1.0] * len(size)) is ddf
-        )
+        finest = make_level(size, [1.0] * len(size), 1)
+        field, used = believed(ddf, fixed, moving, similarity, finest, [1.0] * len(size))
+        assert field is ddf
+        assert used.tolist() == [True, True]
 
 
 def test_a_time_budget_holds_for_the_repair_too(case, monkeypatch):
@@ -126,3 +136,79 @@ def test_repair_ends_whatever_the_field(case, monkeypatch):
     assert sum(smoothed) <= 8 * truth[0, 0].numel()
     inner = repair(mirrored(truth[:1]), outer=truth[:1])
     assert fold_count(compose(truth[:1], inner)).item() == 0
+
+
+FLAT = np.diag([1.5, 1.0, 2.0, 1.0])
+
+
+@pytest.fixture
+def written(case, tmp_path):
+    """The first pair of images and a field of the wrong direction as files; 3D only."""
+    fixed, moving, truth = case
+    if truth.shape[1] == 2:
+        pytest.skip("once is enough")
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        nib.save(nib.Nifti1Image(image[0, 0].numpy(), FLAT), tmp_path / f"{name}.nii.gz")
+    write_ddf(tmp_path / "wrong.nii.gz", -2 * truth[0].numpy(), FLAT)
+    write_ddf(tmp_path / "right.nii.gz", 0.7 * truth[0].numpy(), FLAT)
+    return tmp_path
+
+
+def refined(folder, name, **kwargs):
+    paths = folder / "fixed.nii.gz", folder / "moving.nii.gz", folder / f"out_{name}"
+    return files.refine_pair(*paths, report=False, settings=SETTINGS, **kwargs)
+
+
+def test_files_say_that_the_prediction_was_not_used(written):
+    with pytest.warns(UserWarning, match="is not used"):
+        wrong = refined(written, "wrong", ddf=written / "wrong.nii.gz")
+    right, none = refined(written, "right", ddf=written / "right.nii.gz"), refined(written, "none")
+    assert (wrong["prediction_used"], right["prediction_used"], none["prediction_used"]) == (False, True, None)
+    assert "The prediction was not used" in wrong["remarks"]["unused"]
+    assert "repaired" not in wrong["remarks"]
+    assert wrong["verdict"] == "check"
+    assert wrong["repair_shift"] == 0
+    kept = [k for k, v in none.items() if isinstance(v, float) and k != "seconds"]  # also all that is of "before"
+    assert {k: wrong[k] for k in kept} == pytest.approx({k: none[k] for k in kept}, nan_ok=True)
+    assert right["loss_before"] < none["loss_before"]
+
+
+def test_a_cohort_s_table_says_so_too(written):
+    row = {"fixed": "fixed.nii.gz", "moving": "moving.nii.gz", "ddf": "wrong.nii.gz"}
+    entries = [{k: str(written / v) for k, v in row.items()}]
+    with pytest.warns(UserWarning, match="is not used"):
+        rows, failed = refine_cohort(entries, written / "cohort", report=False, settings=SETTINGS)
+    assert failed == {}
+    assert rows[0]["prediction_used"] is False
+    assert rows[0]["remarks"].split()[0] == "unused"
+    assert "prediction_used" in (written / "cohort" / "metrics.csv").read_text().splitlines()[0].split(",")
+
+
+def test_images_that_do_not_overlap_are_refused_before_the_work(written):
+    far = FLAT.copy()
+    far[0, 3] = 500
+    nib.save(nib.Nifti1Image(nib.load(written / "moving.nii.gz").get_fdata().astype("f4"), far), written / "far.nii.gz")
+    with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel of the one lies in the other"):
+        files.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
+    assert not (written / "out_far").exists()
+
+
+def test_an_image_and_itself_match_already(written):
+    folder = written / "out_self"
+    metrics = files.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
+    assert (metrics["verdict"], metrics["remarks"]) == ("good", {})
+    assert metrics["headline"].startswith("The images matched already")
+
+
+def test_composing_says_where_the_second_field_does_not_reach(written):
+    first, output = written / "right.nii.gz", written / "both.nii.gz"
+    size = nib.load(first).shape[:3]
+    beside, apart = FLAT.copy(), FLAT.copy()
+    beside[0, 3], apart[0, 3] = FLAT[0, 0] * size[0] / 2, 500
+    for name, affine in (("beside", beside), ("apart", apart)):
+        write_ddf(written / f"{name}.nii.gz", np.zeros((3, *size), np.float32), affine)
+    with pytest.warns(UserWarning, match=r"^(4|5)\d\.\d% of the voxels of .* where .*beside.nii.gz does not reach"):
+        files.compose_fields(first, written / "beside.nii.gz", output)
+    with pytest.raises(ValueError, match=r"right.nii.gz must lead to the grid of .*apart.nii.gz"):
+        files.compose_fields(first, written / "apart.nii.gz", written / "nowhere.nii.gz")
+    assert not (written / "nowhere.nii.gz").exists()

@@ -31,7 +31,7 @@ class Case:
         moving: ``(1, C, *S)`` float32.
         result: the refinement.
         ddf: ``(1, n, *S)``, the refined field in voxels.
-        prediction: ``(1, n, *S)`` or None.
+        prediction: ``(1, n, *S)``, or None; also where there was one that was not used.
         affine: ``(4, 4)`` voxel-to-RAS, or None where unknown.
         spacing: voxel edges in millimetres; ones where unknown.
         labels: fixed label map ``(1, 1, *S)``, and the moving one or what warps it by a field; or None.
@@ -108,6 +108,8 @@ def checked_case(
         raise TypeError(f"settings must be a mapping, got {type(settings).__name__}")
     if settings and settings.get("seconds") is not None:
         check_number("settings['seconds']", settings["seconds"], 0)
+    if result.unused:  # the refinement did not start from it
+        fields[1] = None
     weight = None if mask is None else plain("mask", mask).cpu()
     if weight is not None:
         check_mask(weight, images[0])

@@ -29,6 +29,9 @@ __all__ = [
 _DOUBTS = {"agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot"}
 """What :func:`~monai_lm.report.evidence.doubts_of` finds, for the headline."""
 
+ALIKE = 0.98
+"""Agreement of images that match before the refinement, as an image does with itself."""
+
 LARGE_MISALIGNMENT = 0.1
 """A start is far off if the two centres of mass are further apart than this part of the longest edge of the grid."""
 
@@ -129,6 +132,9 @@ def assess(case: Case, surfaces: bool = True) -> Assessment:
     evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask)
     start = agreement(case.fixed[:, :1], warp(case.moving[:, :1], case.start), case.mask)
     remarks = warnings_of(case, before, after) | doubts_of(evidence)
+    if start > ALIKE and set(remarks) == {"similarity"}:
+        text = f"The images matched already: they explain {start:.2f} of each other, and nothing was left to refine."
+        return Assessment(before, after, evidence, start, {}, "good", text)
     return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
 
 
@@ -159,6 +165,11 @@ def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[s
     if not final < initial:
         found["similarity"] = (
             f"Similarity did not improve: the dissimilarity was {initial:.4g} before and is {final:.4g} after."
+        )
+    if case.result.unused:
+        found["unused"] = (
+            "The prediction was not used: it folds in most of its cells, or makes the images less alike than no field "
+            "does. The refinement started from the identity. Look at the prediction's axes, units and direction."
         )
     folds = before.folds
     if case.prediction is not None and folds > 0:

@@ -136,6 +136,7 @@ class FieldWriter(BasePredictionWriter):
                     "loss": float(prediction["initial_loss"][pair]),
                     "loss_refined": float(prediction["final_loss"][pair]),
                     "repair_shift": float(prediction["repair_shift"][pair]),
+                    "prediction_used": bool(prediction["prediction_used"][pair]),
                     "iterations": len(prediction["history"][pair]),
                     "seconds": prediction["seconds"] / len(ddf),
                 }

@@ -61,8 +61,8 @@ class RefineDDF(Transform):
 
         Returns:
             ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
-            the dissimilarity before and after, the folds of the prediction, and the seconds it took, and
-            ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
+            the dissimilarity before and after, the folds of the prediction and whether it was used, and the seconds it
+            took, and ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
 
         Raises:
             ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`, or images whose axes differ in
@@ -88,6 +88,7 @@ class RefineDDF(Transform):
             "initial_loss": float(result.initial_loss[0]),
             "final_loss": float(result.final_loss[0]),
             "predicted_folds": int(result.predicted_folds[0]),
+            "prediction_used": None if result.prediction_used is None else not result.unused,
             "seconds": result.seconds,
         }
         return out
