@@ -37,7 +37,7 @@ def steps(device: torch.device, dry: bool) -> list[Step]:
     """The size that is published most comes first, then what a user feels, then the rest."""
     first, *rest = DRY_SIZES if dry else SIZES
     out = _iterations(first, device, dry)
-    calls = {name: settings for name, settings in _CALLS.items() if not dry or name != "compiled"}
+    calls = {name: settings for name, settings in _CALLS.items() if not dry or name == "auto"}
     out += [(f"first call, {name}", partial(first_call, settings, first, device)) for name, settings in calls.items()]
     out += [(f"whole, {name}", partial(whole, name, first, device)) for name in ("LM", "LM, predicted", *DESCENTS)]
     out += [(f"fireants, {o}, {_name(first)}", partial(fireants, o, first, device)) for o in ("adam", "levenberg")]
