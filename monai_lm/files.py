@@ -129,7 +129,8 @@ def refine_pair(
     predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
     if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
         start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
-    if share_inside(through_affine(start, f.affine, m.affine, pair.initial), m.size) == 0:
+    ways = (through_affine(u, f.affine, m.affine, pair.initial) for u in (torch.zeros_like(start), start))
+    if all(share_inside(way, m.size) == 0 for way in ways):
         raise ValueError(f"{fixed} and {moving} must overlap, no voxel of the one lies in the other; pass an affine")
     onto = pair.brought(m, torch.zeros_like(start))
     keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -157,7 +157,12 @@ def refine(
         nullcontext() if memory == "full" else sparing_memory(fixed.device),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
-        return _as_memory_allows(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
+
+        def run(how: Settings) -> RefinementResult:
+            bar.reset()
+            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, how, bar, started)
+
+        return _as_memory_allows(run, settings, fixed)
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -168,30 +173,21 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
 
 
 def _as_memory_allows(
-    fixed: Tensor,
-    moving: Tensor,
-    mask: Tensor | None,
-    ddf: Tensor | None,
-    stages: list[tuple[Level, int, float, float]],
-    finest: Level,
-    settings: Settings,
-    bar: tqdm,
-    started: float,
+    run: Callable[[Settings], RefinementResult], settings: Settings, images: Tensor
 ) -> RefinementResult:
-    """:func:`_coarse_to_fine` in the memory mode of the settings, or the next leaner one that a GPU has room for."""
+    """Run in the memory mode of the settings, or in the next leaner one that a GPU has room for."""
     while True:
         try:
-            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, settings, bar, started)
+            return run(settings)
         except torch.OutOfMemoryError as error:
             mode, leaner = settings.memory, MODES[MODES.index(settings.memory) + 1 :]
             if not leaner or settings.similarity.halo is None:
                 raise torch.OutOfMemoryError(
-                    f"{fixed.device} has too little memory for images {tuple(fixed.shape)} with memory={mode!r}, "
+                    f"{images.device} has too little memory for images {tuple(images.shape)} with memory={mode!r}, "
                     f"the leanest mode for {type(settings.similarity).__name__}"
                 ) from error
             warnings.warn(f"memory={mode!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=3)
         settings = replace(settings, memory=leaner[0])
-        bar.reset()
 
 
 @many_shapes()
@@ -249,7 +245,7 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
         same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
         if bool(same.any()):
             pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)
+            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=7)
         constant |= same
     return constant
 
@@ -268,7 +264,7 @@ def _finish(
     initial = engine.loss(None)
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
-        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=6)
+        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=7)
     better = (loss <= initial) & ~constant
     rounded = engine.residual.dtype == torch.half
     ddf = engine.displacement(better)

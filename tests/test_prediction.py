@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -191,6 +192,19 @@ def test_images_that_do_not_overlap_are_refused_before_the_work(written):
     with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel of the one lies in the other"):
         files.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
     assert not (written / "out_far").exists()
+
+
+def test_a_prediction_that_leads_out_of_the_moving_image_is_not_the_images_fault(written):
+    write_ddf(written / "out.nii.gz", np.full((3, *nib.load(written / "fixed.nii.gz").shape), 500, np.float32), FLAT)
+    with pytest.warns(UserWarning, match="ddf of pair 0 makes the images less alike .* is not used"):
+        assert refined(written, "leads_out", ddf=written / "out.nii.gz")["prediction_used"] is False
+
+
+def test_the_warning_points_at_the_caller(case):
+    fixed, moving, truth = case
+    with pytest.warns(UserWarning, match="is not used") as told:
+        refine(fixed, moving, -2 * truth, **SETTINGS)
+    assert {Path(w.filename).name for w in told if "is not used" in str(w.message)} == {"test_prediction.py"}
 
 
 def test_an_image_and_itself_match_already(written):
