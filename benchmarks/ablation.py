@@ -73,7 +73,6 @@ def ablation(
     weights: str = str(Path(__file__).parent / "weights" / "hippocampus_unsupervised.pt"),
     variants: tuple[str, ...] = tuple(VARIANTS),
     pairs: int = 6,
-    compile: bool = False,  # noqa: A002 (as refine calls it)
     device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
@@ -87,7 +86,6 @@ def ablation(
         weights: of the hippocampus network.
         variants: which of the settings.
         pairs: hippocampus validation pairs.
-        compile: compile the kernels.
         device: where to refine: cpu, cuda, ...
         json_file: write one line per variant here, as it goes.
     """
@@ -96,7 +94,7 @@ def ablation(
     print(f"{'before':<46}" + "".join(f"{measure(None):20.4f}" for measure in columns.values()), flush=True)
     for name in variants:
         started = time.perf_counter()
-        row = {column: measure({"compile": compile, **VARIANTS[name]}) for column, measure in columns.items()}
+        row = {column: measure(VARIANTS[name]) for column, measure in columns.items()}
         seconds = time.perf_counter() - started
         print(f"{name:<46}" + "".join(f"{value:20.4f}" for value in row.values()) + f"{seconds:7.0f}", flush=True)
         if json_file:

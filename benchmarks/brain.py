@@ -31,7 +31,6 @@ def brain(
     greedy: bool = True,
     prototype: bool = False,
     repeats: int = 1,
-    compile: bool = True,  # noqa: A002 (as refine calls it)
     device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
@@ -43,8 +42,7 @@ def brain(
         moving_per_fixed: how many moving subjects for each (1001, 1002, 1006 for 1000).
         greedy: run picsl-greedy (NCC 2x2x2) beside it, ``pip install picsl-greedy``.
         prototype: also the prototype's settings, damping 1 and smooth_gradient 1 on every level.
-        repeats: run each of ours so often in a row; the first one compiles, or loads from the cache on disk.
-        compile: compile the kernels.
+        repeats: run each of ours so often in a row; the first one may compile the kernels.
         device: of ours: cpu, cuda, ...
         json_file: write one line per pair here, as it goes.
     """
@@ -62,9 +60,7 @@ def brain(
             rows = [("start", mean_dice(images[2], images[3]), 0, 0.0)]
             for name, extra in settings.items():
                 for _ in range(repeats):
-                    result = monai_lm.refine(
-                        images[0], images[1], scales=(4, 2, 1), iterations=(100, 50, 25), compile=compile, **extra
-                    )
+                    result = monai_lm.refine(images[0], images[1], scales=(4, 2, 1), iterations=(100, 50, 25), **extra)
                     dice = mean_dice(images[2], images[3], result.ddf)
                     rows.append((name, dice, int(fold_count(result.ddf)), result.seconds))
             if greedy:

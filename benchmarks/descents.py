@@ -10,46 +10,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_lm import RefinementResult, levenberg, refinement
+from monai_lm import RefinementResult, kernels, levenberg, refinement
 from monai_lm.engine import Engine
-from monai_lm.fields import compose
 from monai_lm.level import LevelRun, Settings
-from monai_lm.levenberg import Trust
+from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import make_level
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.streaming import Window, overwrite, windows
 
 
 class _OtherEngine(Engine):
     """A level whose step is not LM's; the damping does nothing."""
 
     def advance(self, trust: Trust, better: Tensor | None, keep: bool) -> Tensor:
-        self.prepare()
+        self.note(better, keep)
         still = replace(trust, damping=torch.ones_like(trust.damping), reference=torch.ones_like(trust.damping))
-
-        def moved(window: Window) -> Tensor:
-            self._note(window, better, keep)
-            return self._run(compose, self.residual, self.v(window), window.origin(self.unit))
-
-        overwrite(self.smooth, windows(self.residual, 3, 0), moved)
-        for window in windows(self.residual, 3, self.elastic_halo):
-            window.right(self.residual).copy_(window.cut(self._relaxed(window, window.of(self.smooth), still)))
+        self.make_step()
+        kernels.compose(self.residual, self.work, self.work)
+        levenberg.relax(self.work, still, self.elastic, self.residual)
         return torch.full_like(trust.damping, float("nan"))
 
-    def prepare(self) -> None:
-        """Look at the whole gradient before the step."""
+    def make_step(self) -> None:
+        """Put the step, in voxels, into the place of the gradient."""
         raise NotImplementedError
-
-    def v(self, window: Window) -> Tensor:
-        """The step in a window, in voxels."""
-        raise NotImplementedError
-
-    def largest_square(self) -> Tensor:
-        """Of a component of the gradient, per pair ``(B,)``."""
-        largest = self.smooth.new_zeros(self.smooth.shape[0])
-        for window in windows(self.smooth, 3, 0):
-            largest = torch.maximum(largest, window.right(self.smooth).square().flatten(1).amax(1))
-        return largest
 
 
 class _AdamEngine(_OtherEngine):
@@ -57,39 +39,27 @@ class _AdamEngine(_OtherEngine):
 
     count = 0
 
-    def prepare(self) -> None:
+    def make_step(self) -> None:
         if self.count == 0:
-            self.first, self.second = torch.zeros_like(self.smooth), torch.zeros_like(self.smooth)
+            self.first, self.second = torch.zeros_like(self.work), torch.zeros_like(self.work)
         self.count += 1
-        self.first.lerp_(self.smooth, 0.1)
-        for window in windows(self.smooth, 3, 0):
-            window.right(self.second).lerp_(window.right(self.smooth).square(), 0.001)
-        self.corrections = [self.unit.new_full((), 1 - beta**self.count) for beta in (0.9, 0.999)]
-        self.floor = 1e-8 * levenberg.per_voxel(self.largest_square().sqrt(), self.smooth)
-
-    def v(self, window: Window) -> Tensor:
-        out: Tensor = self._run(
-            _adam_step, window.of(self.first), window.of(self.second), self.corrections, self.floor, self.step
-        )
-        return out
+        largest = kernels.gradient_sums(self.work, [1.0] * len(self.unit))[:, 0].to(self.work.dtype)
+        self.first.lerp_(self.work, 0.1)
+        self.second.mul_(0.999).addcmul_(self.work, self.work, value=0.001)
+        torch.sqrt(self.second, out=self.work)
+        scale = (1 - 0.999**self.count) ** 0.5
+        self.work.div_(scale).add_(per_voxel(1e-8 * largest, self.work))
+        torch.div(self.first, self.work, out=self.work)
+        self.work.mul_(-self.step / (1 - 0.9**self.count))
 
 
 class _StatelessEngine(_OtherEngine):
     """Gradient descent that keeps nothing: ``-step · g / max|g|``."""
 
-    def prepare(self) -> None:
-        largest = self.smooth.new_zeros(self.smooth.shape[0])
-        for window in windows(self.smooth, 3, 0):
-            length = torch.linalg.vector_norm(window.right(self.smooth) * self.unit, dim=1)
-            largest = torch.maximum(largest, length.flatten(1).amax(1))
-        self.factor = self.step * self.unit**2 / levenberg.per_voxel(largest.clamp(min=1e-30), self.smooth)
-
-    def v(self, window: Window) -> Tensor:
-        return -window.of(self.smooth) * self.factor
-
-
-def _adam_step(first: Tensor, second: Tensor, corrections: list[Tensor], floor: Tensor, step: float) -> Tensor:
-    return -step * (first / corrections[0]) / ((second / corrections[1]).sqrt() + floor)
+    def make_step(self) -> None:
+        largest = kernels.gradient_sums(self.work, self.unit)[:, 0].clamp(min=1e-30).to(self.work.dtype)
+        for axis, unit in enumerate(self.unit):
+            self.work[:, axis].mul_(per_voxel(-self.step * unit**2 / largest, self.work[:, axis]))
 
 
 class _AdamRun(LevelRun):
@@ -113,13 +83,12 @@ def refine_with(
     iterations: Sequence[int],
     step: float,
     smooth_gradient: Sequence[float] = (2.0, 2.0, 2.0, 1.0),
-    compile: str | bool = "auto",  # noqa: A002 (as refine calls it)
     tolerance: float = 0.005,
     similarity: str | Similarity = "lncc",
 ) -> RefinementResult:
     """Refine as :func:`monai_lm.refine` does, whose arguments these are, with ``"adam"`` or ``"stateless"`` steps."""
     settings = Settings(
-        get_similarity(similarity), step, "simple", "always", 1, 0.5, tolerance, 0, compile, "full", float("inf")
+        get_similarity(similarity), step, "simple", "always", 1, 0.5, tolerance, 0, "full", float("inf")
     )
     size, edges = fixed.shape[2:], [1.0] * (fixed.dim() - 2)
     levels = [make_level(size, edges, scale) for scale in scales]

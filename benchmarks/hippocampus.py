@@ -31,7 +31,6 @@ def hippocampus(
     pairs: int = 50,
     adam_steps: tuple[float, ...] = (0.1, 0.2, 0.4),
     identity: bool = True,
-    compile: bool = True,  # noqa: A002 (as refine calls it)
     device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
@@ -43,14 +42,13 @@ def hippocampus(
         pairs: how many.
         adam_steps: step sizes of Adam; on the test part give the one that won on the validation part.
         identity: also LM without the network's field.
-        compile: compile the kernels.
         device: cpu, cuda, ...
         json_file: write one line per pair here, as it goes.
     """
     dataset = hippocampus_pairs(part, pairs, seed=0)
     chosen = find_device(device)
     network, inferer = hippocampus_network(weights, chosen)
-    methods = _methods(inferer, adam_steps, identity, compile)
+    methods = _methods(inferer, adam_steps, identity)
     rows: list[dict[str, Any]] = []
     for index in range(pairs):
         pair = {k: v[None].to(chosen) for k, v in dataset[index].items()}
@@ -71,10 +69,10 @@ def hippocampus(
 
 
 def _methods(
-    inferer: RegistrationInferer, adam_steps: tuple[float, ...], identity: bool, compile_: bool
+    inferer: RegistrationInferer, adam_steps: tuple[float, ...], identity: bool
 ) -> dict[str, Callable[..., Tensor]]:
     """Adam and LM as the inferer refines, and LM on the images alone where the inferer matches features, too."""
-    settings = {**(inferer.refine or {}), "compile": compile_}
+    settings = {**(inferer.refine or {})}
 
     def lm(fixed: Tensor, moving: Tensor, ddf: Tensor | None) -> Tensor:
         return monai_lm.refine(inferer.channels(fixed), inferer.channels(moving), ddf, **settings).ddf
@@ -84,7 +82,7 @@ def _methods(
             scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
             return refine_with(
                 "adam", inferer.channels(fixed), inferer.channels(moving), ddf, scales=scales,
-                iterations=[ITERATIONS[s] for s in scales], step=step, compile=compile_,
+                iterations=[ITERATIONS[s] for s in scales], step=step,
                 similarity=settings.get("similarity", "lncc"),
             ).ddf  # fmt: skip
 
@@ -93,7 +91,7 @@ def _methods(
     methods: dict[str, Callable[..., Tensor]] = {f"network + Adam {s:g}": adam(s) for s in adam_steps}
     methods["network + LM"] = lm
     if inferer.features is not None:
-        methods["network + LM, images only"] = lambda f, m, ddf: monai_lm.refine(f, m, ddf, compile=compile_).ddf
+        methods["network + LM, images only"] = lambda f, m, ddf: monai_lm.refine(f, m, ddf).ddf
     if identity:
         methods["identity + LM"] = lambda fixed, moving, _: lm(fixed, moving, None)
     return methods

@@ -28,8 +28,8 @@ def speed(
 ) -> None:
     """Seconds per full-resolution iteration of a 1 mm brain (1000 ← 1001), each method in its own process.
 
-    The difference of a long and a short run over the difference of their iterations: start-up, files and compiling
-    cancel. Methods take turns; medians and ratios are printed.
+    The difference of a long and a short run over the difference of their iterations: start-up and files cancel.
+    Methods take turns; medians and ratios are printed.
 
     Args:
         peers: any of greedy, fireants, fireants-lm, ants, adam, stateless.
@@ -57,7 +57,7 @@ def speed(
 
 def memory(
     peers: tuple[str, ...] = ("adam", "greedy"),
-    modes: tuple[str, ...] = ("full", "low", "half"),
+    modes: tuple[str, ...] = ("full", "half"),
     size: int = 256,
     iterations: int = 12,
     threads: int = 2,
@@ -89,8 +89,6 @@ def memory(
             task = {**pair, "scales": [1], "iterations": [count], "threads": threads, "device": device}
             task["prediction"] = ours
             task |= ours_in.get(method, {})
-            if ours:
-                work(name, **task)  # so that the kernels lie in the cache on disk
             out = work(name, **task)
             peak = out.peak / volume - (3 if ours else 0)
             _row(json_file, {"method": method, "size": size, "volumes": peak, "settings": out.settings})
@@ -108,7 +106,7 @@ def scaling(
 
     Args:
         sizes: edges of the cubes.
-        mode: ``full``, ``low`` or ``half``.
+        mode: ``full`` or ``half``.
         threads: to use.
         device: cpu, cuda, ...; greedy and ants stay on the CPU.
         json_file: write one line per size here, as it goes.
@@ -120,7 +118,6 @@ def scaling(
             pair = _synthetic_pair(Path(folder), (size,) * 3)
             task = {**pair, "scales": [1], "threads": threads, "device": device, "options": {"memory": mode}}
             task["prediction"] = True
-            work("lm", **task, iterations=[1])  # so that the kernels lie in the cache on disk
             runs = [work("lm", **task, iterations=[n], warm=True) for n in (3, 13)]
         seconds = (runs[1].seconds - runs[0].seconds) / 10
         rows.append((size**3, seconds, runs[1].peak - 12 * size**3))
@@ -218,7 +215,7 @@ def _dice_of(method: str, subject: str, moving_subject: str, **task: Any) -> tup
     """Mean Dice of the warped structures, and the seconds of the registration."""
     with tempfile.TemporaryDirectory() as folder:
         label, output = data_root("brain") / f"{moving_subject}_seg.nii.gz", Path(folder) / "label.nii.gz"
-        options = {"tolerance": 0.005, "compile": "auto"}
+        options = {"tolerance": 0.005}
         out: Outcome = work(method, **task, label=str(label), output=str(output), options=options)
         warped = torch.from_numpy(read_image(output)[0])[None, None]
     return mean_dice(brain_image(subject, "seg"), warped), out.seconds

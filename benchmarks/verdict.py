@@ -30,7 +30,6 @@ def verdict(
     sets: tuple[str, ...] = ("hippocampus", "bundle", "brain", "cardiac", "abdomen"),
     pairs: int = 10,
     nonsense: int = 3,
-    compile: bool = False,  # noqa: A002 (as refine calls it)
     device: str = "cpu",
     json_file: str | None = None,
     rows: str | None = None,
@@ -45,7 +44,6 @@ def verdict(
             as their bundle predicts and refines them.
         pairs: real pairs of each set, at most.
         nonsense: how many of them also get each kind of nonsense.
-        compile: compile the kernels.
         device: where to refine: cpu, cuda, ...
         json_file: write one line per registration here, as it goes.
         rows: do not register, count what an earlier run wrote to this ``json_file``.
@@ -58,24 +56,24 @@ def verdict(
     for name in sets:
         for number, case in enumerate(islice(_SETS[name](), pairs)):
             for kind in ("real", *(_NONSENSE if number < nonsense else ())):
-                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, compile, chosen)})
+                done.append({"set": name, "kind": kind, **_row(name, case, kind, number, chosen)})
                 if json_file:
                     with Path(json_file).open("a") as file:
                         file.write(json.dumps(done[-1]) + "\n")
     _print(done)
 
 
-def _row(name: str, case: Case, kind: str, seed: int, compile_: bool, device: torch.device) -> dict[str, Any]:
+def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> dict[str, Any]:
     fixed, moving, labels, spacing = case
     moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
     fixed, moving, labels = fixed.to(device), moving.to(device), (labels[0].to(device), labels[1].to(device))
     if name == "bundle":
         network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt", device)
-        images, inferer.refine = torch.cat([moving, fixed], 1), {**(inferer.refine or {}), "compile": compile_}
+        images, inferer.refine = torch.cat([moving, fixed], 1), {**(inferer.refine or {})}
         with torch.no_grad():
             result = inferer.refined(images, inferer.predict(images, network))
     else:
-        result = monai_lm.refine(fixed, moving, spacing=spacing, compile=compile_)
+        result = monai_lm.refine(fixed, moving, spacing=spacing)
     found = evidence_of(fixed, warp(moving, result.ddf), result.ddf)
     out = {"agreement_before": agreement(fixed, moving), **vars(found), "seconds": result.seconds}
     out |= {"loss_before": float(result.initial_loss), "loss": float(result.final_loss)}

@@ -42,7 +42,7 @@ def refine(
     step: float = 0.5,
     seconds: float | None = None,
     memory: str = "auto",
-    compile: bool | str = "auto",  # noqa: A002 (as monai_lm.refine calls it)
+    kernels: str = "auto",
     device: str = "auto",
     file_format: str = "itk",
     report: bool = True,
@@ -71,7 +71,7 @@ def refine(
         step: largest displacement per iteration, in voxels.
         seconds: time budget.
         memory: auto, full, low or half.
-        compile: auto, true or false.
+        kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
@@ -80,7 +80,7 @@ def refine(
     """
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
-        "memory": memory, "compile": compile, "progress": sys.stderr.isatty(),
+        "memory": memory, "kernels": kernels, "progress": sys.stderr.isatty(),
     }  # fmt: skip
     metrics = files.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
@@ -101,7 +101,7 @@ def cohort(
     step: float = 0.5,
     seconds: float | None = None,
     memory: str = "auto",
-    compile: bool | str = "auto",  # noqa: A002 (as monai_lm.refine calls it)
+    kernels: str = "auto",
     device: str = "auto",
     file_format: str = "itk",
     report: bool = True,
@@ -122,7 +122,7 @@ def cohort(
         step: largest displacement per iteration, in voxels.
         seconds: time budget of a pair.
         memory: auto, full, low or half.
-        compile: auto, true or false.
+        kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
@@ -130,7 +130,7 @@ def cohort(
     """
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
-        "memory": memory, "compile": compile,
+        "memory": memory, "kernels": kernels,
     }  # fmt: skip
     rows, failed = refine_cohort(
         pairs, output_dir, overwrite, sys.stderr.isatty(),
@@ -277,7 +277,7 @@ def info(json: bool = False) -> None:
     import nibabel
     import pytorch_lightning
 
-    from monai_lm.compilation import compiler_found
+    from monai_lm.kernels import missing
 
     modules = (monai_lm, torch, monai, pytorch_lightning, nibabel)
     out: dict[str, Any] = {module.__name__: module.__version__ for module in modules}
@@ -285,7 +285,7 @@ def info(json: bool = False) -> None:
     out |= {
         "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
-        "compiler": compiler_found("cuda" if cuda else "cpu"),
+        "kernels": missing(torch.device("cuda" if cuda else "cpu")) or "native",
     }  # fmt: skip
     _show(out, json)
 

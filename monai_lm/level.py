@@ -10,8 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from monai_lm import levenberg
-from monai_lm.compilation import Ledger
-from monai_lm.engine import Engine, HalfEngine, LeanEngine
+from monai_lm.engine import Engine
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.levenberg import Trust
 from monai_lm.pyramid import Level, move_field, shrink
@@ -22,8 +21,7 @@ __all__ = ["LevelRun", "Settings"]
 
 _LOOK = 10  # iterations between two looks at the plateau, each a host synchronisation
 _MEND = 50  # iterations between two repairs; a level's end is repaired in any case, and this is for long levels only
-_PASSES = 2  # what a level takes at its start and at its end, in iterations
-_LEAN_FROM = 0.25  # levels with fewer voxels than this fraction of the finest grid need no memory to speak of
+_HALF_FROM = 0.25  # levels with fewer voxels than this fraction of the finest grid need no memory to speak of
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Settings:
     smooth_residual: float
     tolerance: float
     seed: int
-    compile: str | bool
     memory: str
     deadline: float
 
@@ -55,7 +52,6 @@ class LevelRun:
         finest: the grid of images and prediction.
         settings: what does not change from level to level.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
-        iterations: how many are expected, to decide whether compiling pays.
     """
 
     engine_type: type[Engine] = Engine
@@ -70,22 +66,14 @@ class LevelRun:
         finest: Level,
         settings: Settings,
         smooth_gradient: float,
-        iterations: int,
     ) -> None:
         self.level, self.settings = level, settings
-        voxels = fixed.shape[0] * fixed.shape[1] * torch.Size(level.size).numel()
-        work = voxels * (iterations + _PASSES)
-        self.ledger = Ledger(
-            fixed.device, level, tuple(fixed.shape[:2]), settings.similarity.signature, prediction is None,
-            smooth_gradient, settings.smooth_residual, settings.window, settings.memory,
-        )  # fmt: skip
-        lean = settings.memory != "full" and voxels > _LEAN_FROM * fixed.numel()
+        small = torch.Size(level.size).numel() < _HALF_FROM * torch.Size(finest.size).numel()
+        half = settings.memory == "half" and not small
         if prediction is not None and max(level.factor) > 1:
             prediction = move_field(prediction, finest, level)
             repair_in_place(prediction)
-        half = lean and settings.memory == "half"
-        kind = HalfEngine if half else LeanEngine if lean else self.engine_type
-        self.engine = kind(
+        self.engine = self.engine_type(
             level=level,
             fixed=shrink(fixed, level),
             moving=shrink(moving, level),
@@ -97,17 +85,15 @@ class LevelRun:
             step=settings.step,
             window=settings.window,
             keep_gradient=settings.control == "trust_region",
-            fuse=settings.compile is True or (settings.compile == "auto" and self.ledger.pays(work)),
         )
 
     def iterate(self, delta: float, count: int, record: Record, bar: tqdm) -> Tensor:
         """Iterate, end at the best residual, without folds; returns its loss ``(B,)``."""
         settings, engine = self.settings, self.engine
         loss = engine.evaluate()
-        trust = levenberg.initial_trust_of(engine.gradients, loss, delta)
+        trust = levenberg.initial_trust(engine.gradient, loss, delta, engine.unit)
         first = looked_at = best_loss = loss
         active = trust.damping > 0
-        done = 0
         better = torch.ones_like(active)  # whether the residual at hand is the best one so far
         self._record(record, loss, delta, trust, trust.expected, better, active)
         for k in range(1, count + 1):
@@ -122,7 +108,6 @@ class LevelRun:
             engine.retract(accepted)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
-            done = k
             bar.update()
             if k % _LOOK == 0:
                 if not bar.disable:  # the host waits for what it shows
@@ -133,7 +118,6 @@ class LevelRun:
                 if not bool(active.any()):
                     bar.update(count - k)
                     break
-        self.ledger.note(engine.moving.numel() * (done + _PASSES), engine.fuse)
         if settings.acceptance != "descent":
             engine.settle(better)
         return engine.loss(engine.residual) if engine.mend() else best_loss
@@ -169,17 +153,16 @@ def _start(
     half: bool,
     device: torch.device,
 ) -> Tensor:
-    """The residual that a level starts from, as its engine takes it: the one given up on this grid, or zero."""
+    """The residual that a level starts from: the one given up on this grid, or zero."""
     before, residual = given_up.pop() if given_up else (level, None)
-    if residual is not None and before == level and not half:
+    dtype = torch.half if half else torch.float32
+    if residual is not None and before == level and residual.dtype == dtype:
         return residual
-    shape = (pairs, len(level.size), *level.size)
-    room = torch.zeros((2, *shape), dtype=torch.half, device=device) if half else torch.zeros(shape, device=device)
-    if residual is not None:  # folds that resampling makes are repaired
-        start = room[0] if half else room
+    start = torch.zeros((pairs, len(level.size), *level.size), dtype=dtype, device=device)
+    if residual is not None:  # folds that resampling and rounding make are repaired
         move_field(residual, before, level, start)
         repair_in_place(start, prediction)
-    return room
+    return start
 
 
 def _freeze(trust: Trust, active: Tensor) -> Trust:

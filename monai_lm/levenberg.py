@@ -13,34 +13,36 @@ Source: Jena, Chaudhari, Gee, "Factored Levenberg-Marquardt for Diffeomorphic Im
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from monai_lm.compilation import piece
-from monai_lm.devices import widest_float
-from monai_lm.fields.algebra import compose
-from monai_lm.fields.smoothing import box_sum, gaussian_smooth, inverse_window_counts
+from monai_lm import kernels
+from monai_lm.kernels.reference import (
+    box_sum,
+    eulerian_gradient,
+    in_units,
+    inverse_window_counts,
+    lm_direction,
+    spatial_gradient,
+)
 
 __all__ = [
     "ACCEPTANCES",
     "CONTROLS",
     "Trust",
-    "advance",
     "chance",
     "direction",
-    "eulerian_gradient",
     "expected_decrease",
     "initial_trust",
-    "initial_trust_of",
     "judge",
     "per_voxel",
     "pull_back",
-    "relaxed",
-    "spatial_gradient",
+    "relax",
     "step_length",
+    "take_step",
 ]
 
 CONTROLS = ("simple", "trust_region")
@@ -79,31 +81,6 @@ def per_voxel(scalar: Tensor, like: Tensor) -> Tensor:
     return scalar.view(-1, *[1] * (like.dim() - 1))
 
 
-def spatial_gradient(image: Tensor) -> list[Tensor]:
-    """Central differences along every axis, one-sided at the edges: ``n`` tensors ``(B, C, *S)``, per voxel."""
-    out = []
-    for dim in range(2, image.dim()):
-        size = image.shape[dim]
-        first = image.narrow(dim, 1, 1) - image.narrow(dim, 0, 1)
-        last = image.narrow(dim, size - 1, 1) - image.narrow(dim, size - 2, 1)
-        inner = 0.5 * (image.narrow(dim, 2, size - 2) - image.narrow(dim, 0, size - 2))
-        out.append(torch.cat([first, inner, last], dim))
-    return out
-
-
-def eulerian_gradient(derivative: Tensor, warped: Tensor) -> Tensor:
-    """Gradient for compositional updates, ``g(x) = Σ_c dℓ/dI_c(x) ∇I_c(x)`` with ``I`` the warped image.
-
-    Args:
-        derivative: ``(B, C, *S)`` derivative of the loss with respect to the warped image.
-        warped: ``(B, C, *S)``.
-
-    Returns:
-        ``(B, n, *S)``, loss per voxel of displacement.
-    """
-    return torch.stack([(derivative * slope).sum(1) for slope in spatial_gradient(warped)], 1)
-
-
 def pull_back(gradient: Tensor, ddf: Tensor) -> Tensor:
     """Turn a gradient with respect to ``ddf`` into the one for compositional updates, ``(I + ∇u)ᵀ g``.
 
@@ -114,40 +91,26 @@ def pull_back(gradient: Tensor, ddf: Tensor) -> Tensor:
     return torch.stack([gradient[:, a] + (slope * gradient).sum(1) for a, slope in enumerate(spatial_gradient(ddf))], 1)
 
 
-def initial_trust(gradient: Tensor, loss: Tensor, damping: float) -> Trust:
+def initial_trust(gradient: Tensor, loss: Tensor, damping: float, unit: Sequence[float] | None = None) -> Trust:
     """Damping at the start of a level, ``λ₀ = δ/2 · (Σ |g|² / Σ |g|)²``.
 
     Background and padding do not change it. Where ``|g|`` is distributed exponentially, it is ``δ · mean |g|²``.
 
     Args:
-        gradient: ``(B, n, *S)`` smoothed gradient, in the metric of the step.
-        loss: ``(B,)``.
+        gradient: ``(B, n, *S)`` smoothed gradient, in voxels.
+        loss: ``(B,)``; or ``(1,)`` for all pairs, whose gradients count as one then.
         damping: δ, without units.
-    """
-    return initial_trust_of(lambda: iter((gradient,)), loss, damping)
-
-
-def initial_trust_of(gradients: Callable[[], Iterable[Tensor]], loss: Tensor, damping: float) -> Trust:
-    """:func:`initial_trust` of a gradient that comes in parts.
-
-    Args:
-        gradients: called twice; returns tensors ``(B, n, …)`` that make up the gradient.
-        loss: ``(B,)``.
-        damping: δ, without units.
+        unit: of the metric of the step, in voxels of every axis; default: ones.
     """
     info = torch.finfo(loss.dtype)
-    largest = torch.stack([part.flatten(1).abs().amax(1) for part in gradients()]).amax(0).clamp(min=info.tiny)
-    exact = widest_float(loss.device)  # so exact that it does not matter how the gradient is cut
-    squares = lengths = torch.zeros_like(loss, dtype=exact)
-    for part in gradients():
-        squared = (part / per_voxel(largest, part)).square().sum(1).flatten(1)  # in the range of float32
-        squares = squares + squared.sum(1, dtype=exact)
-        lengths = lengths + squared.sqrt().sum(1, dtype=exact)
-    typical = (squares / lengths.clamp(min=info.tiny)).to(loss.dtype) * largest
-    reference = (damping * typical * typical / 2).clamp(max=info.max / _DAMPING_RANGE)
+    sums = kernels.gradient_sums(gradient, unit or [1.0] * gradient.shape[1])
+    squares, lengths = sums[:, 1], sums[:, 2]
+    if len(loss) != len(sums):
+        squares, lengths = squares.sum(0, keepdim=True), lengths.sum(0, keepdim=True)
+    typical = squares / lengths.clamp(min=info.tiny)
+    reference = (damping * typical * typical / 2).clamp(max=info.max / _DAMPING_RANGE).to(loss.dtype)
     unknown = torch.full_like(loss, float("nan"))
-    # a copy: a compiler would take damping that is the reference for another case than damping that is not
-    return Trust(reference.clone(), reference, loss, unknown, torch.zeros_like(loss))
+    return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
 
 
 def step_length(trust: Trust) -> Tensor:
@@ -171,15 +134,13 @@ def direction(gradient: Tensor, trust: Trust, step: float, window: int = 1) -> T
     Returns:
         ``(B, n, *S)`` step in the metric; zero for pairs without a gradient.
     """
+    if window == 1:
+        return lm_direction(gradient, step * step_length(trust), trust.damping)
     radius = per_voxel(step * step_length(trust), gradient)
     damping = per_voxel(trust.damping, gradient)
     moves = damping > 0
     root = torch.where(moves, damping, torch.ones_like(damping)).sqrt()
-    g = gradient / root  # λ is 1 for it: no square leaves the range of float32
-    if window == 1:
-        v = -2 * radius * g / (g.square().sum(1, keepdim=True) + 1)
-        return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
-    v = -2 * radius * _solve_windowed(g, window // 2)
+    v = -2 * radius * _solve_windowed(gradient / root, window // 2)
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     v = v * (radius / length.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1)
     return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
@@ -212,25 +173,50 @@ def _solve_windowed(g: Tensor, half: int) -> Tensor:
     return torch.cat(solved, 1)
 
 
+def take_step(
+    smooth: Tensor,
+    residual: Tensor,
+    trust: Trust,
+    unit: Sequence[float],
+    step: float,
+    window: int,
+    image: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+) -> Tensor:
+    """The step composed into the residual map, ``id + r' = (id + r) ∘ (id + v)``; see :func:`monai_lm.kernels.step`.
+
+    Args:
+        smooth: ``(B, n, *S)`` smoothed gradient, in voxels.
+        residual: ``(B, n, *S)`` in voxels.
+        trust: state of the damping; pairs without damping stay as they are.
+        unit: of the metric of the step, in voxels of every axis.
+        step: largest step in the metric.
+        window: width of the window of the Hessian, 1 for none.
+        image: the warped image and the derivative of the loss, ``(B, C, *S)`` each, for what the step promises.
+        out: ``(B, n, *S)`` to write to; may be ``smooth``.
+
+    Returns:
+        The first-order decrease that the step promises, ``(B,)``; NaN without ``image``.
+    """
+    warped, derivative = (None, None) if image is None else image
+    if window == 1:
+        radius = step * step_length(trust)
+        return kernels.step(smooth, residual, unit, radius, trust.damping, warped, derivative, out)
+    wide = smooth.to(torch.promote_types(smooth.dtype, torch.float32))
+    v = in_units(direction(in_units(wide, unit), trust, step, window), unit)
+    expected = torch.full_like(trust.damping, float("nan"))
+    if warped is not None and derivative is not None:
+        expected = expected_decrease(eulerian_gradient(derivative, warped), v)
+    kernels.compose(residual, v, out)
+    return expected
+
+
 def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
     """First-order decrease ``-Σ ⟨g, v⟩`` per pair, ``(B,)``, for the unsmoothed gradient ``g``."""
     return -(gradient * v).flatten(1).sum(1)
 
 
-def advance(residual: Tensor, v: Tensor, trust: Trust, smooth_residual: Sequence[float], rate: float = 1) -> Tensor:
-    """Compose the step into the residual map, ``id + r' = (id + r) ∘ (id + v)``, and smooth it by :func:`relaxed`.
-
-    Args:
-        residual: ``(B, n, *S)`` in voxels.
-        v: ``(B, n, *S)`` step in voxels.
-        trust: state of the damping; pairs without damping stay as they are.
-        smooth_residual: standard deviation of the Gaussian per axis, in voxels.
-        rate: at most 1, multiplies the weight of the smoothing.
-    """
-    return relaxed(compose(residual, v), residual, trust, smooth_residual, rate)
-
-
-def relaxed(moved: Tensor, before: Tensor, trust: Trust, smooth_residual: Sequence[float], rate: float = 1) -> Tensor:
+def relax(moved: Tensor, trust: Trust, smooth_residual: Sequence[float], out: Tensor, rate: float = 1) -> None:
     """Elastic smoothing of a residual that has moved, ``r' + α (G r' - r')`` with ``G`` a Gaussian.
 
     It is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the map, not only the
@@ -238,20 +224,13 @@ def relaxed(moved: Tensor, before: Tensor, trust: Trust, smooth_residual: Sequen
 
     Args:
         moved: ``(B, n, *S)`` residual after the step, in voxels.
-        before: ``(B, n, *S)`` residual before it; pairs without damping return to it.
-        trust: state of the damping.
+        trust: state of the damping; ``out`` stays as it is in pairs without damping.
         smooth_residual: standard deviation of the Gaussian per axis, in voxels.
+        out: ``(B, n, *S)`` to write to: the residual before the step.
         rate: at most 1, multiplies α.
     """
-    smooth = gaussian_smooth(moved, smooth_residual) if any(s > 0 for s in smooth_residual) else None
-    return piece(_blended, moved, smooth, before, trust, rate)
-
-
-def _blended(moved: Tensor, smooth: Tensor | None, before: Tensor, trust: Trust, rate: float) -> Tensor:
-    """The moved residual, part of the way to the smooth one; that from before where a pair has no damping."""
-    if smooth is not None:
-        moved = moved + per_voxel(rate * step_length(trust), moved) * (smooth - moved)
-    return torch.where(per_voxel(trust.damping, moved) > 0, moved, before)
+    weight = torch.where(trust.damping > 0, rate * step_length(trust), -1.0)
+    kernels.elastic(moved, smooth_residual, weight, out)
 
 
 def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: float) -> tuple[Tensor, Tensor, Trust]:

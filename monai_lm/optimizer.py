@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from monai_lm import levenberg
 from monai_lm.fields.smoothing import gaussian_smooth
 from monai_lm.fields.topology import repair
+from monai_lm.kernels.reference import in_units
 from monai_lm.levenberg import Trust, per_voxel
 from monai_lm.pyramid import make_level
 from monai_lm.validation import check_control, check_number, check_spacing
@@ -163,23 +164,29 @@ class FactoredLM(Optimizer):
         raw = field.grad.nan_to_num(0.0, 0.0, 0.0)
         gradient = raw if group["eulerian"] else levenberg.pull_back(raw, field)
         level = make_level(field.shape[2:], check_spacing(group["spacing"], field.shape[1]), 1)
-        unit = field.new_tensor(level.unit).view(1, -1, *[1] * len(level.size))
         smooth = gaussian_smooth(gradient, level.in_voxels(group["smooth_gradient"]))
-        trust = self._trust(field, group, smooth * unit, loss.reshape(-1).to(field.dtype))
-        v = levenberg.direction(smooth * unit, trust, group["lr"] * group["step"], group["window"]) * unit
-        moved = levenberg.advance(field, v, trust, level.in_voxels(group["smooth_residual"]), min(1, group["lr"]))
+        trust = self._trust(field, group, smooth, level.unit, loss.reshape(-1).to(field.dtype))
+        each = _of_every_pair(trust, len(field))
+        step, old, moved = group["lr"] * group["step"], field.detach().clone(), torch.empty_like(smooth)
+        levenberg.take_step(smooth, old, each, level.unit, step, group["window"], None, moved)
+        after = old.clone() if group["acceptance"] != "always" else old
+        sigma = level.in_voxels(group["smooth_residual"])
+        levenberg.relax(moved, each, sigma, after, min(1, group["lr"]))
         state = self.state[field]
         state["step"] += 1
         if group["lr"] and group["repair_every"] and state["step"] % group["repair_every"] == 0:
-            moved = repair(moved)
-        expected = levenberg.expected_decrease(gradient, v)
-        trust = replace(trust, expected=expected.sum(0, keepdim=True) if loss.numel() == 1 else expected)
+            after = repair(after)
+        if group["control"] == "trust_region":
+            v = levenberg.direction(in_units(smooth, level.unit), each, step, group["window"])
+            expected = levenberg.expected_decrease(gradient, in_units(v, level.unit))
+            trust = replace(trust, expected=expected.sum(0, keepdim=True) if loss.numel() == 1 else expected)
         state.update(trust.state())
-        old = field.detach().clone() if group["acceptance"] != "always" else field
-        field.copy_(moved)
+        field.copy_(after)
         return old
 
-    def _trust(self, field: Tensor, group: dict[str, Any], gradient: Tensor, loss: Tensor) -> Trust:
+    def _trust(
+        self, field: Tensor, group: dict[str, Any], gradient: Tensor, unit: Sequence[float], loss: Tensor
+    ) -> Trust:
         """State of the damping for the coming step, judged by the loss that the last step led to."""
         state = self.state[field]
         if "damping" not in state:
@@ -190,8 +197,7 @@ class FactoredLM(Optimizer):
                     stacklevel=5,
                 )
             state["step"] = 0
-            whole = gradient if loss.numel() == gradient.shape[0] else gradient.transpose(0, 1).unsqueeze(0)
-            return levenberg.initial_trust(whole, loss, group["damping"])
+            return levenberg.initial_trust(gradient, loss, group["damping"], unit)
         trust = Trust(**{name: state[name] for name in Trust.__dataclass_fields__})
         if group["acceptance"] != "always":
             return trust
@@ -207,6 +213,11 @@ class FactoredLM(Optimizer):
         )
         state.update(trust.state())
         field.copy_(torch.where(per_voxel(accepted, field), field, old))
+
+
+def _of_every_pair(trust: Trust, pairs: int) -> Trust:
+    """A state that is one for all pairs, ``(1,)``, as one of every pair, ``(B,)``."""
+    return Trust(**{name: value.expand(pairs) for name, value in trust.state().items()})
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -61,6 +61,6 @@ def believed(
             f"ddf of pair {pair} {told}, so it is not used: the pair starts from the identity. Likely reasons: "
             "its channels are not in the order of the array axes, an axis is mirrored, it is not in voxels (but in "
             "millimetres, or normalised), or it leads from the moving to the fixed image",
-            stacklevel=7,
+            stacklevel=6,
         )
     return torch.where(per_voxel(wrong, ddf), torch.zeros_like(ddf), ddf), ~wrong

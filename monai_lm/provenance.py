@@ -35,7 +35,7 @@ __all__ = [
 _BUNDLE = ("configs/**/*", "models/model.pt", "scripts/**/*.py")
 """The files of a bundle that its results depend on."""
 
-NEUTRAL = ("progress", "compile")
+NEUTRAL = ("progress", "kernels")
 """Keyword arguments of :func:`monai_lm.refine` that change how it works, not what it finds."""
 
 

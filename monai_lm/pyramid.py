@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.devices import widest_float
-from monai_lm.fields import gaussian_smooth
+from monai_lm.fields.smoothing import gaussian_smooth
 
 __all__ = ["Level", "automatic_scales", "make_level", "move_field", "shrink"]
 

@@ -6,7 +6,6 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from operator import index
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monai_lm.compilation import CompileClock, many_shapes
+from monai_lm import kernels as kernels_
 from monai_lm.devices import Stopwatch
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.level import LevelRun, Settings
@@ -26,7 +25,6 @@ from monai_lm.pyramid import Level, automatic_scales, make_level
 from monai_lm.result import Record, RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.weighted import Weighted, with_weight
-from monai_lm.streaming import give_back_freed_memory, keep_freed_memory, sparing_memory
 from monai_lm.validation import (
     check_control,
     check_field,
@@ -61,7 +59,7 @@ def refine(
     seconds: float | None = None,
     tolerance: float = 0.005,
     seed: int = 0,
-    compile: str | bool = "auto",  # noqa: A002 (the name torch users expect)
+    kernels: str = "auto",
     memory: str = "auto",
     progress: bool = False,
 ) -> RefinementResult:
@@ -94,16 +92,15 @@ def refine(
         smooth_residual: standard deviation of the elastic smoothing of the residual, in the same unit.
         spacing: voxel edge per axis, in millimetres; smoothing and steps are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
-            returned when it is spent. Compiling, and making sure that the result has no folds, come on top.
+            returned when it is spent. Making sure that the result has no folds comes on top.
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
         seed: of the ``"metropolis"`` acceptance.
-        compile: ``True`` compiles the kernels with ``torch.compile``, ``False`` does not, ``"auto"`` where it pays: for
-            much work, for kernels that lie in the compiler's cache on disk, and for shapes that keep coming back.
-        memory: ``"full"`` keeps what saves time; ``"low"`` keeps two fields beside the images and streams the rest, at
-            about four times the time; ``"half"`` is ``"low"`` with images and residual in half precision (pass half
-            precision images, or copies are made). The last two are for measures that look at a neighbourhood, LNCC and
-            MSE. ``"auto"`` is the first of the three that fits on a GPU, ``"full"`` elsewhere; when a GPU runs out of
-            memory, the next leaner ones are tried, each with a warning.
+        kernels: ``"native"`` are written for the device: for CPUs in C, compiled in some seconds when the first one is
+            needed and then kept in the user's cache; for CUDA in Triton. ``"reference"`` are plain PyTorch, for any
+            device, slow and with many intermediate results. ``"auto"``: native ones where there are some.
+        memory: ``"full"`` or ``"half"``, which keeps images and residual in half precision (pass half precision
+            images, or copies are made). ``"auto"`` is ``"half"`` on a GPU without room for ``"full"``; when a GPU runs
+            out of memory, it is tried with a warning.
         progress: show a progress bar.
 
     Returns:
@@ -122,8 +119,12 @@ def refine(
     started = time.perf_counter()
     if memory not in ("auto", *MODES):
         raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
+    if kernels not in kernels_.CHOICES:
+        raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
     fixed, moving = (plain(name, image, memory == "half") for name, image in (("fixed", fixed), ("moving", moving)))
     check_images(fixed, moving)
+    if kernels == "native" and (reason := kernels_.missing(fixed.device)) is not None:
+        raise ValueError(f"kernels must not be 'native' on {fixed.device}: {reason}")
     size, n = fixed.shape[2:], fixed.dim() - 2
     if ddf is not None:
         ddf = plain("ddf", ddf)
@@ -133,7 +134,7 @@ def refine(
     counts = _iterations(iterations, [level.scale for level in levels])
     dampings = per_level("damping", damping, len(levels), 0, exclusive=True)
     sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
-    _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window, compile)
+    _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window)
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     deadline = float("inf") if seconds is None else started + seconds
@@ -142,11 +143,9 @@ def refine(
         mask, measure = plain("mask", mask), Weighted(measure)
         check_mask(mask, fixed)
     if memory == "auto":
-        memory = automatic_mode(fixed, measure)
-    if memory == "full":
-        keep_freed_memory(fixed.device)
+        memory = automatic_mode(fixed)
     settings = Settings(
-        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, compile, memory, deadline
+        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, memory, deadline
     )  # fmt: skip
     stages = list(zip(levels, counts, dampings, sigmas, strict=True))
     finest = make_level(size, edges, 1)
@@ -154,7 +153,7 @@ def refine(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
-        nullcontext() if memory == "full" else sparing_memory(fixed.device),
+        kernels_.using(kernels),
         tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
     ):
 
@@ -181,16 +180,15 @@ def _as_memory_allows(
             return run(settings)
         except torch.OutOfMemoryError as error:
             mode, leaner = settings.memory, MODES[MODES.index(settings.memory) + 1 :]
-            if not leaner or settings.similarity.halo is None:
+            if not leaner:
                 raise torch.OutOfMemoryError(
                     f"{images.device} has too little memory for images {tuple(images.shape)} with memory={mode!r}, "
-                    f"the leanest mode for {type(settings.similarity).__name__}"
+                    "the leanest mode"
                 ) from error
             warnings.warn(f"memory={mode!r} ran out of memory, trying {leaner[0]!r}: {error}", stacklevel=3)
         settings = replace(settings, memory=leaner[0])
 
 
-@many_shapes()
 def _coarse_to_fine(
     fixed: Tensor,
     moving: Tensor,
@@ -217,18 +215,15 @@ def _coarse_to_fine(
         repaired = repair(start, deadline=settings.deadline)
         del start
     given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
-    with CompileClock() as clock:
-        record = Record(fixed.shape[0], Stopwatch(fixed.device, started), clock)
-        for level, count, delta, sigma in stages:
-            run = level_run(level, fixed, moving, repaired, given_up, finest, settings, sigma, count)
-            loss = run.iterate(delta, count, record, bar)
-            if level is not stages[-1][0] or level.factor != finest.factor:
-                given_up = [(level, run.engine.residual)]
-                del run  # and all that the level keeps
-                if settings.memory != "full":
-                    give_back_freed_memory(fixed.device)
+    record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
+    for level, count, delta, sigma in stages:
+        run = level_run(level, fixed, moving, repaired, given_up, finest, settings, sigma)
+        loss = run.iterate(delta, count, record, bar)
+        if level is not stages[-1][0] or level.factor != finest.factor:
+            given_up = [(level, run.engine.residual)]
+            del run  # and all that the level keeps
     if level.factor != finest.factor:
-        run = level_run(finest, fixed, moving, repaired, given_up, finest, settings, sigma, 1)
+        run = level_run(finest, fixed, moving, repaired, given_up, finest, settings, sigma)
         loss = run.engine.loss(run.engine.residual)
     return _finish(run, loss, ddf, used, constant, record, started)
 
@@ -245,7 +240,7 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
         same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
         if bool(same.any()):
             pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=7)
+            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)
         constant |= same
     return constant
 
@@ -264,7 +259,7 @@ def _finish(
     initial = engine.loss(None)
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
-        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=7)
+        warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=6)
     better = (loss <= initial) & ~constant
     rounded = engine.residual.dtype == torch.half
     ddf = engine.displacement(better)
@@ -335,7 +330,6 @@ def _check_settings(
     control: str,
     acceptance: str,
     window: int,
-    fuse: str | bool,
 ) -> None:
     check_number("step", step, 0, exclusive=True)
     check_number("smooth_residual", smooth_residual, 0)
@@ -343,5 +337,3 @@ def _check_settings(
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     check_control(control, acceptance, window)
-    if not (isinstance(fuse, bool) or fuse == "auto"):
-        raise ValueError(f"compile must be 'auto', True or False, got {fuse!r}")

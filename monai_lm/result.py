@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_lm.compilation import CompileClock
 from monai_lm.devices import Stopwatch
 from monai_lm.fields import invert
 
@@ -26,7 +25,6 @@ class Iteration(NamedTuple):
         accepted: whether the step was kept.
         seconds: since the call of :func:`monai_lm.refine`, when the iteration was done; on a GPU that is not a CUDA
             device, when it was queued.
-        compile_seconds: what of them went into compiling kernels, or loading them from the compiler's cache on disk.
     """
 
     level: float
@@ -35,7 +33,6 @@ class Iteration(NamedTuple):
     gain_ratio: float
     accepted: bool
     seconds: float
-    compile_seconds: float = 0.0
 
 
 class Record:
@@ -44,20 +41,18 @@ class Record:
     Args:
         pairs: batch size.
         watch: started with the call.
-        clock: of compiling.
     """
 
-    def __init__(self, pairs: int, watch: Stopwatch, clock: CompileClock) -> None:
+    def __init__(self, pairs: int, watch: Stopwatch) -> None:
         self._pairs = pairs
         self._watch = watch
-        self._clock = clock
-        self._levels: list[tuple[float, float]] = []
+        self._levels: list[float] = []
         self._values: list[Tensor] = []
 
     def add(self, level: float, loss: Tensor, damping: Tensor, gain: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Note one iteration of all pairs, ``(B,)`` each; pairs that are not ``active`` have stopped."""
         self._watch.lap()
-        self._levels.append((level, self._clock.seconds))
+        self._levels.append(level)
         self._values.append(torch.stack([loss, damping, gain, accepted.to(loss), active.to(loss)]))
 
     def history(self) -> list[list[Iteration]]:
@@ -68,7 +63,7 @@ class Record:
         history: list[list[Iteration]] = []
         for pair in range(self._pairs):
             rows = zip(self._levels, seconds, values[:, :, pair].tolist(), strict=True)
-            history.append([Iteration(lv, x[0], x[1], x[2], x[3] > 0, s, c) for (lv, c), s, x in rows if x[4] > 0])
+            history.append([Iteration(level, x[0], x[1], x[2], x[3] > 0, s) for level, s, x in rows if x[4] > 0])
         return history
 
 

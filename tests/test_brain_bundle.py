@@ -83,8 +83,8 @@ def run(names: list[str], data: Path, output: Path, processes: int = 1, **settin
 
 
 SMALL = {
-    "preprocessing#transforms#7#spatial_size": "[48,64,48]", "match#iterations": "10", "match#compile": "False",
-    "refine#iterations": "5", "refine#compile": "False",
+    "preprocessing#transforms#7#spatial_size": "[48,64,48]", "match#iterations": "10",
+    "refine#iterations": "5",
 }  # fmt: skip
 
 
@@ -338,7 +338,7 @@ def test_training_starts_from_given_weights(small_brains, tmp_path):
 
 def test_a_bundles_field_has_no_folds_and_fits_the_fixed_files_grid(small_brains):
     grid = nib.load(small_brains / "1008_t1.nii.gz")
-    bundle = RegistrationBundle(BUNDLE, settings={"scales": [2, 1], "iterations": 20, "compile": False})
+    bundle = RegistrationBundle(BUNDLE, settings={"scales": [2, 1], "iterations": 20})
     bundle.inferer.match |= {"similarity": "mse", "scales": (1,), "iterations": (2,)}  # structures are too small here
     bundle.preprocessing.transforms[7].padder.padder.spatial_size = [48, 64, 48]
     files = {role: small_brains / f"{name}_t1.nii.gz" for role, name in (("fixed", "1008"), ("moving", "1009"))}

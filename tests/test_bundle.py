@@ -401,7 +401,7 @@ def test_orientation_does_not_matter(tmp_path):
     for name, path in pair.items():
         image = nib.load(path).as_reoriented(np.array([[0, -1], [2, 1], [1, -1]]))
         nib.save(image, turned.setdefault(name, tmp_path / f"{name}.nii.gz"))
-    settings = {"iterations": [3, 2], "scales": [2, 1], "compile": False}
+    settings = {"iterations": [3, 2], "scales": [2, 1]}
     registration = RegistrationBundle(BUNDLE, settings=settings)
     grid = nib.load(pair["fixed"])
     fields = [registration.register(**files, size=grid.shape, affine=grid.affine)[1].ddf for files in (pair, turned)]

@@ -100,7 +100,7 @@ def test_two_processes_train_one_network(tmp_path):
 @needs_data
 def test_two_processes_evaluate_what_one_does(tmp_path):
     names = ["inference", "evaluate"]
-    settings = {"datalist#count": 3, "refine#iterations": "[3,3]", "refine#compile": "False"}
+    settings = {"datalist#count": 3, "refine#iterations": "[3,3]"}
     run(names, tmp_path / "one", settings | {"device": "cpu"})
     run([*names, "multi_gpu_evaluate"], tmp_path / "two", settings | {"device": "$torch.device('cpu')"}, processes=2)
     one, two = (

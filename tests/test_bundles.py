@@ -72,7 +72,7 @@ def bundle(tmp_path):
             "_target_": "Compose",
             "transforms": [*PLAIN[:2], {"_target_": "BorderPadd", "keys": KEYS, "spatial_border": 2}, PLAIN[2]],
         },
-        "refine": {"iterations": 0, "scales": [1], "compile": False},
+        "refine": {"iterations": 0, "scales": [1]},
         "inferer": {
             "_target_": "monai_lm.RegistrationInferer",
             "prediction": "displacement",
@@ -112,7 +112,7 @@ def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pai
     step[:3, 3] = (2, 0, 3)
     affine = MOVING @ step @ np.linalg.inv(FIXED)
     np.savetxt(tmp_path / "affine.txt", affine)
-    change(bundle, refine={"similarity": "mse", "iterations": 0, "scales": [1], "compile": False})
+    change(bundle, refine={"similarity": "mse", "iterations": 0, "scales": [1]})
     further = {"bundle": bundle, "affine": tmp_path / "affine.txt", "report": False}
     files.refine_pair(**pair, **further, output_dir=tmp_path / "shifted")
     shifted, _ = read_ddf(tmp_path / "shifted" / "ddf.nii.gz", moving_affine=MOVING)

@@ -62,7 +62,7 @@ def test_refine_then_evaluate_as_commands(tmp_path, monkeypatch, capsys):
         "--json",
         "true",
     ]
-    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine, "--report", "false", "--compile", "false"])
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine, "--report", "false"])
     cli.main()
     refined = json.loads(capsys.readouterr().out)
     assert refined["loss"] < 0.3 * refined["loss_before"]

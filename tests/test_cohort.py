@@ -15,7 +15,7 @@ from monai_lm.cohort import refine_cohort
 from monai_lm.fields import gaussian_smooth
 from monai_lm.files import refine_pair
 
-SETTINGS = {"iterations": 5, "scales": (1,), "compile": False}
+SETTINGS = {"iterations": 5, "scales": (1,)}
 
 
 @pytest.fixture
@@ -93,7 +93,6 @@ def test_a_bad_pair_stops_nobody_and_is_named(cohort, tmp_path, monkeypatch, cap
         "output_dir": out,
         "iterations": 3,
         "scales": "[1]",
-        "compile": "false",
         "report": False,
     }
     command = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
@@ -184,7 +183,7 @@ def test_what_another_pair_left_is_not_taken_for_a_pairs(namesakes):
     [
         ({"similarity": "mse"}, "similarity was 'lncc', is 'mse'"),
         ({"iterations": 6}, "iterations was 5, is 6"),
-        ({"compile": True, "progress": True}, None),
+        ({"kernels": "native", "progress": True}, None),
     ],
 )
 def test_what_other_settings_left_is_not_taken_for_a_result(namesakes, settings, message):

@@ -12,7 +12,7 @@ from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fileio import read_ddf, read_points, write_itk_ddf
 from monai_lm.space import through_affine
 
-QUICK = {"scales": (2, 1), "iterations": (40, 20), "compile": False}
+QUICK = {"scales": (2, 1), "iterations": (40, 20)}
 FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
 # turned, mirrored, on other voxels, elsewhere
 MOVING = np.array([[0, -1.2, 0, 34.0], [1.3, 0, 0, -2.0], [0, 0, 1.8, 1.0], [0, 0, 0, 1]])
@@ -435,7 +435,7 @@ def test_noise_for_an_image_is_doubted(pair, tmp_path):
     noise = np.random.default_rng(0).standard_normal((26, 27, 20)).astype(np.float32)
     metrics = _refine(
         pair | {"moving": _save(tmp_path / "noise.nii.gz", noise, MOVING)}, tmp_path / "out", labels=None, points=None,
-        settings={"compile": False},
+        settings={},
     )  # fmt: skip
     assert metrics["loss"] < metrics["loss_before"]  # similarity alone would be content
     assert metrics["verdict"] == "check"

@@ -7,11 +7,10 @@ import torch
 from tqdm import tqdm
 
 from monai_lm import engine as engine_module
-from monai_lm.compilation import CompileClock
 from monai_lm.devices import Stopwatch
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.level import LevelRun, Settings
-from monai_lm.levenberg import initial_trust_of
+from monai_lm.levenberg import initial_trust
 from monai_lm.pyramid import make_level
 from monai_lm.result import Record
 from monai_lm.similarity import MSE
@@ -28,7 +27,7 @@ def noise(seed, channels, sigma, size=SIZE):
 def settings(**changes):
     values = {
         "similarity": MSE(), "step": 0.5, "control": "simple", "acceptance": "always", "window": 1,
-        "smooth_residual": 0.5, "tolerance": 0.0, "seed": 0, "compile": False, "memory": "full",
+        "smooth_residual": 0.5, "tolerance": 0.0, "seed": 0, "memory": "full",
         "deadline": float("inf"),
     }  # fmt: skip
     return Settings(**{**values, **changes})
@@ -40,14 +39,14 @@ def make_run(prediction=None, scale=1, residual=None, before=1, **changes):
     finest = make_level(SIZE, (1, 1), 1)
     given_up = [] if residual is None else [(make_level(SIZE, (1, 1), before), residual)]
     level = make_level(SIZE, (1, 1), scale)
-    run = LevelRun(level, fixed, moving, prediction, given_up, finest, settings(**changes), 1.0, 10)
+    run = LevelRun(level, fixed, moving, prediction, given_up, finest, settings(**changes), 1.0)
     assert not given_up
     return run
 
 
 def iterate(run, count):
     """The residual that a level ends with, its loss, and the history of the only pair."""
-    record = Record(1, Stopwatch(torch.device("cpu"), 0.0), CompileClock())
+    record = Record(1, Stopwatch(torch.device("cpu"), 0.0))
     with torch.no_grad():
         loss = run.iterate(1.0, count, record, tqdm(disable=True))
     return run.engine.residual, loss, record.history()[0]
@@ -97,17 +96,16 @@ def test_long_levels_are_repaired_on_the_way(monkeypatch):
     assert len(rounds) == 3  # at 50, at 100, at its end
 
 
-def test_lean_memory_is_for_large_levels_only():
-    kinds = [type(make_run(scale=scale, memory="low").engine).__name__ for scale in (2.5, 1)]
-    assert kinds == ["Engine", "LeanEngine"]
-    assert make_run(memory="half").engine.residual.dtype == torch.float16
+def test_half_precision_is_for_large_levels_only():
+    kinds = [make_run(scale=scale, memory="half").engine.residual.dtype for scale in (2.5, 1)]
+    assert kinds == [torch.float32, torch.float16]
 
 
 def test_frozen_pairs_stay_where_they_are():
     run = make_run(tolerance=0.5)  # so high that the level is left early
     _, _, history = iterate(run, 100)
     assert len(history) < 60
-    trust = initial_trust_of(run.engine.gradients, torch.ones(1), 0.0)
+    trust = initial_trust(run.engine.gradient, torch.ones(1), 0.0)
     before = run.engine.residual.clone()
     run.engine.evaluate()
     run.engine.advance(trust, None, keep=False)

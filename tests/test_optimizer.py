@@ -64,7 +64,7 @@ def test_equals_refine_bit_for_bit(shape, control, acceptance, window):
     settings = {"control": control, "acceptance": acceptance, "window": window, "step": step, "seed": 3}
     result = refine(
         fixed, moving, similarity=LNCC(), scales=(1,), iterations=iterations, damping=1.0, smooth_gradient=1.0,
-        tolerance=0, compile=False, **settings,
+        tolerance=0, **settings,
     )  # fmt: skip
     measure, field = LNCC(), zeros(shape, batch=2)
     reference, (_, moving_range) = measure.prepare(fixed, moving)[0], measure.ranges(fixed, moving)

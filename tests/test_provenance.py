@@ -75,7 +75,7 @@ def test_a_bundle_is_its_configuration_weights_and_scripts(tmp_path):
 def test_defaults_that_are_given_are_no_change(files):
     images = [files / "a", files / "b"]
     record = recorded(pair_recipe(*images, settings={"progress": True}))
-    assert pair_recipe(*images, settings={"similarity": "lncc", "compile": False}).changes(record) == []
+    assert pair_recipe(*images, settings={"similarity": "lncc"}).changes(record) == []
     assert pair_recipe(*images, file_format="fsl").changes(record) == ["file_format was 'itk', is 'fsl'"]
     assert pair_recipe(*images, labels=images).changes(record) == [
         f"fixed_label was none, is {files / 'a'}",

@@ -24,19 +24,19 @@ def steps(device: torch.device, dry: bool, folder: Path) -> list[Step]:
     """What explains the tables comes first, then larger and larger images."""
     size = DRY_SIZE if dry else SIZE
     out: list[Step] = [
-        ("profile, eager", partial(profiled, size, device, folder, False)),
+        ("profile, reference", partial(profiled, size, device, folder, "reference")),
         ("guard", partial(guard, size, device)),
         ("repair", partial(repaired, size, device)),
         ("whole, with repair", partial(whole_with_repair, size, device)),
     ]
     if not dry:
-        out.insert(0, ("profile, compiled", partial(profiled, size, device, folder, True)))
-    runs = product((12, 16) if dry else (320, 384, 512), ("full", "low", "half"))
+        out.insert(0, ("profile, native", partial(profiled, size, device, folder, "native")))
+    runs = product((12, 16) if dry else (320, 384, 512), ("full", "half"))
     return out + [(f"{edge}^3, {mode}", partial(scaled, edge, mode, device)) for edge, mode in runs]
 
 
 def scaled(edge: int, mode: str, device: torch.device) -> Values:
-    """Milliseconds per iteration and V of a cube, eagerly: at these sizes launches cost nothing."""
+    """Milliseconds per iteration and V of a cube."""
     pair = synthetic((edge,) * 3, device)
     fixed, moving = (image.half() if mode == "half" else image for image in pair[:2])
     prediction = pair.prediction
@@ -44,20 +44,20 @@ def scaled(edge: int, mode: str, device: torch.device) -> Values:
     del pair
 
     def run(iterations: int) -> Any:
-        return monai_lm.refine(
-            fixed, moving, prediction, scales=(1,), iterations=iterations, tolerance=0, compile=False, memory=mode
-        )
+        return monai_lm.refine(fixed, moving, prediction, scales=(1,), iterations=iterations, tolerance=0, memory=mode)
 
     values = per_iteration(run, volume, device, 1, 3)
     return values | {"volumes": values["volumes"] / edge**3, "ns_per_voxel": 1e6 * values["ms"] / edge**3}
 
 
-def profiled(size: Sequence[int], device: torch.device, folder: Path, fused: bool) -> Values:
+def profiled(size: Sequence[int], device: torch.device, folder: Path, kernels: str) -> Values:
     """The kernels of three iterations that take longest, in milliseconds; the trace is in the folder."""
     pair = synthetic(size, device)
 
     def run() -> None:
-        monai_lm.refine(pair.fixed, pair.moving, pair.prediction, scales=(1,), iterations=3, tolerance=0, compile=fused)
+        monai_lm.refine(
+            pair.fixed, pair.moving, pair.prediction, scales=(1,), iterations=3, tolerance=0, kernels=kernels
+        )
 
     run()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -65,7 +65,7 @@ def profiled(size: Sequence[int], device: torch.device, folder: Path, fused: boo
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    trace.export_chrome_trace(str(folder / f"trace_{'compiled' if fused else 'eager'}.json.gz"))
+    trace.export_chrome_trace(str(folder / f"trace_{kernels}.json.gz"))
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, name))[:15]
     return {"ms": {row.key[:60]: [round(getattr(row, name) / 1000, 3), row.count] for row in rows}}

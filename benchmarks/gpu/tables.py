@@ -48,7 +48,7 @@ def steps(device: torch.device, dry: bool) -> list[Step]:
     return out
 
 
-_CALLS: dict[str, dict[str, Any]] = {"auto": {}, "eager": {"compile": False}, "compiled": {"compile": True}}
+_CALLS: dict[str, dict[str, Any]] = {"auto": {}, "reference": {"kernels": "reference"}}
 
 
 def _name(size: Sequence[int]) -> str:
@@ -56,16 +56,14 @@ def _name(size: Sequence[int]) -> str:
 
 
 def _iterations(size: Sequence[int], device: torch.device, dry: bool) -> list[Step]:
-    fast = not dry  # compiling takes minutes on the CPU of a dry run
     methods: dict[str, Callable[[Pair, int], Any]] = {
-        "LM, predicted": partial(_refined, True, compile=fast),
-        "LM": partial(_refined, False, compile=fast),
-        "LM, eager, predicted": partial(_refined, True, compile=False),
-        **{name: partial(_descended, name, fast) for name in DESCENTS},
-        "LM, low, predicted": partial(_refined, True, compile=False, memory="low"),
-        "LM, half, predicted": partial(_refined, True, compile=False, memory="half"),
-        "LM, trust region, predicted": partial(_refined, True, compile=fast, control="trust_region"),
-        "LM, descent, predicted": partial(_refined, True, compile=fast, acceptance="descent"),
+        "LM, predicted": partial(_refined, True),
+        "LM": partial(_refined, False),
+        "LM, reference, predicted": partial(_refined, True, kernels="reference"),
+        **{name: partial(_descended, name) for name in DESCENTS},
+        "LM, half, predicted": partial(_refined, True, memory="half"),
+        "LM, trust region, predicted": partial(_refined, True, control="trust_region"),
+        "LM, descent, predicted": partial(_refined, True, acceptance="descent"),
     }
     few, many = (2, 4) if dry else (5, 25)
 
@@ -83,10 +81,10 @@ def _refined(predicted: bool, pair: Pair, iterations: int, **settings: Any) -> R
     return monai_lm.refine(fixed, moving, prediction, scales=(1,), iterations=iterations, tolerance=0, **settings)
 
 
-def _descended(descent: str, fused: bool, pair: Pair, iterations: int) -> RefinementResult:
+def _descended(descent: str, pair: Pair, iterations: int) -> RefinementResult:
     return refine_with(
         descent, pair.fixed, pair.moving, pair.prediction, scales=(1,), iterations=(iterations,), step=STEPS[descent],
-        compile=fused, tolerance=0,
+        tolerance=0,
     )  # fmt: skip
 
 
@@ -102,7 +100,7 @@ def first_call(settings: dict[str, Any], size: Sequence[int], device: torch.devi
         "print(json.dumps(out))"
     )
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        environment = {**os.environ, "MONAI_LM_CACHE": cache, "TRITON_CACHE_DIR": cache}
         task = json.dumps([list(size), str(device), settings])
         out = subprocess.run(
             [sys.executable, "-c", code, task], cwd=_ROOT, env=environment, capture_output=True, text=True, check=False

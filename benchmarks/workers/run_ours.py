@@ -15,14 +15,11 @@ import monai_lm  # noqa: E402
 from benchmarks.data import read_image  # noqa: E402
 from benchmarks.descents import refine_with  # noqa: E402
 from benchmarks.gpu.measure import timed  # noqa: E402
-from monai_lm.compilation import compiled  # noqa: E402
 from monai_lm.fields import warp  # noqa: E402
 
 job = task()
 torch.set_num_threads(job["threads"])
 options = job.get("options", {})
-with torch.no_grad():
-    compiled(warp)(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 3, 4, 4, 4))  # import the compiler, as other imports
 say("imported")
 device = torch.device(job.get("device", "cpu"))
 images = [torch.from_numpy(read_image(Path(job[key]))[0])[None, None].to(device) for key in ("fixed", "moving")]
@@ -34,7 +31,7 @@ say("loaded")
 
 def run(iterations: list[int]) -> tuple[torch.Tensor, float]:
     """The field, and the seconds it took."""
-    schedule = {"scales": job["scales"], "iterations": iterations, "tolerance": 0, "compile": True}
+    schedule = {"scales": job["scales"], "iterations": iterations, "tolerance": 0}
     if "optimizer" in job:
         schedule["step"] = {"adam": 0.25, "stateless": 0.5}[job["optimizer"]]
         result, seconds = timed(device, refine_with, job["optimizer"], *images, prediction, **schedule)

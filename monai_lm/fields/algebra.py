@@ -12,13 +12,12 @@ from monai_lm.fields.sampling import warp
 __all__ = ["compose", "integrate", "resample"]
 
 
-def compose(outer: Tensor, inner: Tensor, origin: Sequence[Tensor] = ()) -> Tensor:
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
     """Compose two fields: the displacement of ``(id + outer) ∘ (id + inner)``, i.e. ``inner(x) + outer(x + inner(x))``.
 
     Args:
         outer: ``(B, n, *M)`` in voxels; extended by its border value.
         inner: ``(B, n, *S)`` in voxels of the grid of ``outer``.
-        origin: index of the first voxel of ``inner`` where it holds a window only; see :func:`warp`.
 
     Returns:
         ``(B, n, *S)`` displacement in voxels.
@@ -26,7 +25,7 @@ def compose(outer: Tensor, inner: Tensor, origin: Sequence[Tensor] = ()) -> Tens
     Raises:
         ValueError: fields that do not fit; from ``monai_lm.fields``, one that is not finite, see :func:`warp`.
     """
-    return inner + warp(outer, inner, origin=origin)
+    return inner + warp(outer, inner)
 
 
 def integrate(velocity: Tensor, steps: int = 7) -> Tensor:

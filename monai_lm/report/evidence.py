@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant
-from monai_lm.fields.smoothing import box_sum, inverse_window_counts
+from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
 from monai_lm.metrics import sd_log_jacobian
 from monai_lm.similarity.base import contrast
 
@@ -94,7 +94,7 @@ def _standardized(image: Tensor, mask: Tensor | None) -> Tensor:
     """Without its mean, in units of its contrast, of what the mask shows."""
     shown = torch.ones_like(image) if mask is None else (mask > 0).to(image)
     centred = image - (image * shown).sum() / shown.sum()
-    return centred / contrast(centred * shown).clamp(min=1e-12)
+    return centred / over_voxels(contrast(centred * shown), image).clamp(min=1e-12)
 
 
 def extremes(ddf: Tensor) -> float:

@@ -53,17 +53,7 @@ class Combined(Similarity):
         self.measures = [get_similarity(measure) for measure in measures]
         self.channels = list(channels)
         self.weights = [float(weight) for weight in weights]
-        self.closed_form = all(measure.closed_form for measure in self.measures)
         self.weighable = all(measure.weighable for measure in self.measures)
-        self.in_pieces = any(measure.in_pieces for measure in self.measures)
-        halos = [measure.halo for measure in self.measures]
-        self.halo = None if None in halos else max(h for h in halos if h is not None)
-
-    @property
-    def signature(self) -> str:
-        """Those of its measures, with channels and weights, which are constants, too."""
-        parts = zip(self.measures, self.channels, self.weights, strict=True)
-        return " + ".join(f"{weight} {measure.signature}[{count}]" for measure, count, weight in parts)
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """How to shift and scale every group of channels, by its measure."""
@@ -77,20 +67,19 @@ class Combined(Similarity):
 
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The tuple of the measures' references."""
-        further = () if weight is None else (weight,)
-        return tuple(
-            measure.reference(f, *further) for measure, f in zip(self.measures, self._split(fixed), strict=True)
-        )
+        return self.ranged_reference(fixed, None, weight)
+
+    def ranged_reference(self, fixed: Tensor, range_: Range, weight: Tensor | None = None) -> tuple[Any, ...]:
+        """The same of an image that is still to be shifted and scaled."""
+        images = self._split(fixed)
+        ranges = [None] * len(images) if range_ is None else list(zip(*map(self._split, range_), strict=True))
+        groups = zip(self.measures, images, ranges, strict=True)
+        return tuple(measure.ranged_reference(f, range_, weight) for measure, f, range_ in groups)
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
         groups = zip(self.measures, self._split(warped), reference, strict=True)
         return self._sum([measure.evaluate(w, r) for measure, w, r in groups])
-
-    def evaluate_lines(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``, where all measures are local."""
-        groups = zip(self.measures, self._split(warped), reference, strict=True)
-        return self._sum([measure.evaluate_lines(w, r) for measure, w, r in groups])
 
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
@@ -111,6 +100,5 @@ class Combined(Similarity):
 
 def _neutral(image: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and factor that leave an image ``(B, C, *S)`` as it is."""
-    like = image.flatten(2)[:, :, :1].view(*image.shape[:2], *[1] * (image.dim() - 2))
-    like = like.to(torch.promote_types(image.dtype, torch.float32))
-    return torch.zeros_like(like), torch.ones_like(like)
+    zeros = torch.zeros(image.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
+    return zeros, torch.ones_like(zeros)

@@ -29,8 +29,6 @@ class ModuleSimilarity(Similarity):
         ValueError: (when evaluated) the loss does not depend on the warped image.
     """
 
-    closed_form = False
-
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from monai_lm.similarity.base import LocalSimilarity, Range, line_sums
+from monai_lm import kernels
+from monai_lm.similarity.base import KernelSimilarity, Range
 
 __all__ = ["MSE"]
 
 
-class MSE(LocalSimilarity):
+class MSE(KernelSimilarity):
     """``(I - J)²`` per voxel, for images of the same modality and intensity scale.
 
     Both images of a pair are divided by the largest absolute intensity of the two.
     """
 
-    halo = 0
-    weighable = True
-
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """Bring the intensities of a pair into [-1, 1], both by the same factor."""
-        axes, wide = tuple(range(1, fixed.dim())), torch.promote_types(fixed.dtype, torch.float32)
-        extremes = [
-            f(image, axes, keepdim=True).to(wide).abs() for f in (torch.amin, torch.amax) for image in (fixed, moving)
-        ]
-        largest = torch.stack(extremes).amax(0).clamp(min=torch.finfo(wide).tiny)
-        channels = fixed.shape[1]
-        factor = (1 / largest).expand(-1, channels, *[-1] * (fixed.dim() - 2))
-        return (torch.zeros_like(factor), factor), (torch.zeros_like(factor), factor)
+        sums = [kernels.image_sums(image.contiguous()) for image in (fixed, moving)]
+        largest = torch.stack([s[:, :, :2].abs().flatten(1).amax(1) for s in sums]).amax(0)
+        factor = 1 / largest.clamp(min=torch.finfo(torch.float32).tiny)
+        both = factor[:, None].expand(-1, fixed.shape[1])
+        return (torch.zeros_like(both), both), (torch.zeros_like(both), both)
 
-    def evaluate_lines(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``; see :class:`LocalSimilarity`."""
-        fixed, *weight = reference
-        difference = (warped - fixed) / warped.shape[1]
-        difference = difference * weight[0] if weight else difference
-        return line_sums(difference * (warped - fixed)), 2 * difference
+    def evaluate_into(self, warped: Tensor, reference: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Loss ``(B,)``, and its derivative in ``out`` ``(B, C, *S)``; see :func:`monai_lm.kernels.reference.mse`."""
+        fixed, shift, factor, weight = reference
+        return kernels.mse(warped, fixed, shift, factor, weight, out)

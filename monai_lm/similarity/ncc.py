@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from monai_lm.similarity.base import Similarity
+from monai_lm import kernels
+from monai_lm.similarity.base import KernelSimilarity
 
 __all__ = ["NCC"]
 
 
-class NCC(Similarity):
+class NCC(KernelSimilarity):
     """``1 - ρ²`` with ``ρ`` the correlation of the two images, times the number of voxels.
 
     Invariant to ``a I + b`` of either image, so also to inverted contrast.
@@ -20,25 +22,13 @@ class NCC(Similarity):
     """
 
     standardized = True
-    weighable = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}")
         self.epsilon = float(epsilon)
 
-    def evaluate(self, warped: Tensor, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
-        fixed, *weights = reference
-        axes = tuple(range(2, warped.dim()))
-        weight = weights[0] if weights else torch.ones_like(fixed[:, :1])
-        total = weight.sum(axes, keepdim=True)
-
-        def mean(values: Tensor) -> Tensor:
-            return (values * weight).sum(axes, keepdim=True) / total
-
-        i, j = warped - mean(warped), fixed - mean(fixed)
-        covariance, variance = mean(i * j), mean(i * i) + self.epsilon
-        ratio = covariance / (variance * (mean(j * j) + self.epsilon))
-        loss = (total * (1 - covariance * ratio)).flatten(1).mean(1)
-        return loss, 2 * ratio * (covariance / variance * i - j) * weight / warped.shape[1]
+    def evaluate_into(self, warped: Tensor, reference: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Loss ``(B,)``, and its derivative in ``out`` ``(B, C, *S)``; see :func:`monai_lm.kernels.reference.ncc`."""
+        fixed, shift, factor, weight = reference
+        return kernels.ncc(warped, fixed, shift, factor, weight, self.epsilon, out)

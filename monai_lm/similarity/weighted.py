@@ -29,33 +29,27 @@ class Weighted(Similarity):
                 "LNCC, MSE, NCC and their combinations can"
             )
         self.measure = measure
-        self.closed_form, self.in_pieces, self.halo = measure.closed_form, measure.in_pieces, measure.halo
-
-    @property
-    def signature(self) -> str:
-        """That of the measure."""
-        return f"weighted {self.measure.signature}"
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """As the measure shifts and scales the images; the weight stays as it is."""
-        of_fixed, of_moving = self.measure.ranges(fixed[:, :-1], moving)
-        if of_fixed is not None:
-            shift, factor = of_fixed
-            of_fixed = (torch.cat([shift, 0 * shift[:, :1]], 1), torch.cat([factor, torch.ones_like(factor[:, :1])], 1))
-        return of_fixed, of_moving
+        return self.measure.ranges(fixed[:, :-1], moving)
 
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The measure's reference."""
+        return self.ranged_reference(fixed, None, weight)
+
+    def ranged_reference(self, fixed: Tensor, range_: Range, weight: Tensor | None = None) -> tuple[Any, ...]:
+        """The same of an image that is still to be shifted and scaled; its weight is not."""
         own = fixed[:, -1:]
-        return self.measure.reference(fixed[:, :-1], own if weight is None else own * weight)
+        return self.measure.ranged_reference(fixed[:, :-1], range_, own if weight is None else own * weight)
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
         return self.measure.evaluate(warped, reference)
 
-    def evaluate_lines(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Loss per line ``(B, rows, columns)`` and derivative ``(B, C, *S)``, of a measure that is local."""
-        return self.measure.evaluate_lines(warped, reference)
+    def evaluate_into(self, warped: Tensor, reference: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Loss ``(B,)``, and its derivative in ``out`` ``(B, C, *S)``; see :class:`Similarity`."""
+        return self.measure.evaluate_into(warped, reference, out)
 
 
 def with_weight(fixed: Tensor, mask: Tensor) -> Tensor:

@@ -26,15 +26,13 @@ def test_the_first_step_is_that_of_the_formula(descent, pair):
     fixed, moving = pair
     derivative = MSE().loss_and_derivative(moving, fixed)[1]
     step = STEPS[descent](gaussian_smooth(eulerian_gradient(derivative, moving), 1.0))
-    result = refine_with(
-        descent, fixed, moving, scales=(1,), iterations=(1,), step=0.1, similarity="mse", compile=False
-    )
+    result = refine_with(descent, fixed, moving, scales=(1,), iterations=(1,), step=0.1, similarity="mse")
     torch.testing.assert_close(result.ddf, gaussian_smooth(step, 0.5), rtol=0, atol=5e-4)
     assert float(step.abs().max()) > 0.05
 
 
 @pytest.mark.parametrize("descent", STEPS)
 def test_they_register(descent, pair):
-    result = refine_with(descent, *pair, scales=(2, 1), iterations=(30, 20), step=0.2, compile=False)
+    result = refine_with(descent, *pair, scales=(2, 1), iterations=(30, 20), step=0.2)
     assert float(result.final_loss) < 0.5 * float(result.initial_loss)
     assert fold_count(result.ddf).tolist() == [0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from monai_lm.fields import gaussian_smooth
-from monai_lm.fields.smoothing import box_sum, gaussian_taps, inverse_window_counts
+from monai_lm.kernels.reference import box_sum, gaussian_taps, inverse_window_counts
 
 
 def clamped(image, index):
@@ -47,7 +47,7 @@ def test_taps_are_a_normalised_gaussian(sigma):
 
 
 def test_taps_of_sigma_zero():
-    assert gaussian_taps(0) == [1.0]
+    assert gaussian_taps(0) == (1.0,)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
@@ -145,12 +145,3 @@ def test_inverse_window_counts_are_one_over_the_box_sum_of_ones(size, radius):
     assert counts.shape == (1, 1, *size)
     assert counts.dtype == torch.float64
     torch.testing.assert_close((counts * box_sum(ones, radius)), ones, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 6, 7, 8, 20])
-def test_compiled_filters_are_those_that_run_eagerly(length, random_tensor):
-    """The compiler is shown other operations near the ends; its eager backend runs them without compiling."""
-    x = random_tensor((2, 2, length, 5))
-    for function, width in ((gaussian_smooth, 1.0), (box_sum, 3)):
-        shown = torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
-        torch.testing.assert_close(shown(x, width), function(x, width), rtol=1e-12, atol=1e-12)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.fields import compose, fold_count, gaussian_smooth, jacobian_determinant, repair, topology
-from monai_lm.fields.topology import MARGIN, _cell_determinants, folded_cells
+from monai_lm.fields import compose, fold_count, jacobian_determinant, repair, topology
+from monai_lm.fields.topology import MARGIN, folded_cells
+from monai_lm.kernels.reference import cell_determinants
 
 WIDE = pytest.mark.parametrize("size", [(24, 22), (18, 17, 18)], ids=["2D", "3D"])
 NOISY = pytest.mark.parametrize("size", [(14, 12), (9, 8, 7)], ids=["2D", "3D"])
@@ -178,7 +179,7 @@ def test_negative_parts_sum_to_the_non_diffeomorphic_volume(size, random_tensor)
     inside = (..., *[slice(3, -3)] * len(size))
     field[inside] = random_tensor(field[inside].shape, 5)
     padded = torch.nn.functional.pad(field, [1, 1] * len(size))  # zero at the edges
-    negative = [-d.clamp(max=0).sum().item() for d in _cell_determinants(padded)]
+    negative = [-d.clamp(max=0).sum().item() for d in cell_determinants(padded)]
     expected = sum(negative) / 4 if len(size) == 2 else sum(negative[:8]) / 12 + sum(negative[8:]) / 6
     assert expected > 1
     assert non_diffeomorphic_volume(field) == pytest.approx(expected, rel=1e-5)
@@ -337,60 +338,3 @@ def test_repair_is_equivariant_to_flips_and_transposition(size, random_tensor, f
     repaired = repair(field)
     torch.testing.assert_close(repair(flip_field(field, 1)), flip_field(repaired, 1), rtol=0, atol=1e-9)
     torch.testing.assert_close(repair(transpose_field(field)), transpose_field(repaired), rtol=0, atol=1e-9)
-
-
-@NOISY
-@pytest.mark.parametrize("slab", [1, 150, 400])
-def test_slabs_find_the_folds_of_the_whole(size, slab, random_tensor, monkeypatch):
-    field = random_tensor((2, len(size), *size), 7, dtype=torch.float32)
-    whole = folded_cells(field)
-    assert 0 < int(whole.sum()) < whole.numel()
-    monkeypatch.setattr("monai_lm.fields.topology._SLAB", {"cpu": slab})
-    assert torch.equal(folded_cells(field), whole)
-
-
-@NOISY
-@pytest.mark.parametrize("composed", [False, True])
-def test_a_box_has_the_folded_cells_of_the_whole(size, composed, random_tensor):
-    field = 0.8 * random_tensor((1, len(size), *size), 7, dtype=torch.float32)
-    outer = gaussian_smooth(random_tensor(field.shape, 8, dtype=torch.float32), 1.0) if composed else None
-    whole = folded_cells(field, MARGIN, outer)
-    assert 0.05 < float(whole.float().mean()) < 0.95
-    for first, length in itertools.product((0, 1, 4), (1, 3, 100)):  # the ring on one side, none of it, on both
-        box = [(first, min(first + length, s + 1)) for s in size]
-        part = whole[(0, *(slice(*span) for span in box))]
-        assert torch.equal(topology._folded_in(box, field, MARGIN, outer)[0], part)
-
-
-@pytest.mark.parametrize("reach", [2, 6, 16])
-@pytest.mark.parametrize("size", [(70, 48), (49, 24, 3)], ids=["2D", "3D"])
-def test_tiles_are_those_near_a_folded_cells_voxels(reach, size):
-    generator = torch.Generator().manual_seed(0)
-    for chance in (0.0, 1e-4, 1e-3, 1.0):
-        folded = torch.rand(1, *(s + 1 for s in size), generator=generator) < chance
-        folded[0][(-1,) * len(size)] |= chance == 1e-4  # in the ring
-        expected = set()
-        for cell in folded[0].nonzero().tolist():
-            spans = [range(max(0, c - 1 - reach), min(s, c + reach + 1)) for c, s in zip(cell, size, strict=True)]
-            expected |= set(itertools.product(*({voxel // 24 for voxel in span} for span in spans)))
-        assert topology._tiles_near(folded, reach, 24) == sorted(expected)
-
-
-@pytest.mark.parametrize("sigma", [1.0, 2.4, 6.0])
-@pytest.mark.parametrize("size", [(70, 66), (50, 41, 46)], ids=["2D", "3D"])
-def test_repair_by_tiles_is_repair_of_the_whole(sigma, size, random_tensor, monkeypatch):
-    field = gaussian_smooth(random_tensor((1, len(size), *size)), 2.0)
-    folded = torch.zeros(1, *(s + 1 for s in size), dtype=torch.bool)
-    for fraction in (0.0, 0.45, 1.0):  # a corner, the middle, the opposite corner
-        folded[(0, *(int(fraction * s) for s in size))] = True
-    tiled, whole = field.clone(), field.clone()
-    topology._smooth_near(tiled, folded, sigma)
-    assert len(topology._tiles_near(folded, 2, 24)) < len(topology._tiles_near(folded, 20, 24))
-    monkeypatch.setattr(topology, "_TILE", {"cpu": 1000})
-    assert topology._tiles_near(folded, 20, 1000) == [(0,) * len(size)]
-    weight = topology._near(folded, max(1, round(sigma)))
-    expected = torch.where(weight == 0, field, field + weight * (gaussian_smooth(field, sigma) - field))
-    assert (expected - field).abs().max() > 1e-3
-    topology._smooth_near(whole, folded, sigma)
-    for out in (tiled, whole):
-        torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)  # the weights are float32

@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from monai_lm.kernels import reference
+
 CPU = torch.device("cpu")
 TOTAL_MEMORY = 80 * 2**30
 
@@ -305,6 +307,12 @@ class _Operations(TorchDispatchMode):
         device = self.target or (self._agreed(name, tensors) if tensors else self.inside) or CPU
         if device.type != "cpu" and self.target is None:
             self._count(name, func.is_view, tensors)
+        if func.namespace == "monai_lm" and device.type not in (
+            "cpu",
+            "cuda",
+        ):  # there are no kernels but the reference
+            with _Functions(self.pretend), _Operations(self.pretend):
+                return getattr(reference, name)(*args, **kwargs)
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -14,13 +14,12 @@ from tests.gpu.pretend import Pretend
 SIZE = (24, 22, 20)
 VOLUME = 4 * 24 * 22 * 20
 ITERATIONS = (20, 10)
-SETTINGS = {"scales": (2, 1), "iterations": ITERATIONS, "tolerance": 0.0, "compile": False}
+SETTINGS = {"scales": (2, 1), "iterations": ITERATIONS, "tolerance": 0.0}
 
 # run: (waits and copies, launches per iteration, peak in V beside images and prediction)
 MOST = {
     "identity": (14, 491, 46.8),
     "prediction": (18, 575, 49.8),
-    "prediction, low": (18, 575, 42.2),
     "prediction, half": (19, 575, 42.2),
     "prediction, descent": (48, 686, 52.8),
     "prediction, metropolis": (48, 618, 52.8),
@@ -30,7 +29,6 @@ MOST = {
 CHANGES = {
     "identity": {},
     "prediction": {},
-    "prediction, low": {"memory": "low"},
     "prediction, half": {"memory": "half"},
     "prediction, descent": {"acceptance": "descent"},
     "prediction, metropolis": {"acceptance": "metropolis"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_lm.similarity import LNCC, MSE, NCC, base
+from monai_lm.similarity import LNCC, MSE, NCC
 from monai_lm.similarity.base import contrast, standardize
 
 MEASURES = pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_standardized_channels_have_zero_mean_and_unit_contrast(size, pair):
     torch.testing.assert_close(out.mean(axes), torch.zeros(2, 2, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(contrast(out).flatten(), torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)
     assert scale.shape == (2, 2, *[1] * len(size))
-    torch.testing.assert_close(scale, contrast(image), rtol=1e-12, atol=0)
+    torch.testing.assert_close(scale.flatten(2)[:, :, 0], contrast(image), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
@@ -236,16 +236,12 @@ def test_a_constant_channel_standardizes_to_zero_next_to_one_that_varies(size, v
     assert float(contrast(out)[0, 0].squeeze()) == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("voxels", [1, 7, 10**9])
-def test_contrast_is_the_mean_difference_weighted_by_itself(size, voxels, pair, monkeypatch):
-    monkeypatch.setattr(base, "_SLAB", voxels)  # of the slabs that are looked at together
+def test_contrast_is_the_mean_difference_weighted_by_itself(size, pair):
     image = pair(size, 2, batch=2)[0]
     differences = [np.diff(image.numpy(), axis=axis).reshape(2, 2, -1) for axis in range(2, image.dim())]
     d = np.abs(np.concatenate(differences, 2))
     out = contrast(image)
-    assert out.shape == (2, 2, *[1] * len(size))
-    np.testing.assert_allclose(out.view(2, 2).numpy(), (d**2).sum(2) / d.sum(2), rtol=1e-12)
-    torch.testing.assert_close(contrast(image, 4.0), out / 4, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(out.numpy(), (d**2).sum(2) / d.sum(2), rtol=1e-12)
 
 
 def test_contrast_of_a_step_is_its_height_whatever_lies_around():

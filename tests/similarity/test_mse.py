@@ -2,6 +2,7 @@
 
 import torch
 
+from monai_lm.kernels.reference import ranged
 from monai_lm.similarity import MSE
 
 
@@ -28,20 +29,22 @@ def test_loss_of_a_constant_difference(size):
 def test_prepare_divides_both_images_of_a_pair_by_one_factor(size, random_tensor):
     fixed, moving = random_tensor((2, 1, *size), 0), 100 * random_tensor((2, 1, *size), 1)
     fixed[1] *= 1e4
-    (reference,), scaled = MSE().prepare(fixed, moving)
+    (raw, shift, factor, _), scaled = MSE().prepare(fixed, moving)
+    reference = ranged(raw, shift, factor)
     largest = torch.tensor([moving[0].abs().max(), fixed[1].abs().max()]).view(2, *[1] * (1 + len(size)))
     torch.testing.assert_close(reference, fixed / largest, rtol=1e-12, atol=0)
     torch.testing.assert_close(scaled, moving / largest, rtol=1e-12, atol=0)
 
 
 def test_prepare_survives_two_empty_images(size):
-    (reference,), moving = MSE().prepare(torch.zeros(1, 1, *size), torch.zeros(1, 1, *size))
-    assert not reference.any()
+    (raw, shift, factor, _), moving = MSE().prepare(torch.zeros(1, 1, *size), torch.zeros(1, 1, *size))
+    assert not ranged(raw, shift, factor).any()
     assert not moving.any()
 
 
 def test_prepare_takes_a_moving_image_on_another_grid(size, random_tensor):
     fixed, moving = random_tensor((1, 1, *size)), 3 * random_tensor((1, 1, *[s + 2 for s in size]))
-    (reference,), scaled = MSE().prepare(fixed, moving)
+    (raw, shift, factor, _), scaled = MSE().prepare(fixed, moving)
+    reference = ranged(raw, shift, factor)
     assert max(reference.abs().max(), scaled.abs().max()) == 1
     torch.testing.assert_close(reference / scaled.flatten()[0], fixed / moving.flatten()[0], rtol=1e-12, atol=0)

@@ -33,7 +33,7 @@ def config(tmp_path, cohort):
             ],
         },
         "model": {
-            "network": NETWORK, "labels": 3, "refine": {"scales": [1], "iterations": 3, "compile": False},
+            "network": NETWORK, "labels": 3, "refine": {"scales": [1], "iterations": 3},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}},
         },
         "data": {"data": str(cohort), "split": [0.5, 0.0, 0.5], "pairs": 2, "grid": [16, 16, 16]},

@@ -34,10 +34,10 @@ def test_the_implicit_gradient_is_exact_where_the_optimum_is_known():
 
 def test_through_refinement_is_refinement_forward():
     images = _images()
-    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 5, "compile": False})
+    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 5})
     ddf = torch.zeros(1, 2, 20, 20)
     moving, fixed = images.split(1, 1)
-    expected = refine(fixed, moving, ddf, scales=(1,), iterations=5, compile=False).ddf
+    expected = refine(fixed, moving, ddf, scales=(1,), iterations=5).ddf
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(through_refinement(images, ddf, inferer), expected)
 
@@ -45,7 +45,7 @@ def test_through_refinement_is_refinement_forward():
 def test_through_refinement_leaves_open_what_the_image_does_not_say():
     images = _images()
     images[:, :, :, 12:] = images[:, :, :, 11:12]  # no slope along the second axis there
-    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 0, "compile": False})
+    inferer = RegistrationInferer("displacement", refine={"scales": (1,), "iterations": 0})
     ddf = torch.zeros(1, 2, 20, 20, requires_grad=True)
     out = through_refinement(images, ddf, inferer, damping=1e-6)
     (got,) = torch.autograd.grad(out[:, 1].sum(), ddf)
@@ -61,7 +61,7 @@ def test_distillation_refines_every_few_batches_and_learns_from_memory_between()
             calls.append(1)
             return super().refined(inputs, ddf)
 
-    inferer = Counting("displacement", refine={"scales": (1,), "iterations": 5, "compile": False})
+    inferer = Counting("displacement", refine={"scales": (1,), "iterations": 5})
     network = torch.nn.Conv2d(2, 2, 1)
     torch.nn.init.zeros_(network.weight)
     torch.nn.init.zeros_(network.bias)
@@ -70,7 +70,7 @@ def test_distillation_refines_every_few_batches_and_learns_from_memory_between()
     for _ in range(7):
         loss = distillation(images, inferer.predict(images, network), inferer, network)
         moving, fixed = images.split(1, 1)
-        target = refine(fixed, moving, torch.zeros(1, 2, 20, 20), scales=(1,), iterations=5, compile=False).ddf
+        target = refine(fixed, moving, torch.zeros(1, 2, 20, 20), scales=(1,), iterations=5).ddf
         torch.testing.assert_close(loss, 2 * target.square().sum(1).mean(), rtol=2e-3, atol=0)
         assert float(torch.autograd.grad(loss, network.bias)[0][1]) < 0  # towards the shift
     assert len(calls) == 3

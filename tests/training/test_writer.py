@@ -17,7 +17,7 @@ from monai_lm.fields import fold_count
 from monai_lm.fileio import read_itk_ddf
 from monai_lm.training import FieldWriter, PairDataModule, RegistrationModule
 
-REFINE = {"scales": (1,), "iterations": 5, "compile": False}
+REFINE = {"scales": (1,), "iterations": 5}
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ torch.manual_seed(0)
 last = torch.nn.Conv3d(4, 3, 3, padding=1)
 torch.nn.init.normal_(last.weight, std=1e-2)
 network = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(), last)
-module = RegistrationModule(network, labels=3, refine={"scales": (1,), "iterations": 5, "compile": False})
+module = RegistrationModule(network, labels=3, refine={"scales": (1,), "iterations": 5})
 data = PairDataModule(cohort, split=(0.5, 0, 0.5), pairs=5, grid=(16, 16, 16), labels=3)
 trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=1,

@@ -19,7 +19,7 @@ from monai_lm.space import resample_moving, through_affine
 from monai_lm.transforms import LoadDDF, RefineDDF, SaveDDF, WarpImage
 
 SHAPES = [(20, 22), (12, 13, 14)]
-SETTINGS = {"iterations": 6, "scales": (2, 1), "compile": False}
+SETTINGS = {"iterations": 6, "scales": (2, 1)}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -303,7 +303,7 @@ def test_axes_of_another_spacing_or_direction_are_refused_and_other_origins_are_
     there, turned = scaling(1.5, 1.0, 1.0), scaling(-1.5, 1.0, 1.0)
     shifted = there.clone()
     shifted[:3, 3] = 7.0
-    refine_ddf = RefineDDF(iterations=1, compile=False)
+    refine_ddf = RefineDDF(iterations=1)
     out = refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=shifted), ddf)
     assert torch.equal(out.affine, there)
     assert torch.equal(out.meta["moving_affine"], shifted)

@@ -15,7 +15,7 @@ from monai_lm import refine
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.transforms import LoadDDFd, RefineDDF, RefineDDFd, SaveDDFd, WarpImage, WarpImaged
 
-SETTINGS = {"iterations": 6, "scales": (2, 1), "compile": False}
+SETTINGS = {"iterations": 6, "scales": (2, 1)}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,614 @@
+"""The contract of every kernel, and one implementation of it in plain PyTorch: any device, any floating point type.
+
+Common to all of them: tensors are contiguous and on one device; images are ``(B, C, *S)``, fields ``(B, n, *S)`` in
+voxels, 2D or 3D, every axis at least 2 voxels long; pairs of a batch do not see each other. Arithmetic is done in the
+wide type of the arguments, float32 for half precision, and rounded where it is written. What is ``out`` is written, and
+nothing else. Images and fields are continued by their edge values. A displacement that is NaN leads nowhere: it counts
+as leading to the first voxel of its axis, so that no implementation reads outside, and the displacement that comes out
+is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from monai_lm.devices import widest_float
+
+__all__ = [
+    "compose",
+    "elastic",
+    "gradient",
+    "gradient_sums",
+    "image_sums",
+    "lncc",
+    "mend",
+    "mse",
+    "ncc",
+    "sample",
+    "smooth",
+    "step",
+    "unfolded",
+]
+
+
+# --- sampling
+
+
+def sample(
+    image: Tensor, ddf: Tensor | None, outer: Tensor | None, shift: Tensor | None, factor: Tensor | None, out: Tensor
+) -> None:
+    """Warp an image and shift and scale its intensities, ``out(x) = (image(φ(x)) - shift) · factor``, linearly.
+
+    Args:
+        image: ``(B, C, *M)``.
+        ddf: ``(B, n, *S)``, ``φ = id + ddf``; ``None`` is zero.
+        outer: ``(B, n, *P)``, applied after it, ``φ = (id + outer) ∘ (id + ddf)``; ``None`` is zero.
+        shift: ``(B, C)``, ``None`` is zero.
+        factor: ``(B, C)``, ``None`` is one.
+        out: ``(B, C, *S)``.
+    """
+    dtype = _wide(image, out, *(t for t in (ddf, outer) if t is not None))
+    field = out.new_zeros(out.shape[0], out.dim() - 2, *out.shape[2:], dtype=dtype) if ddf is None else ddf.to(dtype)
+    if outer is not None:
+        field = composed(outer, field)
+    values = interpolate(image.to(dtype), positions(field))
+    values = values if shift is None else values - over_voxels(shift, values)
+    out.copy_(values if factor is None else values * over_voxels(factor, values))
+
+
+def compose(outer: Tensor, inner: Tensor, out: Tensor) -> None:
+    """Compose two fields, ``out(x) = inner(x) + outer(x + inner(x))``.
+
+    Args:
+        outer: ``(B, n, *M)``.
+        inner: ``(B, n, *S)``.
+        out: ``(B, n, *S)``; may be ``inner`` itself.
+    """
+    out.copy_(composed(outer, inner.to(_wide(outer, inner, out))))
+
+
+def composed(outer: Tensor, inner: Tensor) -> Tensor:
+    """:func:`compose`, returned and differentiable."""
+    return inner + interpolate(outer.to(inner.dtype), positions(inner))
+
+
+def positions(ddf: Tensor) -> list[Tensor]:
+    """Where a field leads the voxels of its grid: ``n`` tensors ``(B, *S)``."""
+    n = ddf.dim() - 2
+    out = []
+    for axis, size in enumerate(ddf.shape[2:]):
+        voxels = torch.arange(size, device=ddf.device, dtype=ddf.dtype)
+        out.append(ddf[:, axis] + voxels.view([1] + [-1 if a == axis else 1 for a in range(n)]))
+    return out
+
+
+def interpolate(image: Tensor, position: Sequence[Tensor]) -> Tensor:
+    """Linear interpolation of an image continued by its edge values; differentiable, exact on voxels.
+
+    Args:
+        image: ``(B, C, *M)``, ``n`` axes.
+        position: ``n`` tensors ``(B, …)``, voxels along every axis.
+
+    Returns:
+        ``(B, C, …)``.
+    """
+    sizes = image.shape[2:]
+    flat = image.reshape(*image.shape[:2], -1)
+    clamped = [p.nan_to_num(0.0).clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
+    lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
+    weight = [p - low for p, low in zip(clamped, lower, strict=True)]
+    base, strides = flat_index(lower, sizes)
+    out: Tensor | None = None
+    for corner in product((0, 1), repeat=len(sizes)):
+        index = base + sum(c * s for c, s in zip(corner, strides, strict=True))
+        w = reduce(torch.mul, [wa if c else 1 - wa for c, wa in zip(corner, weight, strict=True)])
+        term = take(flat, index) * w.unsqueeze(1)
+        out = term if out is None else out + term
+    assert out is not None  # for mypy
+    return out
+
+
+def flat_index(lower: Sequence[Tensor], sizes: torch.Size) -> tuple[Tensor, list[int]]:
+    """Flat index of integer-valued positions in an array of ``sizes``, and the stride of each axis."""
+    strides = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
+    index = lower[-1].long()
+    for position, stride in zip(lower[:-1], strides[:-1], strict=True):
+        index = index + position.long() * stride
+    return index, strides
+
+
+def take(flat: Tensor, index: Tensor) -> Tensor:
+    """Gather ``flat`` ``(B, C, N)`` at ``index`` ``(B, …)`` (or a batch-broadcast of it) for every channel."""
+    batch, channels = flat.shape[:2]
+    index = index.expand(batch, *index.shape[1:])
+    picked = flat.gather(2, index.reshape(batch, 1, -1).expand(batch, channels, -1))
+    return picked.reshape(batch, channels, *index.shape[1:])
+
+
+# --- filters
+
+
+@lru_cache
+def gaussian_taps(sigma: float) -> tuple[float, ...]:
+    """One-sided weights ``(w0, w1, …, wr)`` of a normalised sampled Gaussian, cut at three standard deviations.
+
+    Args:
+        sigma: standard deviation in voxels, ``>= 0``.
+
+    Returns:
+        ``r + 1`` weights with ``w0 + 2 * sum(w1…wr) == 1``; ``(1.0,)`` for ``sigma == 0``.
+    """
+    radius = math.ceil(3 * sigma) if sigma > 0 else 0
+    taps = [math.exp(-0.5 * (k / sigma) ** 2) if k else 1.0 for k in range(radius + 1)]
+    total = taps[0] + 2 * sum(taps[1:])
+    return tuple(t / total for t in taps)
+
+
+def smooth(x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
+    """Gaussian filter of every channel, ``out = G x``, separable with the weights of :func:`gaussian_taps`.
+
+    Args:
+        x: ``(B, C, *S)``.
+        sigma: standard deviation in voxels, one per axis.
+        out: ``(B, C, *S)``, other memory than ``x``.
+    """
+    out.copy_(smoothed(x.to(_wide(x, out)), sigma))
+
+
+def smoothed(x: Tensor, sigma: Sequence[float]) -> Tensor:
+    """:func:`smooth`, returned and differentiable."""
+    for axis, s in enumerate(sigma):
+        taps = gaussian_taps(s)
+        if len(taps) > 1:
+            dim, radius = axis + 2, len(taps) - 1
+            ends = (x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1))
+            reps = [radius if d == dim else 1 for d in range(x.dim())]
+            x = _filtered(torch.cat([ends[0].repeat(reps), x, ends[1].repeat(reps)], dim), taps, dim)
+    return x
+
+
+def box_sum(x: Tensor, radius: int) -> Tensor:
+    """Sum over cubic windows ``2 radius + 1`` wide, zero outside; separable, its own adjoint.
+
+    Args:
+        x: ``(B, C, *S)``.
+        radius: half width in voxels.
+    """
+    for dim in range(2, x.dim()):
+        zeros = torch.zeros_like(x.narrow(dim, 0, 1)).repeat([radius if d == dim else 1 for d in range(x.dim())])
+        x = _filtered(torch.cat([zeros, x, zeros], dim), (1.0,) * (radius + 1), dim)
+    return x
+
+
+def _filtered(padded: Tensor, taps: Sequence[float], dim: int) -> Tensor:
+    """Symmetric filter along one dimension that is padded by its radius on both sides."""
+    radius = len(taps) - 1
+    size = padded.shape[dim] - 2 * radius
+    out = padded.narrow(dim, radius, size) * taps[0]
+    for k, tap in enumerate(taps[1:], start=1):
+        out = out + (padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)) * tap
+    return out
+
+
+def inverse_window_counts(x: Tensor, radius: int) -> Tensor:
+    """One over the number of voxels that each window of :func:`box_sum` has inside the image.
+
+    Args:
+        x: ``(B, C, *S)``; only its shape, device and dtype matter.
+        radius: half width in voxels.
+
+    Returns:
+        ``(1, 1, *S)``; times :func:`box_sum` it gives window means.
+    """
+    n = x.dim() - 2
+    out = x.new_ones(1)
+    for axis, size in enumerate(x.shape[2:]):
+        i = torch.arange(size, device=x.device)
+        count = (i + radius).clamp(max=size - 1) - (i - radius).clamp(min=0) + 1
+        out = out / count.to(x.dtype).view([1, 1] + [-1 if a == axis else 1 for a in range(n)])
+    return out
+
+
+# --- similarity: loss per pair, and its derivative with respect to the warped image
+
+
+def lncc(
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    radius: int,
+    epsilon: float,
+    out: Tensor,
+) -> Tensor:
+    """Local correlation, ``Σ_x 1 - A² / (B C)`` averaged over channels, with its derivative.
+
+    In a window of ``2 radius + 1`` voxels, as much of it as lies in the image, ``A`` is the covariance of both images
+    and ``B``, ``C`` their variances, not negative, plus ``epsilon``. With ``a = 2 A / (B C)``, ``b = a A / B`` and
+    ``box`` a window sum, the derivative is ``I box(b/N) - J box(a/N) + box((a mean J - b mean I)/N)``.
+
+    Args:
+        warped: ``(B, C, *S)``.
+        fixed: ``(B, C, *S)``; what is compared is ``(fixed - shift) · factor``.
+        shift: ``(B, C)``, ``None`` is zero.
+        factor: ``(B, C)``, ``None`` is one.
+        weight: ``(B, 1, *S)``, at least 0: voxels count so much in windows and in the sum; ``None`` is one.
+        radius: half width of the window in voxels.
+        epsilon: added to both variances.
+        out: ``(B, C, *S)``, the derivative.
+
+    Returns:
+        ``(B,)`` in the wide type.
+    """
+    dtype = _wide(warped, fixed, out)
+    i, j = warped.to(dtype), ranged(fixed.to(dtype), shift, factor)
+    w = None if weight is None else weight.to(dtype)
+    inverse = inverse_window_counts(i, radius) if w is None else _inverse(box_sum(w, radius))
+
+    def mean(values: Tensor) -> Tensor:
+        return box_sum(values if w is None else values * w, radius) * inverse
+
+    mean_i, mean_j = mean(i), mean(j)
+    var_i = (mean(i * i) - mean_i * mean_i).clamp(min=0) + epsilon
+    var_j = (mean(j * j) - mean_j * mean_j).clamp(min=0) + epsilon
+    covariance = mean(i * j) - mean_i * mean_j
+    ratio = covariance / (var_i * var_j)
+    loss, a = 1 - covariance * ratio, 2 * ratio * inverse
+    if w is not None:
+        loss, a = loss * w, a * w
+    b = a * covariance / var_i
+    derivative = i * box_sum(b, radius) - j * box_sum(a, radius) + box_sum(a * mean_j - b * mean_i, radius)
+    out.copy_((derivative if w is None else derivative * w) / i.shape[1])
+    return _summed(loss)
+
+
+def _inverse(window_sums: Tensor) -> Tensor:
+    """Inverse of a weight's window sums, zero where nothing in the window counts."""
+    return torch.where(window_sums > 1e-6, 1 / window_sums.clamp(min=1e-6), torch.zeros_like(window_sums))
+
+
+def mse(
+    warped: Tensor, fixed: Tensor, shift: Tensor | None, factor: Tensor | None, weight: Tensor | None, out: Tensor
+) -> Tensor:
+    """Squared differences, ``Σ_x (I - J)²`` averaged over channels, with its derivative ``2 (I - J)``.
+
+    Args:
+        warped: ``(B, C, *S)``.
+        fixed: ``(B, C, *S)``, compared as for :func:`lncc`, and so are ``shift``, ``factor`` and ``weight``.
+        shift: ``(B, C)`` or ``None``.
+        factor: ``(B, C)`` or ``None``.
+        weight: ``(B, 1, *S)`` or ``None``.
+        out: ``(B, C, *S)``, the derivative.
+
+    Returns:
+        ``(B,)`` in the wide type.
+    """
+    dtype = _wide(warped, fixed, out)
+    difference = warped.to(dtype) - ranged(fixed.to(dtype), shift, factor)
+    weighted = difference if weight is None else difference * weight.to(dtype)
+    out.copy_(2 * weighted / warped.shape[1])
+    return _summed(weighted * difference)
+
+
+def ncc(
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    epsilon: float,
+    out: Tensor,
+) -> Tensor:
+    """Global correlation, ``W (1 - A² / (B C))`` averaged over channels, with its derivative.
+
+    ``A`` is the (weighted) covariance of both images, ``B`` and ``C`` their variances plus ``epsilon``, ``W`` the sum
+    of the weights; the derivative is ``2 A / (B C) (A / B (I - mean I) - (J - mean J))``, times the weight.
+
+    Args:
+        warped: ``(B, C, *S)``.
+        fixed: ``(B, C, *S)``, compared as for :func:`lncc`, and so are ``shift``, ``factor`` and ``weight``.
+        shift: ``(B, C)`` or ``None``.
+        factor: ``(B, C)`` or ``None``.
+        weight: ``(B, 1, *S)`` or ``None``.
+        epsilon: added to both variances.
+        out: ``(B, C, *S)``, the derivative.
+
+    Returns:
+        ``(B,)`` in the wide type.
+    """
+    dtype = _wide(warped, fixed, out)
+    i, j = warped.to(dtype), ranged(fixed.to(dtype), shift, factor)
+    w = torch.ones_like(j[:, :1]) if weight is None else weight.to(dtype)
+    axes = tuple(range(2, i.dim()))
+    total = w.sum(axes, keepdim=True)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * w).sum(axes, keepdim=True) / total
+
+    i, j = i - mean(i), j - mean(j)
+    covariance, variance = mean(i * j), mean(i * i) + epsilon
+    ratio = covariance / (variance * (mean(j * j) + epsilon))
+    out.copy_(2 * ratio * (covariance / variance * i - j) * w / i.shape[1])
+    return (total * (1 - covariance * ratio)).flatten(1).mean(1)
+
+
+def ranged(image: Tensor, shift: Tensor | None, factor: Tensor | None) -> Tensor:
+    """``(image - shift) · factor`` with ``(B, C)`` of each; ``None`` leaves it out."""
+    image = image if shift is None else image - over_voxels(shift, image)
+    return image if factor is None else image * over_voxels(factor, image)
+
+
+def over_voxels(values: Tensor, like: Tensor) -> Tensor:
+    """``(B, C)`` or ``(B,)`` in the shape and type to go with ``(B, C, *S)``."""
+    return values.to(like.dtype).reshape(*values.shape, *[1] * (like.dim() - values.dim()))
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Sum over voxels, mean over channels, ``(B,)``."""
+    return values.flatten(2).sum(2).mean(1)
+
+
+# --- one step
+
+
+def spatial_gradient(image: Tensor) -> list[Tensor]:
+    """Central differences along every axis, one-sided at the edges: ``n`` tensors ``(B, C, *S)``, per voxel."""
+    out = []
+    for dim in range(2, image.dim()):
+        size = image.shape[dim]
+        first = image.narrow(dim, 1, 1) - image.narrow(dim, 0, 1)
+        last = image.narrow(dim, size - 1, 1) - image.narrow(dim, size - 2, 1)
+        inner = 0.5 * (image.narrow(dim, 2, size - 2) - image.narrow(dim, 0, size - 2))
+        out.append(torch.cat([first, inner, last], dim))
+    return out
+
+
+def eulerian_gradient(derivative: Tensor, warped: Tensor) -> Tensor:
+    """Gradient for compositional updates, ``g(x) = Σ_c dℓ/dI_c(x) ∇I_c(x)`` with ``I`` the warped image.
+
+    Args:
+        derivative: ``(B, C, *S)`` derivative of the loss with respect to the warped image.
+        warped: ``(B, C, *S)``.
+
+    Returns:
+        ``(B, n, *S)``, loss per voxel of displacement.
+    """
+    return torch.stack([(derivative * slope).sum(1) for slope in spatial_gradient(warped)], 1)
+
+
+def gradient(warped: Tensor, derivative: Tensor, sigma: Sequence[float], out: Tensor) -> None:
+    """The gradient for compositional updates, smoothed: ``out = G Σ_c D_c ∇I_c``.
+
+    Differences are central, one-sided at the edges.
+
+    Args:
+        warped: ``(B, C, *S)``.
+        derivative: ``(B, C, *S)``.
+        sigma: standard deviation of the Gaussian ``G`` in voxels, one per axis.
+        out: ``(B, n, *S)``; with one channel and one pair, ``warped`` may be its first and ``derivative`` its second
+            channel.
+    """
+    dtype = _wide(warped, derivative, out)
+    out.copy_(smoothed(eulerian_gradient(derivative.to(dtype), warped.to(dtype)), sigma))
+
+
+def step(
+    smooth: Tensor,
+    residual: Tensor,
+    unit: Sequence[float],
+    radius: Tensor,
+    damping: Tensor,
+    warped: Tensor | None,
+    derivative: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Factored Levenberg-Marquardt step, composed into the residual: ``out(x) = v(x) + r(x + v(x))``.
+
+    ``v = -2 √λ s · m² g / (|m g|² + λ)`` with ``m`` the metric's unit, so ``|v / m|`` is nowhere longer than ``s``. It
+    is zero in pairs whose ``λ`` is not positive, and where the gradient is not finite.
+
+    Args:
+        smooth: ``(B, n, *S)`` smoothed gradient ``g``.
+        residual: ``(B, n, *S)``, ``r``.
+        unit: ``m``, voxels per unit of the metric, one per axis.
+        radius: ``(B,)``, ``s`` in the metric.
+        damping: ``(B,)``, ``λ``.
+        warped: ``(B, C, *S)`` with ``derivative`` ``(B, C, *S)``: what the decrease is expected from; or ``None``.
+        derivative: see ``warped``.
+        out: ``(B, n, *S)``; may be ``smooth`` itself.
+
+    Returns:
+        First-order decrease that the step promises, ``-Σ ⟨g', v⟩`` with ``g'`` not smoothed, ``(B,)``; NaN without
+        ``warped``.
+    """
+    dtype = _wide(smooth, residual, out)
+    v = in_units(lm_direction(in_units(smooth.to(dtype), unit), radius.to(dtype), damping.to(dtype)), unit)
+    if warped is None or derivative is None:
+        expected = torch.full_like(radius, float("nan"), dtype=dtype)
+    else:
+        expected = -(eulerian_gradient(derivative.to(dtype), warped.to(dtype)) * v).flatten(1).sum(1)
+    out.copy_(composed(residual, v))
+    return expected
+
+
+def in_units(field: Tensor, unit: Sequence[float]) -> Tensor:
+    """Every component of a field ``(B, n, *S)`` times its unit; no number is copied to the device."""
+    return torch.stack([field[:, axis] * m for axis, m in enumerate(unit)], 1)
+
+
+def lm_direction(gradient: Tensor, radius: Tensor, damping: Tensor) -> Tensor:
+    """``-2 √λ s · g / (|g|² + λ)``, ``(B, n, *S)``, for ``(B,)`` of ``s`` and ``λ``; see :func:`step`."""
+    s, lam = over_voxels(radius, gradient), over_voxels(damping, gradient)
+    moves = lam > 0
+    g = gradient / torch.where(moves, lam, torch.ones_like(lam)).sqrt()  # λ is 1 for it: no square leaves float32
+    v = -2 * s * g / (g.square().sum(1, keepdim=True) + 1)
+    return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
+    """Part of the way to a smooth field, ``out = r + α (G r - r)``; pairs with a negative ``α`` keep what ``out`` has.
+
+    Args:
+        moved: ``(B, n, *S)``, ``r``.
+        sigma: standard deviation of the Gaussian ``G`` in voxels, one per axis.
+        weight: ``(B,)``, ``α``.
+        out: ``(B, n, *S)``, other memory than ``moved``.
+    """
+    dtype = _wide(moved, out)
+    r, alpha = moved.to(dtype), over_voxels(weight, moved).to(dtype)
+    relaxed = r + alpha * (smoothed(r, sigma) - r)
+    out.copy_(torch.where(alpha >= 0, relaxed, out.to(dtype)))
+
+
+# --- sums over a volume
+
+
+def image_sums(image: Tensor) -> Tensor:
+    """What is told of an image's intensities, in the widest type: ``(B, C, 5)``.
+
+    Minimum, maximum, sum, and of the differences ``d`` of neighbouring voxels along all axes ``Σ d²`` and ``Σ |d|``.
+
+    Args:
+        image: ``(B, C, *S)``.
+    """
+    exact = widest_float(image.device)
+    flat = image.flatten(2)
+    parts = [flat.amin(2).to(exact), flat.amax(2).to(exact), flat.sum(2, dtype=exact)]
+    differences = [image.to(exact).diff(dim=dim).flatten(2) for dim in range(2, image.dim())]
+    squares = torch.stack([d.square().sum(2) for d in differences]).sum(0)
+    return torch.stack([*parts, squares, torch.stack([d.abs().sum(2) for d in differences]).sum(0)], 2)
+
+
+def gradient_sums(gradient: Tensor, unit: Sequence[float]) -> Tensor:
+    """What the damping starts from, in the widest type: largest ``|m g|``, ``Σ |m g|²`` and ``Σ |m g|``, ``(B, 3)``.
+
+    Args:
+        gradient: ``(B, n, *S)``.
+        unit: ``m``, one per axis.
+    """
+    exact = widest_float(gradient.device)
+    squared = in_units(gradient.to(exact), unit).square().sum(1).flatten(1)
+    return torch.stack([squared.amax(1).sqrt(), squared.sum(1), squared.sqrt().sum(1)], 1)
+
+
+# --- folds
+
+
+def unfolded(ddf: Tensor, outer: Tensor | None, margin: float, out: Tensor | None) -> Tensor:
+    """Look for folded cells of the map ``(id + outer) ∘ (id + ddf)``.
+
+    Cell ``i`` along an axis lies between voxels ``i - 1`` and ``i``: there is a ring of cells around the grid. It is
+    folded when one of its determinants (3D: of the eight corner and the two central tetrahedra; 2D: of the four
+    corner triangles) is not above ``margin``; NaN is not.
+
+    Args:
+        ddf: ``(B, n, *S)``.
+        outer: ``(B, n, *M)``; ``None`` is zero.
+        margin: smallest determinant that still counts as folded.
+        out: ``(B, *(S + 1))`` bool: the folded cells; or ``None``.
+
+    Returns:
+        How many there are, ``(B,)`` int64.
+    """
+    dtype = _wide(ddf)
+    field = ddf.to(dtype)
+    if outer is not None:
+        field = composed(outer.to(dtype), field)
+    folded = torch.zeros(ddf.shape[0], *(s + 1 for s in ddf.shape[2:]), dtype=torch.bool, device=ddf.device)
+    for determinant in cell_determinants(field):
+        folded |= ~(determinant > margin)
+    if out is not None:
+        out.copy_(folded)
+    return torch.stack([torch.count_nonzero(cells) for cells in folded])
+
+
+def mend(ddf: Tensor, outer: Tensor | None, folded: Tensor, sigma: float, margin: float) -> Tensor:
+    """One round of repair, in place: smooth in and around folded cells, then look for what is folded still.
+
+    ``ddf += w (G ddf - ddf)``; the weight ``w`` is 1 at the voxels of folded cells and goes to 0 within twice the
+    reach, which is ``sigma``, rounded, at least 1: the mean, over windows that reach so far, of whether a voxel of a
+    folded cell is as near.
+
+    Args:
+        ddf: ``(B, n, *S)``, overwritten.
+        outer: ``(B, n, *M)``, as for :func:`unfolded`.
+        folded: ``(B, *(S + 1))`` bool, as :func:`unfolded` found it; overwritten.
+        sigma: standard deviation of the Gaussian ``G`` in voxels.
+        margin: as for :func:`unfolded`.
+
+    Returns:
+        ``(B, 2)`` int64: folded cells that are left, and voxels that were smoothed.
+    """
+    dtype, reach = _wide(ddf), max(1, round(sigma))
+    pool = torch.nn.functional.max_pool2d if ddf.shape[1] == 2 else torch.nn.functional.max_pool3d
+    voxels = pool(folded.unsqueeze(1).to(dtype), 2, stride=1)
+    near = (box_sum(voxels, reach) > 0.5).to(dtype)
+    weight = torch.maximum(voxels, box_sum(near, reach) * inverse_window_counts(near, reach))
+    field = ddf.to(dtype)
+    change = weight * (smoothed(field, [sigma] * ddf.shape[1]) - field)
+    ddf.copy_(torch.where(weight > 0, field + change, field))
+    return torch.stack([unfolded(ddf, outer, margin, folded), (weight > 0).flatten(1).sum(1)], 1)
+
+
+def cell_determinants(ddf: Tensor) -> list[Tensor]:
+    """All determinants of every cell of a field, and of the ring around it, ``(B, *(S + 1))`` each."""
+    n = ddf.shape[1]
+    pads = [1, 1] * n
+    padded = torch.nn.functional.pad(ddf, pads, mode="replicate")
+    cells = [s - 1 for s in padded.shape[2:]]
+
+    def at(component: Tensor, corner: tuple[int, ...]) -> Tensor:
+        for axis, bit in enumerate(corner):
+            if component.shape[1 + axis] != cells[axis]:
+                component = component.narrow(1 + axis, bit, cells[axis])
+        return component
+
+    # edges[a][c]: component c of the map's difference along axis a, between neighbours
+    edges = []
+    for axis in range(n):
+        difference = list(torch.diff(padded, dim=2 + axis).unbind(1))
+        difference[axis] = difference[axis] + 1
+        edges.append(difference)
+
+    def edge(axis: int, corner: tuple[int, ...]) -> list[Tensor]:
+        return [at(component, corner) for component in edges[axis]]
+
+    out = [determinant([edge(axis, corner) for axis in range(n)]) for corner in product((0, 1), repeat=n)]
+    for tetrahedron in _CENTRAL if n == 3 else ():
+        columns = []
+        for first, second in tetrahedron:
+            columns.append([a + b for a, b in zip(edge(*first), edge(*second), strict=True)])
+        out.append(0.5 * determinant(columns))
+    return out
+
+
+def determinant(columns: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Determinant of the 2×2 or 3×3 matrix whose columns are lists of component tensors."""
+    if len(columns) == 2:
+        (a, b), (c, d) = columns
+        return a * d - b * c
+    (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = columns
+    return a0 * (b1 * c2 - b2 * c1) + a1 * (b2 * c0 - b0 * c2) + a2 * (b0 * c1 - b1 * c0)
+
+
+# The two central tetrahedra, {000, 011, 101, 110} and {111, 100, 010, 001}: each face diagonal from the first corner is
+# the sum of two edges (axis, corner where the edge starts); the second one's overall sign is that of the first.
+_CENTRAL = (
+    (((1, (0, 0, 0)), (2, (0, 1, 0))), ((0, (0, 0, 0)), (2, (1, 0, 0))), ((0, (0, 0, 0)), (1, (1, 0, 0)))),
+    (((1, (1, 0, 1)), (2, (1, 0, 0))), ((0, (0, 1, 1)), (2, (0, 1, 0))), ((0, (0, 1, 1)), (1, (0, 0, 1)))),
+)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,0 +1,190 @@
+"""Compiling the kernels: where they come from, what may go wrong, and what is said then."""
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from monai_lm.kernels import build, cpu
+
+needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no kernels in C: {cpu.why_not()}")
+REFINE = """
+import sys, torch, warnings, monai_lm
+from monai_lm.kernels import cpu
+x = torch.randn(1, 1, 24, 20, 22, generator=torch.Generator().manual_seed(0))
+result = monai_lm.refine(x, x.roll(1, 2), scales=(1,), iterations=3)
+print(cpu.why_not(), float(result.final_loss), result.ddf.double().sum().item())
+"""
+
+
+def refined(folder, **environment):
+    """What a new process says of the kernels, its loss and field, and what it warns of."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "MONAI_LM_CACHE": str(folder), **environment}
+    root = Path(__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", REFINE], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    reason, loss, total = out.stdout.strip().rsplit(" ", 2)
+    return reason, float(loss), float(total), out.stderr
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The only folder in which compiled kernels are looked for."""
+    monkeypatch.setattr(build, "cache_folders", lambda: iter([tmp_path / "cache"]))
+    return tmp_path / "cache"
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_and_then_found(cache, monkeypatch):
+    made = build.build()
+    assert made.parent == cache
+    assert sorted(p.name for p in cache.iterdir()) == [made.name]  # nothing half made is left
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert build.build() == made
+
+
+@needs_compiler
+def test_two_that_compile_at_the_same_time_do_not_see_each_others_half_files(cache):
+    with ThreadPoolExecutor(3) as threads:
+        made = set(threads.map(lambda _: build.build(), range(3)))
+    assert len(made) == 1
+    assert [p.name for p in cache.iterdir()] == [made.pop().name]
+
+
+def test_other_source_other_flags_other_file(tmp_path, monkeypatch):
+    names = {build.library_name(instructions) for instructions in ("AVX2", "plain")}
+    changed = tmp_path / "cpu.c"
+    changed.write_bytes(build.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(build, "SOURCE", changed)
+    names |= {build.library_name(instructions) for instructions in ("AVX2", "plain")}
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("no-such-compiler-here", "no-such-compiler-here"), ("false", "false: exit status 1")],
+)
+def test_a_compiler_that_fails_is_told(command, message, cache, monkeypatch):
+    monkeypatch.setenv("CC", command)
+    with pytest.raises(build.BuildError, match=message):
+        build.build()
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.usefixtures("cache")
+def test_no_compiler_at_all(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.BuildError, match="there is no C compiler"):
+        build.build()
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    (cache / build.library_name(build.capability())).write_bytes(b"not mine")
+    with pytest.raises(build.BuildError, match="can be written by others"):
+        build.build()
+
+
+def test_a_cache_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch):
+    if cpu.why_not() is not None:
+        pytest.skip("needs a compiler")
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setattr(build, "cache_folders", lambda: iter([blocked / "cache", tmp_path / "other"]))
+    assert build.build().parent == tmp_path / "other"
+    monkeypatch.setattr(build, "cache_folders", lambda: iter([blocked / "cache"]))
+    with pytest.raises(build.BuildError, match=r"nowhere to write to: .*file"):
+        build.build()
+
+
+def test_where_kernels_are_kept(monkeypatch):
+    monkeypatch.setenv("MONAI_LM_CACHE", "/chosen")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    folders = [str(f) for f in build.cache_folders()]
+    assert folders[0] == "/chosen"
+    assert folders[-1].endswith(f"monai_lm-{os.getuid()}")
+    if sys.platform != "darwin":
+        assert folders[1] == "/xdg/monai_lm"
+
+
+@needs_compiler
+def test_a_process_without_a_compiler_says_so_once_and_gets_the_same_result(tmp_path):
+    native = refined(tmp_path / "a")
+    plain = refined(tmp_path / "b", CC="no-such-compiler")
+    assert native[0] == "None"
+    assert "no-such-compiler" in plain[0]
+    assert plain[3].count("plain PyTorch is used") == 1
+    assert plain[1] == pytest.approx(native[1], rel=1e-4)
+    assert plain[2] == pytest.approx(native[2], rel=1e-2, abs=1e-2)
+
+
+@needs_compiler
+def test_a_broken_library_in_the_cache_is_told_and_does_not_matter(tmp_path):
+    tmp_path.chmod(0o700)
+    (tmp_path / build.library_name(build.capability())).write_bytes(b"\x7fELF broken")
+    reason, loss, _, errors = refined(tmp_path)
+    assert reason == "None"  # it is compiled anew
+    assert loss > 0
+    assert "Traceback" not in errors
+
+
+@needs_compiler
+@pytest.mark.skipif(not build.is_x86(), reason="the machine has one set of instructions only")
+def test_older_processors_get_kernels_of_their_own(tmp_path):
+    modern, old = refined(tmp_path), refined(tmp_path, ATEN_CPU_CAPABILITY="default")
+    assert old[0] == "None"
+    assert len([p for p in tmp_path.iterdir() if p.suffix == ".so"]) == 2
+    assert old[1] == pytest.approx(modern[1], rel=1e-4)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own():
+    image = torch.randn(1, 1, 64, 64, 64)
+    out, again = torch.empty_like(image), torch.empty_like(image)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cpu.smooth(image, (1.0, 1.0, 1.0), out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # a child that hangs is killed
+            try:
+                cpu.smooth(image, (1.0, 1.0, 1.0), again)
+                os._exit(0 if out.numpy().tobytes() == again.numpy().tobytes() else 1)  # torch's own threads may hang
+            except BaseException:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        cpu.smooth(image, (1.0, 1.0, 1.0), again)
+        assert torch.equal(out, again)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_threads_that_call_at_the_same_time_do_not_disturb_each_other():
+    images = [torch.randn(1, 1, 48, 50, 52, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    expected = [torch.empty_like(image) for image in images]
+    for image, out in zip(images, expected, strict=True):
+        cpu.smooth(image, (1.0, 1.0, 1.0), out)
+
+    def work(number):
+        out = torch.empty_like(images[number])
+        for _ in range(10):
+            cpu.smooth(images[number], (1.0, 1.0, 1.0), out)
+        return out
+
+    with ThreadPoolExecutor(6) as threads:
+        for out, right in zip(threads.map(work, range(6)), expected, strict=True):
+            assert torch.equal(out, right)

@@ -1,0 +1,272 @@
+"""Every implementation of every kernel against the reference in float64: shapes, batches, channels, borders, precision.
+
+The implementations for GPUs are in ``test_gpu.py``, which runs them in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+from monai_lm import kernels
+from monai_lm.kernels import cpu, reference
+
+SIZES = [(13, 17, 19), (2, 3, 5), (33, 12, 40), (2, 2, 2), (31, 37), (2, 5)]
+BATCHES = [(1, 1), (2, 1), (2, 3)]
+UNIT = (1.0, 0.5, 0.8)
+IMPLEMENTATIONS = {"C": cpu, "dispatched": kernels, "reference": reference}
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no kernels in C: {cpu.why_not()}")
+
+
+def noise(shape, seed, sigma=0.0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return reference.smoothed(values, [sigma] * (len(shape) - 2)) if sigma else values
+
+
+class Given:
+    """Random arguments of kernels, in float64."""
+
+    def __init__(self, size, batch, channels):
+        self.n, self.image, self.field = len(size), (batch, channels, *size), (batch, len(size), *size)
+        self.warped, self.fixed = noise(self.image, 0, 0.8), noise(self.image, 1, 0.8)
+        self.warped, self.fixed = self.warped / self.warped.std(), self.fixed / self.fixed.std()
+        self.ddf, self.outer = 20 * noise(self.field, 2, 2.0), 30 * noise(self.field, 3, 2.0)
+        self.weight = noise((batch, 1, *size), 4).abs() * (noise((batch, 1, *size), 5) > -0.5)
+        self.shift, self.factor = noise((batch, channels), 6), noise((batch, channels), 7).abs() + 0.5
+        self.derivative = noise(self.image, 8, 1.0)
+        self.smooth = noise(self.field, 9, 1.0)
+        self.damping = self.smooth.square().sum(1).flatten(1).mean(1)
+        self.radius = torch.tensor([0.5, 0.3], dtype=torch.float64)[:batch]
+        self.sigma, self.unit = (1.0, 2.0, 0.5)[: self.n], UNIT[: self.n]
+
+
+def of_image(*names):
+    return lambda g: ([getattr(g, name) if isinstance(name, str) else name for name in names], g.image)
+
+
+def of_field(*names):
+    return lambda g: ([getattr(g, name) if isinstance(name, str) else name for name in names], g.field)
+
+
+# the arguments before ``out``, and the shape of ``out``
+CASES = {
+    "sample": of_image("warped", "ddf", None, None, None),
+    "sample, all": of_image("warped", "ddf", "outer", "shift", "factor"),
+    "sample, no residual": of_image("warped", None, "outer", None, "factor"),
+    "compose": of_field("outer", "ddf"),
+    "smooth": of_image("warped", "sigma"),
+    "smooth, far": lambda g: ([g.warped, (0.0, 3.0, 4.0)[: g.n]], g.image),
+    "smooth, no": lambda g: ([g.warped, (0.0,) * g.n], g.image),
+    "elastic": lambda g: ([g.ddf, (0.5,) * g.n, torch.tensor([0.7, -1.0], dtype=torch.float64)[: len(g.ddf)]], g.field),
+    **{f"lncc, {r}": of_image("warped", "fixed", "shift", "factor", None, r, 2e-3) for r in (1, 2, 3, 5)},
+    "lncc, weighted": of_image("warped", "fixed", None, None, "weight", 2, 2e-3),
+    "mse": of_image("warped", "fixed", None, None, None),
+    "mse, all": of_image("warped", "fixed", "shift", "factor", "weight"),
+    "ncc": of_image("warped", "fixed", None, None, None, 1e-6),
+    "ncc, all": of_image("warped", "fixed", "shift", "factor", "weight", 1e-6),
+    "gradient": of_field("warped", "derivative", "sigma"),
+    "gradient, no smoothing": lambda g: ([g.warped, g.derivative, (0.0,) * g.n], g.field),
+    "step": of_field("smooth", "ddf", "unit", "radius", "damping", None, None),
+    "step, promise": of_field("smooth", "ddf", "unit", "radius", "damping", "warped", "derivative"),
+    "step, far": lambda g: ([g.smooth, g.ddf, g.unit, 6 * g.radius, g.damping, None, None], g.field),
+    "step, no pair": lambda g: ([g.smooth, g.ddf, g.unit, g.radius, 0 * g.damping, None, None], g.field),
+}
+
+
+def in_type(arguments, dtype):
+    return [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def close(out, expected, tolerance):
+    scale = expected[expected.isfinite()].abs().max().clamp(min=1e-9) if bool(expected.isfinite().any()) else 1.0
+    torch.testing.assert_close(out.double() / scale, expected.double() / scale, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("batch", "channels"), BATCHES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_implementation_is_the_reference_in_float64(size, batch, channels, case, kind):
+    name, given = case.split(",")[0], Given(size, batch, channels)
+    arguments, shape = CASES[case](given)
+    exact = torch.full(shape, 7.0, dtype=torch.float64)
+    returned = getattr(reference, name)(*arguments, exact)
+    out = torch.full(shape, 7.0)
+    got = getattr(IMPLEMENTATIONS[kind], name)(*in_type(arguments, torch.float32), out)
+    close(out, exact, 2e-4 if "weighted" in case else 5e-5)
+    if returned is not None:
+        assert got.dtype == torch.float32
+        close(got, returned, 3e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [(13, 17, 19), (31, 37)], ids=str)
+def test_half_precision_is_read_and_rounded(size, case, dtype):
+    """What is read in half precision is what the reference reads; bfloat16 is read only."""
+    name, given = case.split(",")[0], Given(size, 2, 1)
+    arguments, shape = CASES[case](given)
+    arguments = [a.to(dtype) if isinstance(a, torch.Tensor) and a.dim() > 3 else a for a in arguments]
+    arguments = [a.float() if isinstance(a, torch.Tensor) and a.dim() < 3 else a for a in arguments]
+    kind = torch.float16 if dtype == torch.float16 else torch.float32
+    expected, out = torch.full(shape, 7.0, dtype=kind), torch.full(shape, 7.0, dtype=kind)
+    returned = getattr(reference, name)(*arguments, expected)
+    got = getattr(cpu, name)(*arguments, out)
+    close(out, expected, 2e-3 if kind == torch.float16 else 2e-4)
+    if returned is not None:
+        close(got, returned, 3e-4)
+
+
+def test_half_precision_is_rounded_to_the_nearest_as_torch_does():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    finite = bits[bits.isfinite()].sort().values
+    between = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0003, torch.tensor([1e6, -1e6, 7e4, 1e-9])])
+    wide = torch.cat([between, torch.zeros(-len(between) % 8)]).view(1, 1, 8, -1)
+    out = torch.empty(wide.shape, dtype=torch.float16)
+    cpu.smooth(wide, (0.0, 0.0), out)
+    assert torch.equal(out, wide.half())
+    back = torch.empty(wide.shape)
+    cpu.smooth(out, (0.0, 0.0), back)
+    assert torch.equal(back, out.float())
+
+
+@pytest.mark.parametrize("size", [(13, 17, 19), (31, 37)], ids=str)
+def test_displacements_that_lead_anywhere_read_nothing_outside(size):
+    """Far away, infinitely far, and nowhere: positions are clamped, NaN counts as the first voxel."""
+    given = Given(size, 1, 1)
+    for value in (1e9, -1e9, 3e38, float("inf"), float("-inf"), float("nan")):
+        ddf = given.ddf.float()
+        ddf[:, :, 1] = value
+        out, exact = torch.empty(given.image), torch.empty(given.image, dtype=torch.float64)
+        cpu.sample(given.warped.float(), ddf, given.outer.float(), None, None, out)
+        reference.sample(given.warped, ddf.double(), given.outer, None, None, exact)
+        assert out.isfinite().all()
+        close(out, exact, 1e-4)
+        field, wide = torch.empty(given.field), torch.empty(given.field, dtype=torch.float64)
+        cpu.compose(given.outer.float(), ddf, field)
+        reference.compose(given.outer, ddf.double(), wide)
+        torch.testing.assert_close(field[:, :, 2:], wide.float()[:, :, 2:], rtol=0, atol=1e-3)
+        assert torch.equal(field[:, :, 1].isnan(), wide[:, :, 1].isnan())
+
+
+def test_nan_in_an_image_stays_where_windows_see_it():
+    given = Given((20, 18, 22), 1, 1)
+    warped = given.warped.float()
+    warped[0, 0, 10, 9, 11] = float("nan")
+    out, exact = torch.empty(given.image), torch.empty(given.image)
+    loss = cpu.lncc(warped, given.fixed.float(), None, None, None, 2, 2e-3, out)
+    reference.lncc(warped, given.fixed.float(), None, None, None, 2, 2e-3, exact)
+    assert loss.isnan().all()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert int(out.isnan().sum()) == 9**3
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_results_may_take_the_place_of_arguments(size, batch):
+    given = Given(size, batch, 1)
+    work = torch.zeros(given.field)
+    work[:, :1], work[:, 1:2] = given.warped, given.derivative
+    expected = torch.empty(given.field)
+    cpu.gradient(given.warped.float(), given.derivative.float(), given.sigma, expected)
+    cpu.gradient(work[:, :1], work[:, 1:2], given.sigma, work)
+    assert torch.equal(work, expected)
+    step = [given.ddf.float(), given.unit, given.radius.float(), given.damping.float(), None, None]
+    cpu.step(work, *step, work)
+    cpu.step(expected, *step, moved := torch.empty(given.field))
+    assert torch.equal(work, moved)
+    inner = given.ddf.float()
+    cpu.compose(given.outer.float(), inner, composed := torch.empty(given.field))
+    cpu.compose(given.outer.float(), inner, inner)
+    assert torch.equal(inner, composed)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("amplitude", [0.3, 1.0])
+def test_folds_are_those_of_the_reference(size, outer, amplitude):
+    given = Given(size, 2, 1)
+    ddf, after = amplitude * given.ddf, 0.3 * given.outer if outer else None
+    cells = (2, *(s + 1 for s in size))
+    mask, exact = torch.zeros(cells, dtype=torch.bool), torch.zeros(cells, dtype=torch.bool)
+    count = cpu.unfolded(ddf.float(), None if after is None else after.float(), 1e-3, mask)
+    expected = reference.unfolded(ddf, after, 1e-3, exact)
+    assert count.tolist() == mask.flatten(1).sum(1).tolist()
+    assert int((mask ^ exact).sum()) <= 1 + 0.002 * mask.numel()  # a determinant may be at the margin
+    assert (count - expected).abs().max() <= 1 + 0.002 * mask.numel()
+    assert torch.equal(cpu.unfolded(ddf.float(), None if after is None else after.float(), 1e-3, None), count)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.6, 6.0])
+@pytest.mark.parametrize("size", [(60, 51, 40), *SIZES], ids=str)
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_round_of_repair_is_that_of_the_reference(size, outer, sigma, dtype):
+    ddf, after = (8 * noise((2, len(size), *size), 0, 1.5)).to(dtype), None
+    if outer:
+        after = (3 * noise((2, len(size), *size), 1, 6.0)).float()
+    mask = torch.zeros(2, *(s + 1 for s in size), dtype=torch.bool)
+    cpu.unfolded(ddf, after, 1e-3, mask)
+    other, other_mask = ddf.clone(), mask.clone()
+    got = cpu.mend(ddf, after, mask, sigma, 1e-3)
+    expected = reference.mend(other, after, other_mask, sigma, 1e-3)
+    torch.testing.assert_close(ddf, other, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-3)
+    assert torch.equal(got[:, 1], expected[:, 1])
+    assert int((mask ^ other_mask).sum()) <= 1 + (0 if dtype == torch.float32 else 0.01 * mask.numel())
+    assert got[:, 0].tolist() == mask.flatten(1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sums_are_those_of_the_reference(size):
+    given = Given(size, 2, 3)
+    image = given.warped.float() + 100
+    torch.testing.assert_close(cpu.image_sums(image), reference.image_sums(image), rtol=1e-6, atol=1e-9)
+    image[1, 2].flatten()[3] = float("nan")
+    assert cpu.image_sums(image)[1, 2, :3].isnan().all()
+    assert cpu.image_sums(image)[0].isfinite().all()
+    smooth = given.smooth.float()
+    close(cpu.gradient_sums(smooth, given.unit), reference.gradient_sums(smooth, given.unit), 1e-6)
+
+
+def test_pairs_may_lie_anywhere_and_what_is_not_contiguous_is_left_to_the_reference():
+    wide = noise((3, 4, 9, 8, 7), 0).float()
+    part = wide[::2, 1:3]  # every pair is contiguous
+    out, exact = torch.empty(2, 2, 9, 8, 7), torch.empty(2, 2, 9, 8, 7)
+    assert cpu.available(part) is not None
+    cpu.smooth(part, (1.0, 1.0, 1.0), out)
+    reference.smooth(part, (1.0, 1.0, 1.0), exact)
+    close(out, exact, 1e-6)
+    turned = wide.transpose(2, 3)
+    assert cpu.available(turned) is None
+    assert cpu.available(wide.double()) is None
+    kernels.smooth(turned, (1.0, 0.0, 0.0), out := torch.empty(turned.shape))
+    close(out.transpose(2, 3), reference.smoothed(wide, (0.0, 1.0, 0.0)), 1e-6)
+
+
+def test_plain_pytorch_can_be_asked_for(monkeypatch):
+    image, out = noise((1, 1, 6, 5), 0).float(), torch.empty(1, 1, 6, 5)
+    monkeypatch.setattr(cpu, "available", lambda *_: pytest.fail("the kernels in C are not to be asked"))
+    with kernels.using("reference"):
+        kernels.smooth(image, (1.0, 1.0), out)
+    close(out, reference.smoothed(image, (1.0, 1.0)), 1e-7)
+
+
+def test_fake_tensors_have_the_shapes_of_the_results():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = Given((9, 8, 7), 2, 1)
+    arguments, shape = CASES["lncc, 2"](given)
+    given_in_float = in_type(arguments, torch.float32)
+    loss = kernels.lncc(*given_in_float, torch.empty(shape))
+    with FakeTensorMode() as fake:
+        faked = [fake.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given_in_float]
+        out = kernels.lncc(*faked, torch.empty(shape))
+        field = torch.empty(given.field)
+        counts = kernels.unfolded(field, None, 0.0, None)
+        sums = (
+            kernels.image_sums(faked[0]),
+            kernels.gradient_sums(field, UNIT),
+            kernels.mend(field, None, field, 1.0, 0.0),
+        )
+    assert (out.shape, out.dtype) == (loss.shape, loss.dtype)
+    assert (tuple(counts.shape), counts.dtype) == ((2,), torch.int64)
+    assert [tuple(s.shape) for s in sums] == [(2, 1, 5), (2, 3), (2, 2)]
