@@ -785,41 +785,44 @@ EXPORT int ncc(const Array *warped, const Array *fixed, const float *shift, cons
 typedef struct {
   const Array *warped, *derivative, *out;
   const float *taps[3];
-  int radius[3], shared;  // shared: `out` is written over what is read
+  int radius[3], shared, ahead;  // shared: `out` is written over what is read; ahead: planes made before one is written
   int64_t slabs;
-  float **saved;  // of every slab: planes around it, then room for those that it overwrites
+  float **saved;  // of every slab: planes around it
 } Gradient;
 
 // Planes of the images that a slab reads and others write: kept before anything is written.
 static void save_around(void *task, int64_t item) {
   const Gradient *t = task;
   const int64_t X = t->out->size[0], P = t->out->size[1] * t->out->size[2];
-  const int64_t slab = item % t->slabs, pair = item / t->slabs, reach = t->radius[0] + 1;
+  const int64_t slab = item % t->slabs, pair = item / t->slabs, reach = t->ahead + 1;
   const int64_t x0 = part_start(X, t->slabs, slab), x1 = part_start(X, t->slabs, slab + 1);
-  float *to = t->saved[item] = malloc(sizeof(float) * P * (6 * reach + 2));
+  float *to = t->saved[item] = malloc(sizeof(float) * P * 4 * reach);
   if (!to) return;
+  const Array *images[2] = {t->warped, t->derivative};
   for (int64_t k = 0; k < 2 * reach; k++) {
     const int64_t x = k < reach ? x0 - reach + k : x1 + k - reach;
-    if (x < 0 || x >= X) continue;
-    const Array *images[2] = {t->warped, t->derivative};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 && x >= 0 && x < X; i++) {
       float *plane = to + (2 * k + i) * P;
       put(plane, FLOAT, 0, P, row(at(images[i], pair, 0), images[i]->type, x * P, P, plane));
     }
   }
 }
 
-// A row of an image (0 warped, 1 derivative) for a slab that is at plane `now`.
-INLINE const float *slab_row(const Gradient *t, int image, int64_t pair, int64_t channel, int64_t x, int64_t y,
-                             int64_t now, int64_t x0, int64_t x1, const float *saved, float *buffer) {
-  const int64_t Y = t->out->size[1], Z = t->out->size[2], reach = t->radius[0] + 1;
+typedef struct {
+  const Gradient *task;
+  int64_t pair, first, last;  // planes of the slab
+  const float *saved;
+  float *wide;  // room for six rows
+} Slab;
+
+// A row of an image (0 warped, 1 derivative).
+INLINE const float *slab_row(const Slab *s, int image, int64_t channel, int64_t x, int64_t y, int buffer) {
+  const Gradient *t = s->task;
+  const int64_t Y = t->out->size[1], Z = t->out->size[2], reach = t->ahead + 1;
   const Array *a = image ? t->derivative : t->warped;
-  if (t->shared) {
-    if (x < x0) return saved + ((2 * (x - x0 + reach) + image) * Y + y) * Z;
-    if (x >= x1) return saved + ((2 * (x - x1 + reach) + image) * Y + y) * Z;
-    if (x <= now) return saved + ((4 * reach + 2 * (x % (reach + 1)) + image) * Y + y) * Z;
-  }
-  return row(at(a, pair, channel), a->type, (x * Y + y) * Z, Z, buffer);
+  if (t->shared && x < s->first) return s->saved + ((2 * (x - s->first + reach) + image) * Y + y) * Z;
+  if (t->shared && x >= s->last) return s->saved + ((2 * (x - s->last + reach) + image) * Y + y) * Z;
+  return row(at(a, s->pair, channel), a->type, (x * Y + y) * Z, Z, s->wide + buffer * Z);
 }
 
 // g = d (a - b) scale, or that added to it
@@ -831,50 +834,44 @@ static void add_product(float *g, const float *d, const float *a, const float *b
   }
 }
 
+// One plane of the gradient that is not smoothed, (3, Y, Z).
+static void raw_plane(const Slab *s, int64_t x, float *plane) {
+  const Gradient *t = s->task;
+  const int64_t X = t->out->size[0], Y = t->out->size[1], Z = t->out->size[2], xb = most(x - 1, 0), xa = least(x + 1, X - 1);
+  for (int64_t y = 0; y < Y; y++) {
+    const int64_t yb = most(y - 1, 0), ya = least(y + 1, Y - 1);
+    float *gx = plane + y * Z, *gy = gx + Y * Z, *gz = gy + Y * Z;
+    for (int64_t c = 0; c < t->warped->channels; c++) {
+      const float *d = slab_row(s, 1, c, x, y, 0), *w = slab_row(s, 0, c, x, y, 1);
+      if (t->out->channels == 3)
+        add_product(gx, d, slab_row(s, 0, c, xa, y, 2), slab_row(s, 0, c, xb, y, 3), xa - xb == 2 ? 0.5f : 1.0f, c > 0, Z);
+      add_product(gy, d, slab_row(s, 0, c, x, ya, 4), slab_row(s, 0, c, x, yb, 5), ya - yb == 2 ? 0.5f : 1.0f, c > 0, Z);
+      add_product(gz + 1, d + 1, w + 2, w, 0.5f, c > 0, Z - 2);
+      add_product(gz, d, w + 1, w, 1.0f, c > 0, 1);
+      add_product(gz + Z - 1, d + Z - 1, w + Z - 1, w + Z - 2, 1.0f, c > 0, 1);
+    }
+  }
+}
+
 static void gradient_slab(void *task, int64_t item) {
   const Gradient *t = task;
   const int64_t X = t->out->size[0], Y = t->out->size[1], Z = t->out->size[2], P = Y * Z;
   const int n = t->out->channels, rx = t->radius[0], ry = t->radius[1], rz = t->radius[2], ring = 2 * ry + 1;
-  const int64_t slab = item % t->slabs, pair = item / t->slabs, reach = rx + 1;
-  const int64_t x0 = part_start(X, t->slabs, slab), x1 = part_start(X, t->slabs, slab + 1);
-  float *saved = t->saved[item];
-  const int across = 2 * rx + 1;
-  float *memory = malloc(sizeof(float) * ((3 * ring + 3 * across + 8) * Z + 2 * rz));
+  const int planes = rx + t->ahead + 1;
+  const int64_t slab = item % t->slabs;
+  float *memory = malloc(sizeof(float) * ((3 * ring + 8) * Z + 2 * rz + 3 * planes * P));
   const float **pointers = malloc(sizeof(float *) * 2 * (rx + ry + rz + 1));
-  float *sums = memory, *wide = memory + 3 * ring * Z, *padded = wide + 6 * Z, *out = padded + Z + 2 * rz, *planes = out + Z;
-  for (int64_t x = x0; x < x1; x++) {
-    if (t->shared) {  // what is about to be written over
-      float *plane = saved + (4 * reach + 2 * (x % (reach + 1))) * P;
-      put(plane, FLOAT, 0, P, row(at(t->warped, pair, 0), t->warped->type, x * P, P, plane));
-      put(plane + P, FLOAT, 0, P, row(at(t->derivative, pair, 0), t->derivative->type, x * P, P, plane + P));
-    }
-    int64_t ready = 0;
+  float *sums = memory, *padded = sums + 3 * ring * Z, *out = padded + Z + 2 * rz, *wide = out + Z, *store = wide + 6 * Z;
+  const Slab s = {t, item / t->slabs, part_start(X, t->slabs, slab), part_start(X, t->slabs, slab + 1), t->saved[item], wide};
+  int64_t made = most(0, s.first - rx);  // planes before it are in the store
+  for (int64_t x = s.first; x < s.last; x++) {
+    for (; made <= least(x + t->ahead, X - 1); made++) raw_plane(&s, made, store + made % planes * 3 * P);
+    int64_t ready = 0;  // rows before it are summed along x
     for (int64_t y = 0; y < Y; y++) {
       for (; ready <= least(y + ry, Y - 1); ready++) {
-        const int64_t yb = most(ready - 1, 0), ya = least(ready + 1, Y - 1);
-        const float sy = ya - yb == 2 ? 0.5f : 1.0f;
-        for (int k = -rx; k <= rx; k++) {
-          const int64_t p = within(x + k, X), pb = most(p - 1, 0), pa = least(p + 1, X - 1);
-          const float sx = pa - pb == 2 ? 0.5f : 1.0f;
-          float *gx = planes + (rx + k) * Z, *gy = gx + across * Z, *gz = gy + across * Z;
-          for (int64_t c = 0; c < t->warped->channels; c++) {
-            const float *d = slab_row(t, 1, pair, c, p, ready, x, x0, x1, saved, wide);
-            const float *w = slab_row(t, 0, pair, c, p, ready, x, x0, x1, saved, wide + Z);
-            const float *wb = slab_row(t, 0, pair, c, p, yb, x, x0, x1, saved, wide + 2 * Z);
-            const float *wa = slab_row(t, 0, pair, c, p, ya, x, x0, x1, saved, wide + 3 * Z);
-            if (n == 3) {
-              const float *xb = slab_row(t, 0, pair, c, pb, ready, x, x0, x1, saved, wide + 4 * Z);
-              const float *xa = slab_row(t, 0, pair, c, pa, ready, x, x0, x1, saved, wide + 5 * Z);
-              add_product(gx, d, xa, xb, sx, c > 0, Z);
-            }
-            add_product(gy, d, wa, wb, sy, c > 0, Z);
-            add_product(gz + 1, d + 1, w + 2, w, 0.5f, c > 0, Z - 2);
-            add_product(gz, d, w + 1, w, 1.0f, c > 0, 1);
-            add_product(gz + Z - 1, d + Z - 1, w + Z - 1, w + Z - 2, 1.0f, c > 0, 1);
-          }
-        }
         for (int axis = 3 - n; axis < 3; axis++) {
-          for (int k = 0; k < across; k++) pointers[k] = planes + (axis * across + k) * Z;
+          for (int k = -rx; k <= rx; k++)
+            pointers[rx + k] = store + ((within(x + k, X) % planes * 3 + axis) * Y + ready) * Z;
           taps(sums + (axis * ring + ready % ring) * Z, pointers + rx, t->taps[0], rx, Z);
         }
       }
@@ -882,7 +879,7 @@ static void gradient_slab(void *task, int64_t item) {
         for (int k = -ry; k <= ry; k++) pointers[ry + k] = sums + (axis * ring + within(y + k, Y) % ring) * Z;
         taps(padded + rz, pointers + ry, t->taps[1], ry, Z);
         continue_ends(padded, rz, Z);
-        void *to = at(t->out, pair, axis - 3 + n);
+        void *to = at(t->out, s.pair, axis - 3 + n);
         float *values = place(to, t->out->type, (x * Y + y) * Z, out);
         taps_along(values, padded, t->taps[2], rz, Z, pointers + rz);
         put(to, t->out->type, (x * Y + y) * Z, Z, values);
@@ -895,9 +892,10 @@ static void gradient_slab(void *task, int64_t item) {
 
 EXPORT int gradient(const Array *warped, const Array *derivative, const float *const *tap, const int *radius,
                     const Array *out, int shared, int64_t pairs, int threads) {
-  Gradient task = {warped, derivative, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, shared, 1, 0};
   const int64_t X = out->size[0];
-  task.slabs = shared ? least(most(threads, 1), most(X / (2 * (radius[0] + 1)), 1)) : part_count(X, 4);
+  const int ahead = X == 1 ? 0 : radius[0] > 1 ? radius[0] : 1;
+  Gradient task = {warped, derivative, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, shared, ahead, 1, 0};
+  task.slabs = most(1, least(pairs >= threads ? 1 : threads, X / (2 * (ahead + 1))));
   task.saved = calloc(pairs * task.slabs, sizeof(float *));
   int failed = !task.saved;
   if (!failed && shared) parallel(pairs * task.slabs, threads, save_around, &task);

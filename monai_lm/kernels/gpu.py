@@ -1,34 +1,32 @@
 """The kernels on GPUs (CUDA and ROCm), written in Triton, behind the signatures of :mod:`monai_lm.kernels.reference`.
 
-Needs triton. ``V`` is one float32 volume; "moved" is what has to be read and written once in 3D, with one channel, no
-weight, and what stands in brackets beside it.
+Importing this needs triton. ``V`` is one float32 volume; moved is what has to be read and written once: in 3D, float32,
+one channel, no weight. A sum of partial results is a launch of PyTorch, of next to nothing.
 
-==================  ==========================  ====================================================================
-kernel              launches                    V moved
-==================  ==========================  ====================================================================
-``sample``          1                           5 (8 through a second field)
-``compose``         1                           9
-``smooth``          1, filters above radius 6:  2 a channel; a pass over each axis for wider filters, 6
-                    one an axis
-``elastic``         1, or an axis and a few     6 for a field
-``gradient``        2                           11: 5 for the gradient, kept in 3 V, and 6 to smooth it
-``step``            1 (+ 1: its sum)            11 (9 without what is expected)
-``lncc``            2 (+ 1: its sum), windows   11: images to the 3 V of ``a``, ``b``, ``c``, and those and the
-                    above radius 4: 9           images to the derivative
-``mse``             1 (+ 1: its sum)            3
-``ncc``             2 (+ 2: sums)               5
-``unfolded``        1 (+ 1: its sum)            3 (6 through a second field), and the mask
-``gradient_sums``   1 (+ a few small ones)      3
-``image_sums``      1 (+ a few small ones)      1
-==================  ==========================  ====================================================================
+=================  ========================================================  ==========================================
+kernel             launches                                                  V moved
+=================  ========================================================  ==========================================
+``sample``         1                                                         5; 8 through a second field
+``compose``        1                                                         9
+``smooth``         1; a radius above 6: one an axis                          2 a channel; 2 a channel and axis
+``elastic``        as ``smooth``, and a few in PyTorch for a large radius    6
+``gradient``       2                                                         11: 5 to 3 V that are kept, 6 to smooth it
+``step``           1, and a sum                                              11; 9 without what is expected
+``lncc``           2, and a sum; a radius above 4: 9 and a sum               11: 5 to 3 V that are kept, 6 from them
+``mse``            1, and a sum                                              3
+``ncc``            2, and two sums                                           5
+``unfolded``       1, and a sum; one more through a second field             3, 12 with 3 V kept; ¼ for the cells
+``gradient_sums``  1, and some sums                                          3
+``image_sums``     1, and some sums                                          1
+=================  ========================================================  ==========================================
 
-Every program of a launch works on a tile of a plane; filters march with it along the first axis and keep the sums of as
-many planes as their window is wide in registers. Neighbours along the other axes are read again: they lie in the
-nearest cache. A thread has several rows below each other, which share the sums along the last axis.
+A program of a launch works on a tile of a plane. Filters march with it along the first axis; results that wait for
+planes ahead stay in registers. Neighbours along the other axes are read again, from the nearest cache, and a thread has
+several rows below each other, which share what is summed along the last axis.
 
-Sizes are arguments at run time, so one compilation serves all shapes. Places within a volume are 32 bits wide (larger
-volumes go to the reference), those of channels and pairs 64. Every program writes its part of a sum to a place of its
-own and the parts are added in a fixed order: results are the same each time. Nothing here waits for the device.
+Sizes are arguments at run time, so one compilation serves all shapes. Places within a volume have 32 bits (larger
+volumes go to the reference), those of channels and pairs 64. A program writes its part of a sum to a place of its own,
+and the parts are added in one order: results are the same each time. Nothing waits for the device.
 
 What the kernels cannot serve, float64 above all, goes to the reference.
 """
@@ -68,7 +66,7 @@ __all__ = [
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 2**31 - 2**21
-"""Voxels of a volume: what an index in 32 bits reaches, with the tiles that stand out over its edges."""
+"""Voxels of a volume: what an index in 32 bits reaches, less what a block may stand out over the end."""
 _WIDEST_FILTER = 6
 _WIDEST_WINDOW = 4
 """Radii that are compiled into a kernel; each is another compilation, and takes registers."""
@@ -263,7 +261,11 @@ def _add_line(sums, line, k, rows: tl.constexpr, last: tl.constexpr):
 
 @triton.jit
 def _add_plane(sums, new, count: tl.constexpr, ahead: tl.constexpr):
-    """Add a plane to the sums of the windows that it is in, the window that ends with it first."""
+    """Add a plane to the sums of the windows that it is in, the window that ends with it first.
+
+    If planes waited instead, to be added when they are all there, LLVM would crash for some radii (Triton 3.9, when it
+    vectorises 4 or 8 values that a loop hands on).
+    """
     out = _nothing()
     for k in tl.static_range(ahead):
         for n in tl.static_range(count):
@@ -280,7 +282,7 @@ def _spread_line(sums, line, k, taps, rows: tl.constexpr, radius: tl.constexpr):
         tap = tl.where(distance == 0, taps[0], 0.0)
         for d in tl.static_range(1, radius + 1):
             tap = tl.where(distance == d, taps[d], tap)
-        out += (sums[j] + tap * line,)
+        out += (sums[j] + tl.where(distance <= radius, tap * line, 0.0),)  # NaN reaches no further than the filter
     return out
 
 
