@@ -9,6 +9,7 @@ float64, it hands over to the reference. None of them is differentiable.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,9 +74,28 @@ def _gpu() -> ModuleType | None:
     return importlib.import_module("monai_lm.kernels.gpu") if importlib.util.find_spec("triton") else None
 
 
+_GPU_FAULTS: list[str] = []
+"""Why Triton's kernels are not used any more in this process."""
+
+
 def _on_gpu(name: str) -> Callable[..., Any]:
+    plain = getattr(reference, name)
+
     def run(*args: Any) -> Any:
-        return getattr(_gpu(), name, getattr(reference, name))(*args)
+        native = None if _GPU_FAULTS else getattr(_gpu(), name, None)
+        if native is None:
+            return plain(*args)
+        try:
+            return native(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton compiles when it is called: without a C compiler it cannot, for one
+            _GPU_FAULTS.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            warnings.warn(
+                f"Triton's kernels do not work here, so plain PyTorch is used, which is slow: {_GPU_FAULTS[0]}",
+                stacklevel=2,
+            )
+            return plain(*args)
 
     return run
 
@@ -150,4 +170,6 @@ def missing(device: torch.device) -> str | None:
         return cpu.why_not()
     if device.type != "cuda":
         return f"there are none for {device.type}"
+    if _GPU_FAULTS:
+        return _GPU_FAULTS[0]
     return None if _gpu() is not None else "Triton is not installed"

@@ -69,7 +69,7 @@ def cache_folders() -> Iterator[Path]:
 
 
 def build(anew: bool = False) -> Path:
-    """The compiled kernels for this CPU: from the wheel, from a cache, or compiled now.
+    """The compiled kernels for this CPU: ``$MONAI_LM_KERNELS``, from the wheel, from a cache, or compiled now.
 
     Args:
         anew: compile, whatever is there.
@@ -77,6 +77,8 @@ def build(anew: bool = False) -> Path:
     Raises:
         BuildError: there is no compiler, it fails, or there is nowhere to write to.
     """
+    if chosen := os.environ.get("MONAI_LM_KERNELS"):
+        return Path(chosen)
     if os.name != "posix":
         raise BuildError(f"the kernels need POSIX threads, which {sys.platform} has not")
     name = library_name(capability())

@@ -1466,7 +1466,7 @@ EXPORT int mend(const Array *ddf, const Array *outer, uint8_t *folded, const flo
                {1, 1, 1}, NULL, NULL};
   int64_t tiles = 1, cells = 1;
   for (int a = 0; a < 3; a++) {
-    task.tiles[a] = part_count(ddf->size[a], TILE), tiles *= task.tiles[a];
+    task.tiles[a] = part_count(ddf->size[a], most(TILE, 2 * radius[a])), tiles *= task.tiles[a];
     cells *= a == 0 && n == 2 ? 1 : ddf->size[a] + 1;
   }
   task.smoothed = malloc(sizeof(int64_t) * pairs * tiles);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from monai_lm import kernels
 from tests.gpu.pretend import Pretend
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
@@ -43,4 +44,5 @@ def gpu(request):
     named = request.config.getoption("--device")
     if named is None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    return torch.device(named or "cuda:0")
+    yield torch.device(named or "cuda:0")
+    assert kernels._GPU_FAULTS == []  # a test that passes on plain PyTorch says nothing of Triton's kernels

@@ -270,3 +270,27 @@ def test_fake_tensors_have_the_shapes_of_the_results():
     assert (out.shape, out.dtype) == (loss.shape, loss.dtype)
     assert (tuple(counts.shape), counts.dtype) == ((2,), torch.int64)
     assert [tuple(s.shape) for s in sums] == [(2, 1, 5), (2, 3), (2, 2)]
+
+
+def test_kernels_for_a_gpu_that_fail_are_told_once_and_replaced(monkeypatch):
+    """A GPU without a C compiler, for one: Triton needs it."""
+
+    class Broken:
+        @staticmethod
+        def smooth(*_):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setattr(kernels, "_gpu", lambda: Broken)
+    monkeypatch.setattr(kernels, "_GPU_FAULTS", [])
+    assert kernels.missing(torch.device("cuda")) is None
+    image, out = noise((1, 1, 6, 5), 0).float(), torch.empty(1, 1, 6, 5)
+    with pytest.warns(UserWarning, match=r"plain PyTorch is used, .*: RuntimeError: Failed to find C compiler\.$"):
+        kernels._on_gpu("smooth")(image, (1.0, 1.0), out)
+    close(out, reference.smoothed(image, (1.0, 1.0)), 1e-7)
+    kernels._on_gpu("smooth")(image, (2.0, 2.0), out)  # without another word
+    close(out, reference.smoothed(image, (2.0, 2.0)), 1e-7)
+    assert "C compiler" in kernels.missing(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "_GPU_FAULTS", [])
+    monkeypatch.setattr(Broken, "smooth", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels._on_gpu("smooth")(image, (1.0, 1.0), out)
