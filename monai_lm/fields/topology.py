@@ -122,7 +122,7 @@ def repair_in_place(ddf: Tensor, outer: Tensor | None = None, margin: float = MA
 def _folded_pairs(ddf: Tensor, outer: Tensor | None, margin: float) -> list[int]:
     """Which pairs have folded cells; nothing is stored for it."""
     count = kernels.unfolded(ddf.contiguous(), None if outer is None else outer.contiguous(), margin, None)
-    return count.nonzero().flatten().tolist()
+    return [pair for pair, cells in enumerate(count.tolist()) if cells]
 
 
 def _repair_pairs(
