@@ -63,4 +63,4 @@ def believed(
             "millimetres, or normalised), or it leads from the moving to the fixed image",
             stacklevel=6,
         )
-    return torch.where(per_voxel(wrong, ddf), torch.zeros_like(ddf), ddf), ~wrong
+    return ddf.masked_fill(per_voxel(wrong, ddf), 0.0), ~wrong

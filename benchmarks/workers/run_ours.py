@@ -25,7 +25,8 @@ device = torch.device(job.get("device", "cpu"))
 images = [torch.from_numpy(read_image(Path(job[key]))[0])[None, None].to(device) for key in ("fixed", "moving")]
 if options.get("memory") == "half":
     images = [(image / image.max()).half() for image in images]
-prediction = torch.ones(1, 3, *images[0].shape[2:], device=device) if job.get("prediction") else None
+shape = (1, 3, *images[0].shape[2:])  # a field so small that it is not worse than none
+prediction = torch.full(shape, 1e-3, device=device) if job.get("prediction") else None
 say("loaded")
 
 

@@ -88,12 +88,13 @@ def _array(t: Tensor | None) -> Any:
     return byref(_Array(t.data_ptr(), t.stride(0), sizes, t.shape[1], _TYPES[t.dtype]))
 
 
-def _floats(values: Tensor | None) -> tuple[Tensor | None, c_void_p | None]:
-    """Numbers per pair or channel, in float32; the tensor is what keeps the memory."""
-    if values is None:
-        return None, None
-    values = values.float().contiguous()
-    return values, c_void_p(values.data_ptr())
+def _floats(values: Tensor | None) -> Tensor | None:
+    """Numbers per pair or channel, in float32; whoever takes its address keeps it meanwhile."""
+    return None if values is None else values.float().contiguous()
+
+
+def _address(values: Tensor | None) -> c_void_p | None:
+    return None if values is None else c_void_p(values.data_ptr())
 
 
 @lru_cache(maxsize=256)
@@ -138,10 +139,9 @@ def sample(
     factor: Tensor | None,
     out: Tensor,
 ) -> None:
-    (kept, s), (also, f) = _floats(shift), _floats(factor)
-    n, pairs = out.dim() - 2, c_int64(len(out))
-    run(_array(image), _array(ddf), _array(outer), s, f, _array(out), pairs, n, _threads(out))
-    del kept, also
+    shift, factor = _floats(shift), _floats(factor)
+    given = _array(image), _array(ddf), _array(outer), _address(shift), _address(factor)
+    run(*given, _array(out), c_int64(len(out)), out.dim() - 2, _threads(out))
 
 
 @_kernel
@@ -151,9 +151,8 @@ def compose(run: Any, outer: Tensor, inner: Tensor, out: Tensor) -> None:
 
 def _smooth(library: ctypes.CDLL, x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
     taps, radii = _taps(tuple(sigma))
-    kept, w = _floats(weight)
-    library.smooth(_array(x), taps, radii, w, _array(out), c_int64(len(x)), _threads(x))
-    del kept
+    weight = _floats(weight)
+    library.smooth(_array(x), taps, radii, _address(weight), _array(out), c_int64(len(x)), _threads(x))
 
 
 def smooth(x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
@@ -177,6 +176,23 @@ def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) 
 __all__ += ["elastic", "smooth"]
 
 
+def _compared(
+    run: Any,
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    settings: tuple[Any, ...],
+    out: Tensor,
+) -> Tensor:
+    """Call one of the similarities, which differ in their settings only."""
+    shift, factor, loss = _floats(shift), _floats(factor), torch.empty(len(out), dtype=torch.float64)
+    images = _array(warped), _array(fixed), _address(shift), _address(factor), _array(weight)
+    _checked(run(*images, *settings, _array(out), _address(loss), c_int64(len(out)), _threads(out)), run.__name__)
+    return loss.float()
+
+
 @_kernel
 def lncc(
     run: Any,
@@ -189,15 +205,7 @@ def lncc(
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
-    (kept, s), (also, f) = _floats(shift), _floats(factor)
-    loss = torch.empty(len(out), dtype=torch.float64)
-    images = _array(warped), _array(fixed), s, f, _array(weight)
-    status = run(
-        *images, radius, c_float(epsilon), _array(out), c_void_p(loss.data_ptr()), c_int64(len(out)), _threads(out)
-    )
-    _checked(status, "lncc")
-    del kept, also
-    return loss.float()
+    return _compared(run, warped, fixed, shift, factor, weight, (radius, c_float(epsilon)), out)
 
 
 @_kernel
@@ -210,13 +218,7 @@ def mse(
     weight: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    (kept, s), (also, f) = _floats(shift), _floats(factor)
-    loss = torch.empty(len(out), dtype=torch.float64)
-    images = _array(warped), _array(fixed), s, f, _array(weight)
-    status = run(*images, _array(out), c_void_p(loss.data_ptr()), c_int64(len(out)), _threads(out))
-    _checked(status, "mse")
-    del kept, also
-    return loss.float()
+    return _compared(run, warped, fixed, shift, factor, weight, (), out)
 
 
 @_kernel
@@ -230,13 +232,7 @@ def ncc(
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
-    (kept, s), (also, f) = _floats(shift), _floats(factor)
-    loss = torch.empty(len(out), dtype=torch.float64)
-    images = _array(warped), _array(fixed), s, f, _array(weight)
-    status = run(*images, c_double(epsilon), _array(out), c_void_p(loss.data_ptr()), c_int64(len(out)), _threads(out))
-    _checked(status, "ncc")
-    del kept, also
-    return loss.float()
+    return _compared(run, warped, fixed, shift, factor, weight, (c_double(epsilon),), out)
 
 
 @_kernel
@@ -262,43 +258,35 @@ def step(
     derivative: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    (kept, r), (also, d) = _floats(radius), _floats(damping)
+    radius, damping = radius.float().contiguous(), damping.float().contiguous()
     expected = torch.full((len(out),), math.nan, dtype=torch.float64)
     n, pairs = out.dim() - 2, c_int64(len(out))
-    fields = _array(smooth), _array(residual), (c_float * n)(*unit), r, d, _array(warped), _array(derivative)
-    _checked(run(*fields, _array(out), c_void_p(expected.data_ptr()), pairs, n, _threads(out)), "step")
-    del kept, also
+    fields = _array(smooth), _array(residual), (c_float * n)(*unit), _address(radius), _address(damping)
+    images = _array(warped), _array(derivative)
+    _checked(run(*fields, *images, _array(out), _address(expected), pairs, n, _threads(out)), "step")
     return expected.float()
 
 
 @_kernel
 def image_sums(run: Any, image: Tensor) -> Tensor:
     out = torch.empty(*image.shape[:2], 5, dtype=torch.float64)
-    _checked(run(_array(image), c_void_p(out.data_ptr()), c_int64(len(image)), _threads(image)), "image_sums")
+    _checked(run(_array(image), _address(out), c_int64(len(image)), _threads(image)), "image_sums")
     return out
 
 
 @_kernel
 def gradient_sums(run: Any, gradient: Tensor, unit: Sequence[float]) -> Tensor:
     out, n = torch.empty(len(gradient), 3, dtype=torch.float64), gradient.dim() - 2
-    given = (
-        _array(gradient),
-        (c_float * n)(*unit),
-        c_void_p(out.data_ptr()),
-        c_int64(len(gradient)),
-        n,
-        _threads(gradient),
-    )
-    _checked(run(*given), "gradient_sums")
+    where = _address(out), c_int64(len(gradient)), n, _threads(gradient)
+    _checked(run(_array(gradient), (c_float * n)(*unit), *where), "gradient_sums")
     return out
 
 
 @_kernel
 def unfolded(run: Any, ddf: Tensor, outer: Tensor | None, margin: float, out: Tensor | None) -> Tensor:
     count, n = torch.empty(len(ddf), dtype=torch.int64), ddf.dim() - 2
-    mask = None if out is None else c_void_p(out.data_ptr())
-    where = c_void_p(count.data_ptr()), c_int64(len(ddf)), n, _threads(ddf)
-    _checked(run(_array(ddf), _array(outer), c_float(margin), mask, *where), "unfolded")
+    where = _address(count), c_int64(len(ddf)), n, _threads(ddf)
+    _checked(run(_array(ddf), _array(outer), c_float(margin), _address(out), *where), "unfolded")
     return count
 
 
@@ -306,6 +294,6 @@ def unfolded(run: Any, ddf: Tensor, outer: Tensor | None, margin: float, out: Te
 def mend(run: Any, ddf: Tensor, outer: Tensor | None, folded: Tensor, sigma: float, margin: float) -> Tensor:
     out, n = torch.empty(len(ddf), 2, dtype=torch.int64), ddf.dim() - 2
     taps, radii = _taps((float(sigma),) * n)
-    cells = _array(ddf), _array(outer), c_void_p(folded.data_ptr()), taps, radii, max(1, round(sigma)), c_float(margin)
-    _checked(run(*cells, c_void_p(out.data_ptr()), c_int64(len(ddf)), n, _threads(ddf)), "mend")
+    cells = _array(ddf), _array(outer), _address(folded), taps, radii, max(1, round(sigma)), c_float(margin)
+    _checked(run(*cells, _address(out), c_int64(len(ddf)), n, _threads(ddf)), "mend")
     return out

@@ -60,7 +60,7 @@ def test_the_steps_run_on_a_labelled_device(part, tmp_path, monkeypatch):
     assert [row["step"] for row in found] == [name for name, _ in own]
     assert not [row for row in found if "error" in row]
     counted = [row["volumes"] for row in found if "volumes" in row]
-    assert len(counted) >= 6
+    assert len(counted) >= 4
     assert all(3 < volumes < 80 for volumes in counted)
 
 
