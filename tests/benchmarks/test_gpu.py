@@ -41,7 +41,7 @@ def test_a_dry_run_of_everything_fails_nowhere(tmp_path):
         assert whole["folds"] == 0
         assert whole["missed_voxels"] < 0.5
     assert rows["scaling"]["repair"]["folds_before"] > rows["scaling"]["repair"]["folds_after"] == 0
-    assert (tmp_path / "trace_eager.json.gz").stat().st_size > 1000
+    assert (tmp_path / "trace_reference.json.gz").stat().st_size > 1000
     for part in command.PARTS:
         assert (tmp_path / f"{part}.txt").read_text() in out.stdout
 
