@@ -105,7 +105,7 @@ def knee(
     print(f"{'iterations':<14}{'Dice':>8}{'folds':>7}{'seconds':>9}{'x network':>11}", flush=True)
     for counts in iterations:
         _, first, images = prepared[0]
-        monai_lm.refine(images[0], images[1], first, **settings | {"iterations": counts})  # compiles
+        monai_lm.refine(images[0], images[1], first, **settings | {"iterations": counts})  # warms up
         dice, folds, seconds = 0.0, 0, 0.0
         for batch, ddf, channels in prepared:
             result = monai_lm.refine(channels[0], channels[1], ddf, **settings | {"iterations": counts})

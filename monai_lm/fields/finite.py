@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from monai_lm.fields.sampling import recorded
+
 __all__ = ["check_finite", "checked"]
 
 P = ParamSpec("P")
@@ -34,7 +36,7 @@ def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:
 
     @wraps(function)
     def look(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not (torch.compiler.is_compiling() or _recorded([*args, *kwargs.values()])):
+        if not recorded(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))):
             for name, place in places.items():
                 field = args[place] if place < len(args) else kwargs.get(name)
                 if isinstance(field, Tensor):
@@ -42,8 +44,3 @@ def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return look
-
-
-def _recorded(arguments: list[object]) -> bool:
-    """Whether autograd records a function of these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

@@ -22,7 +22,6 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOST = 2**31 - 1
 """Voxels of a volume: what an index in 32 bits reaches."""
 
-
 _PER_THREAD = 2**13
 """Values that are worth a thread."""
 
@@ -66,7 +65,9 @@ def _warn(reason: str) -> None:
 def available(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The kernels, if they can serve these tensors; else ``None``, with one warning where there are no kernels."""
     for t in tensors:
-        if t is not None and (t.dtype not in _TYPES or t[0, 0].numel() > _MOST or not _whole(t)):
+        if t is None:
+            continue
+        if t.dtype not in _TYPES or not t.numel() or math.prod(t.shape[2:]) > _MOST or not _whole(t):
             return None
     library = _library()
     if isinstance(library, str):

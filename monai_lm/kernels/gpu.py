@@ -973,6 +973,7 @@ def _served(*tensors: Tensor | None) -> bool:
         t is None
         or (
             t.dtype in _TYPES
+            and t.numel() > 0
             and t.dim() in (4, 5)
             and math.prod(t.shape[2:]) <= _MOST
             and (t.is_contiguous() or t[0].is_contiguous())

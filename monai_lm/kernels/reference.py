@@ -99,7 +99,7 @@ def interpolate(image: Tensor, position: Sequence[Tensor]) -> Tensor:
         ``(B, C, …)``.
     """
     sizes = image.shape[2:]
-    flat = image.reshape(*image.shape[:2], -1)
+    flat = image.flatten(2)
     clamped = [p.nan_to_num(0.0).clamp(0, s - 1) for p, s in zip(position, sizes, strict=True)]
     lower = [p.detach().floor().clamp(max=s - 2) for p, s in zip(clamped, sizes, strict=True)]
     weight = [p - low for p, low in zip(clamped, lower, strict=True)]
@@ -127,7 +127,7 @@ def take(flat: Tensor, index: Tensor) -> Tensor:
     """Gather ``flat`` ``(B, C, N)`` at ``index`` ``(B, …)`` (or a batch-broadcast of it) for every channel."""
     batch, channels = flat.shape[:2]
     index = index.expand(batch, *index.shape[1:])
-    picked = flat.gather(2, index.reshape(batch, 1, -1).expand(batch, channels, -1))
+    picked = flat.gather(2, index.flatten(1).unsqueeze(1).expand(batch, channels, -1))
     return picked.reshape(batch, channels, *index.shape[1:])
 
 

@@ -6,7 +6,7 @@ The implementations for GPUs are in ``test_gpu.py``, which runs them in Triton's
 import pytest
 import torch
 
-from monai_lm import kernels
+from monai_lm import fields, kernels
 from monai_lm.kernels import cpu, reference
 
 SIZES = [(13, 17, 19), (2, 3, 5), (33, 12, 40), (2, 2, 2), (31, 37), (2, 5)]
@@ -245,6 +245,15 @@ def test_pairs_may_lie_anywhere_and_what_is_not_contiguous_is_left_to_the_refere
     assert cpu.available(wide.double()) is None
     kernels.smooth(turned, (1.0, 0.0, 0.0), out := torch.empty(turned.shape))
     close(out.transpose(2, 3), reference.smoothed(wide, (0.0, 1.0, 0.0)), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 6, 5), (0, 2, 6, 5, 4)], ids=str)
+def test_an_empty_batch_stays_empty(shape):
+    image, field = torch.zeros(shape), torch.zeros(0, len(shape) - 2, *shape[2:])
+    assert cpu.available(image) is None
+    assert fields.gaussian_smooth(image, 1.0).shape == image.shape
+    assert fields.warp(image, field).shape == image.shape
+    assert fields.compose(field, field).shape == field.shape
 
 
 def test_plain_pytorch_can_be_asked_for(monkeypatch):
