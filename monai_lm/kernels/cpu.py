@@ -120,11 +120,11 @@ def _threads(volume: Tensor) -> int:
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that hands over to the reference of the same name where the C kernels cannot serve its arguments."""
     name = function.__name__
-    plain = getattr(reference, name)
+    plain, symbol = getattr(reference, name), "smooth" if name == "elastic" else name
 
     def call(*args: Any) -> Any:
         library = available(*(a for a in args if isinstance(a, Tensor) and a.dim() > 3 and a.dtype != torch.bool))
-        return plain(*args) if library is None else function(getattr(library, name), *args)
+        return plain(*args) if library is None else function(getattr(library, symbol), *args)
 
     __all__.append(name)
     return call
@@ -150,31 +150,21 @@ def compose(run: Any, outer: Tensor, inner: Tensor, out: Tensor) -> None:
     run(_array(outer), _array(inner), _array(out), c_int64(len(out)), out.dim() - 2, _threads(out))
 
 
-def _smooth(library: ctypes.CDLL, x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
+def _smoothed(run: Any, x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
+    """One function in C is both filters: without a weight, the smooth values themselves."""
     taps, radii = _taps(tuple(sigma))
     weight = _floats(weight)
-    library.smooth(_array(x), taps, radii, _address(weight), _array(out), c_int64(len(x)), _threads(x))
+    run(_array(x), taps, radii, _address(weight), _array(out), c_int64(len(x)), _threads(x))
 
 
-def smooth(x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
-    """See :func:`monai_lm.kernels.reference.smooth`."""
-    library = available(x, out)
-    if library is None:
-        reference.smooth(x, sigma, out)
-    else:
-        _smooth(library, x, sigma, None, out)
+@_kernel
+def smooth(run: Any, x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
+    _smoothed(run, x, sigma, None, out)
 
 
-def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
-    """See :func:`monai_lm.kernels.reference.elastic`."""
-    library = available(moved, out)
-    if library is None:
-        reference.elastic(moved, sigma, weight, out)
-    else:
-        _smooth(library, moved, sigma, weight, out)
-
-
-__all__ += ["elastic", "smooth"]
+@_kernel
+def elastic(run: Any, moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
+    _smoothed(run, moved, sigma, weight, out)
 
 
 def _compared(

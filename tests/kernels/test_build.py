@@ -121,6 +121,7 @@ def test_a_process_without_a_compiler_says_so_once_and_gets_the_same_result(tmp_
     native = refined(tmp_path / "a")
     plain = refined(tmp_path / "b", CC="no-such-compiler")
     assert native[0] == "None"
+    assert refined(tmp_path / "a", OMP_NUM_THREADS="1")[1:3] == native[1:3]  # another process, one thread, same bits
     assert "no-such-compiler" in plain[0]
     assert plain[3].count("plain PyTorch is used") == 1
     assert plain[1] == pytest.approx(native[1], rel=1e-4)

@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -201,6 +202,31 @@ def doubles(shape):
     check("compose", x, x.float(), out=x * 0, tolerance=0.0)
 
 
+def launches(shape):
+    """How often each kernel of an iteration is launched, as the table of ``gpu.py`` and the documents say."""
+    from monai_lm.kernels import gpu
+
+    image, other, shift, factor, _ = images(shape)
+    ddf, small, one = field(shape), field(shape, 0.3, seed=1), torch.ones(shape[0])
+    calls = {
+        "sample": (image, ddf, None, shift, factor, other),
+        "lncc": (image, other, shift, factor, None, 2, 1e-3, image.clone()),
+        "gradient": (image, other, (1.0, 1.0, 1.0), ddf),
+        "step": (ddf, small, UNIT, one, one, None, None, ddf),
+        "elastic": (ddf, (0.5, 0.5, 0.5), one, small),
+        "unfolded": (ddf, None, 1e-3, None),
+    }
+    counts = dict.fromkeys(calls, 0)
+    for name, args in calls.items():
+
+        def count(*_, name=name, **__):
+            counts[name] += 1
+
+        with mock.patch.object(gpu, "_run", count):
+            getattr(gpu, name)(*args)
+    assert counts == {"sample": 1, "lncc": 2, "gradient": 2, "step": 1, "elastic": 1, "unfolded": 1}
+
+
 CASES = {
     **{f"{f.__name__} {name}": (f, (s,)) for f in (sample, compose) for name, s in SHAPES.items()},
     **{
@@ -218,6 +244,7 @@ CASES = {
     **{f"ncc {name}": (pointwise, ("ncc", s, 1e-5)) for name, s in SHAPES.items()},
     "half": (half, (SHAPES["2d"],)),
     "double": (doubles, (SHAPES["2d"],)),
+    "launches": (launches, (SHAPES["3d"],)),
 }
 
 
