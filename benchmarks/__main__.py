@@ -16,6 +16,7 @@ from benchmarks.hippocampus import hippocampus
 from benchmarks.performance import accuracy, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
+from benchmarks.validation import validation
 from benchmarks.verdict import verdict
 from monai_lm.cli import with_values
 from monai_lm.console import console
@@ -36,6 +37,7 @@ if __name__ == "__main__":
         gpu,
         knee,
         supervision,
+        validation,
         verdict,
     ]
     with console("benchmarks"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
-from itertools import islice, permutations
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,12 @@ import torch
 from torch import Tensor
 
 import monai_lm
-from benchmarks.ablation import half_size
-from benchmarks.data import BRAIN_SPLIT, BUNDLE, brain_image, data_root, hippocampus_network, hippocampus_pairs
+from benchmarks.cases import SETS, Case
+from benchmarks.data import BUNDLE, hippocampus_network
 from monai_lm.devices import find_device
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.metrics import compare_labels
 from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
-from monai_lm.space import resample_moving, spacing_of
-from monai_lm.volumes import Image
-
-Case = tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[float, ...] | None]
 
 
 def verdict(
@@ -54,7 +49,7 @@ def verdict(
     done: list[dict[str, Any]] = []
     chosen = find_device(device)
     for name in sets:
-        for number, case in enumerate(islice(_SETS[name](), pairs)):
+        for number, case in enumerate(islice(SETS["hippocampus" if name == "bundle" else name](), pairs)):
             for kind in ("real", *(_NONSENSE if number < nonsense else ())):
                 done.append({"set": name, "kind": kind, **_row(name, case, kind, number, chosen)})
                 if json_file:
@@ -64,7 +59,7 @@ def verdict(
 
 
 def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> dict[str, Any]:
-    fixed, moving, labels, spacing = case
+    fixed, moving, labels, spacing, _ = case
     moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
     fixed, moving, labels = fixed.to(device), moving.to(device), (labels[0].to(device), labels[1].to(device))
     if name == "bundle":
@@ -129,45 +124,4 @@ def _noise(sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
 _NONSENSE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "noise": _noise(0), "noise 1": _noise(1), "noise 2": _noise(2), "noise 4": _noise(4),
     "mirrored": lambda moving, _: moving.flip(3),
-}  # fmt: skip
-
-
-def _hippocampi() -> Iterator[Case]:
-    for pair in hippocampus_pairs("validation", 50, seed=1):
-        tensors = {key: torch.as_tensor(value)[None].float() for key, value in pair.items()}
-        yield tensors["fixed"], tensors["moving"], (tensors["fixed_label"], tensors["moving_label"]), None
-
-
-def _brains() -> Iterator[Case]:
-    """Ordered pairs of the validation subjects at 2 mm."""
-    for subjects in permutations(BRAIN_SPLIT["validation"], 2):
-        images = [half_size(brain_image(subject, "t1")) for subject in subjects]
-        labels = [brain_image(subject, "seg")[:, :, ::2, ::2, ::2] for subject in subjects]
-        yield images[0], images[1], (labels[0], labels[1]), None
-
-
-def _listed(folder: str) -> Callable[[], Iterator[Case]]:
-    """Pairs of a ``pairs.csv``; where it says so, the centres of the volumes are laid on each other."""
-
-    def make() -> Iterator[Case]:
-        root = data_root(folder)
-        with (root / "pairs.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
-            initial = np.eye(4)
-            if row["align"] == "center":
-                middles = [(i.affine @ [*((s - 1) / 2 for s in i.size), 1])[:3] for i in (fixed, moving)]
-                initial[:3, 3] = middles[1] - middles[0]
-            still, grids = torch.zeros(1, 3, *fixed.size), (fixed.affine, moving.affine)
-            onto = resample_moving(moving.data, still, *grids, initial)
-            brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
-            yield fixed.data, onto, (label.data, brought), spacing_of(fixed.affine)
-
-    return make
-
-
-_SETS: dict[str, Callable[[], Iterator[Case]]] = {
-    "hippocampus": _hippocampi, "bundle": _hippocampi, "brain": _brains,
-    "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
 }  # fmt: skip

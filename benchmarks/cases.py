@@ -1,0 +1,90 @@
+"""Pairs that rules and defaults are chosen on: of every set the validation part, never what results are reported on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ablation import half_size
+from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, hippocampus_pairs
+from monai_lm.space import resample_moving, spacing_of
+from monai_lm.volumes import Image
+
+__all__ = ["SETS", "Case"]
+
+
+class Case(NamedTuple):
+    """A pair on one grid.
+
+    Attributes:
+        fixed: ``(1, 1, *S)``.
+        moving: ``(1, 1, *S)``.
+        labels: of the fixed and of the moving image, ``(1, 1, *S)``.
+        spacing: voxel edge per axis, in millimetres; ``None``: 1.
+        ddf: predicted displacement ``(1, n, *S)`` in voxels, or ``None``.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    labels: tuple[Tensor, Tensor]
+    spacing: tuple[float, ...] | None = None
+    ddf: Tensor | None = None
+
+
+def _hippocampi() -> Iterator[Case]:
+    for pair in hippocampus_pairs("validation", 50, seed=1):
+        tensors = {key: torch.as_tensor(value)[None].float() for key, value in pair.items()}
+        yield Case(tensors["fixed"], tensors["moving"], (tensors["fixed_label"], tensors["moving_label"]))
+
+
+def _brains() -> Iterator[Case]:
+    """Ordered pairs of the validation subjects at 2 mm."""
+    for subjects in permutations(BRAIN_SPLIT["validation"], 2):
+        images = [half_size(brain_image(subject, "t1")) for subject in subjects]
+        labels = [brain_image(subject, "seg")[:, :, ::2, ::2, ::2] for subject in subjects]
+        yield Case(images[0], images[1], (labels[0], labels[1]))
+
+
+def _listed(folder: str) -> Callable[[], Iterator[Case]]:
+    """Pairs of a ``pairs.csv``; where it says so, the centres of the volumes are laid on each other."""
+
+    def make() -> Iterator[Case]:
+        root = data_root(folder)
+        with (root / "pairs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
+            initial = np.eye(4)
+            if row["align"] == "center":
+                middles = [(i.affine @ [*((s - 1) / 2 for s in i.size), 1])[:3] for i in (fixed, moving)]
+                initial[:3, 3] = middles[1] - middles[0]
+            still, grids = torch.zeros(1, 3, *fixed.size), (fixed.affine, moving.affine)
+            onto = resample_moving(moving.data, still, *grids, initial)
+            brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
+            yield Case(fixed.data, onto, (label.data, brought), spacing_of(fixed.affine))
+
+    return make
+
+
+def _predictions() -> Iterator[Case]:
+    """Brain pairs with what a third-party network predicts for them, folds and all."""
+    root = data_root("predictions")
+    for path in sorted(root.glob("*.npz")):
+        subjects = path.stem.split("_")[-2:]
+        images = [Image(root / f"{subject}_t1.nii.gz") for subject in subjects]
+        labels = [Image(root / f"{subject}_seg.nii.gz", label=True) for subject in subjects]
+        ddf = torch.from_numpy(np.load(path)["ddf"]).float()[None]
+        yield Case(images[0].data, images[1].data, (labels[0].data, labels[1].data), None, ddf)
+
+
+SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "hippocampus": _hippocampi, "brain": _brains, "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
+    "predictions": _predictions,
+}  # fmt: skip
+"""Brains at 2 mm and hippocampi of the validation subjects, and what the shared data hold for validation alone."""
