@@ -113,20 +113,20 @@ class Engine:
             if self.best is None:
                 self.best = self.residual.clone()
             else:
-                _choose(better, self.residual, self.best)
+                kernels.choose(better, self.residual, self.best)
         if keep:
             self.kept = self.residual.clone() if self.kept is None else self.kept.copy_(self.residual)
 
     def retract(self, accepted: Tensor) -> None:
         """Return the pairs that are not ``accepted`` ``(B,)`` to the residual that :meth:`advance` kept."""
         if self.kept is not None and not bool(accepted.all()):
-            _choose(~accepted, self.kept, self.residual)
+            kernels.choose(~accepted, self.kept, self.residual)
             self.evaluate()
 
     def settle(self, better: Tensor) -> None:
         """Return the pairs whose residual is not ``better`` ``(B,)`` to the best one noted, and give that up."""
         if self.best is not None:
-            _choose(~better, self.best, self.residual)
+            kernels.choose(~better, self.best, self.residual)
             self.best = None
 
     def mend(self) -> bool:
@@ -145,8 +145,3 @@ class Engine:
         if self.prediction is not None:
             kernels.compose(self.prediction, field, field)
         return field
-
-
-def _choose(chosen: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy the chosen pairs ``(B,)``, without memory for a result."""
-    torch.where(per_voxel(chosen, target), source, target, out=target)

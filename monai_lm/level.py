@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,16 +96,17 @@ class LevelRun:
         first = looked_at = best_loss = loss
         active = trust.damping > 0
         better = torch.ones_like(active)  # whether the residual at hand is the best one so far
-        self._record(record, loss, delta, trust, trust.expected, better, active)
+        note = partial(record.add, self.level.scale, (engine.voxels, delta))
+        note(loss, trust.damping, trust.reference, trust.expected, better, active)
         for k in range(1, count + 1):
             if self._out_of_time():
                 break
-            trust = replace(trust, expected=self._step(trust, better, mend=k % _MEND == 0))
+            trust = replace(trust, expected=self._step(trust, better, mend=k % _MEND == 0 and k < count))
             loss = engine.evaluate()
             chance = levenberg.chance(settings.seed, k) if settings.acceptance == "metropolis" else 0.0
             used = trust
             accepted, gain, trust = levenberg.judge(trust, loss, settings.control, settings.acceptance, chance)
-            self._record(record, loss, delta, used, gain, accepted, active)
+            note(loss, used.damping, used.reference, gain, accepted, active)
             engine.retract(accepted)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
@@ -129,12 +131,6 @@ class LevelRun:
         if mend:
             self.engine.mend()
         return expected
-
-    def _record(
-        self, record: Record, loss: Tensor, delta: float, trust: Trust, gain: Tensor, accepted: Tensor, active: Tensor
-    ) -> None:
-        relative = delta * trust.damping / torch.where(trust.reference > 0, trust.reference, 1.0)
-        record.add(self.level.scale, loss / self.engine.voxels, relative, gain, accepted, active)
 
     def _out_of_time(self) -> bool:
         """Whether the time budget is spent; with one, the device is waited for, or the clock would tell nothing."""

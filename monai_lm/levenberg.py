@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ __all__ = [
     "per_voxel",
     "pull_back",
     "relax",
-    "step_length",
     "take_step",
 ]
 
@@ -62,7 +62,7 @@ class Trust:
         reference: λ₀, the damping at the start of the level.
         loss: loss of the last accepted iterate.
         expected: first-order decrease that the pending step promises, NaN if not computed.
-        decrease: size of the last accepted decrease, the unit of the Metropolis temperature.
+        decrease: with ``"metropolis"``, size of the last accepted decrease, the unit of the temperature.
     """
 
     damping: Tensor
@@ -74,6 +74,15 @@ class Trust:
     def state(self) -> dict[str, Tensor]:
         """The fields by name, for a ``state_dict``."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @cached_property
+    def length(self) -> Tensor:
+        """Trust radius as a fraction of the largest step, ``min(1, √(λ₀ / λ))``; -1 for a pair that does not move.
+
+        Rejections shorten the step. It is computed once, for the step and for the smoothing that follows it.
+        """
+        ratio = (self.reference / self.damping).clamp(max=1).sqrt()
+        return torch.where(self.damping > 0, ratio, -1.0)
 
 
 def per_voxel(scalar: Tensor, like: Tensor) -> Tensor:
@@ -113,12 +122,6 @@ def initial_trust(gradient: Tensor, loss: Tensor, damping: float, unit: Sequence
     return Trust(reference, reference, loss, unknown, torch.zeros_like(loss))
 
 
-def step_length(trust: Trust) -> Tensor:
-    """Trust radius as a fraction of ``step``, ``min(1, √(λ₀ / λ))``, ``(B,)``: rejections shorten the step."""
-    ratio = trust.reference / torch.where(trust.damping > 0, trust.damping, 1.0)
-    return ratio.clamp(max=1).sqrt()
-
-
 def direction(gradient: Tensor, trust: Trust, step: float, window: int = 1) -> Tensor:
     """Levenberg-Marquardt step, bounded by ``step`` without looking for a maximum over the volume.
 
@@ -128,15 +131,15 @@ def direction(gradient: Tensor, trust: Trust, step: float, window: int = 1) -> T
     Args:
         gradient: ``(B, n, *S)`` in the metric of the step.
         trust: state of the damping.
-        step: largest step in units of the metric; the radius is ``s = step · step_length(trust)``.
+        step: largest step in units of the metric; the radius is ``s = step · trust.length``.
         window: width in voxels of the window that the Hessian is averaged over, odd.
 
     Returns:
         ``(B, n, *S)`` step in the metric; zero for pairs without a gradient.
     """
     if window == 1:
-        return lm_direction(gradient, step * step_length(trust), trust.damping)
-    radius = per_voxel(step * step_length(trust), gradient)
+        return lm_direction(gradient, step * trust.length, trust.damping)
+    radius = per_voxel(step * trust.length, gradient)
     damping = per_voxel(trust.damping, gradient)
     moves = damping > 0
     root = torch.where(moves, damping, torch.ones_like(damping)).sqrt()
@@ -200,7 +203,7 @@ def take_step(
     """
     warped, derivative = (None, None) if image is None else image
     if window == 1:
-        radius = step * step_length(trust)
+        radius = step * trust.length
         return kernels.step(smooth, residual, unit, radius, trust.damping, warped, derivative, out)
     wide = smooth.to(torch.promote_types(smooth.dtype, torch.float32))
     v = in_units(direction(in_units(wide, unit), trust, step, window), unit)
@@ -219,7 +222,7 @@ def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
 def relax(moved: Tensor, trust: Trust, smooth_residual: Sequence[float], out: Tensor, rate: float = 1) -> None:
     """Elastic smoothing of a residual that has moved, ``r' + α (G r' - r')`` with ``G`` a Gaussian.
 
-    It is blended in by the trust radius ``α = step_length(trust)``, so that the whole change of the map, not only the
+    It is blended in by the trust radius ``α = trust.length``, so that the whole change of the map, not only the
     step, goes to zero when steps are rejected.
 
     Args:
@@ -229,8 +232,7 @@ def relax(moved: Tensor, trust: Trust, smooth_residual: Sequence[float], out: Te
         out: ``(B, n, *S)`` to write to: the residual before the step.
         rate: at most 1, multiplies α.
     """
-    weight = torch.where(trust.damping > 0, rate * step_length(trust), -1.0)
-    kernels.elastic(moved, smooth_residual, weight, out)
+    kernels.elastic(moved, smooth_residual, trust.length if rate == 1 else rate * trust.length, out)
 
 
 def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: float) -> tuple[Tensor, Tensor, Trust]:
@@ -246,33 +248,36 @@ def judge(trust: Trust, loss: Tensor, control: str, acceptance: str, chance: flo
         chance: uniform random number in [0, 1) for ``"metropolis"``.
 
     Returns:
-        Which pairs accept ``(B,)`` bool, the gain ratios ``(B,)``, and the new state.
+        Which pairs accept ``(B,)`` bool, the gain ratios ``(B,)`` (of ``"simple"``, which needs none, what
+        ``trust.expected`` was, NaN), and the new state.
     """
-    finite = torch.isfinite(loss)
-    decrease = torch.where(finite, trust.loss - loss, float("-inf"))
-    decrease = torch.where(finite & ~torch.isfinite(trust.loss), float("inf"), decrease)
-    fell = decrease >= 0
-    gain = decrease / trust.expected
+    finite = loss.abs() < float("inf")
+    fell = finite & ~(loss > trust.loss)
+    gain, decrease = trust.expected, trust.decrease  # every choice computes what it needs, and no more
     if control == "simple":
         factor = torch.where(fell, _FALL, _RISE)
     else:
+        gain = _decrease(trust, loss, finite) / trust.expected
         factor = torch.where(gain > _GROW_ABOVE, 1 / _RISE, torch.where(gain >= _SHRINK_BELOW, 1.0, _RISE))
         factor = torch.where(fell, factor, _RISE)  # also where the step had promised a rise
     damping = trust.damping * factor.to(trust.damping.dtype)
     damping = damping.clamp(trust.reference / _DAMPING_RANGE, trust.reference * _DAMPING_RANGE)
     if acceptance == "always":
-        accepted = torch.ones_like(finite)
+        accepted = torch.ones_like(fell)
     elif acceptance == "descent":
         accepted = fell
     else:
-        accepted = fell | (chance < torch.exp(decrease / trust.decrease.clamp(min=torch.finfo(loss.dtype).tiny)))
-    new = replace(
-        trust,
-        damping=damping,
-        loss=torch.where(accepted & finite, loss, trust.loss),
-        decrease=torch.where(accepted & fell & torch.isfinite(decrease), decrease, trust.decrease),
-    )
-    return accepted, gain, new
+        change, info = _decrease(trust, loss, finite), torch.finfo(loss.dtype)
+        accepted = fell | (chance < torch.exp(change / trust.decrease.clamp(min=info.tiny)))
+        decrease = torch.where(fell & (change < float("inf")), change, trust.decrease)
+    kept = torch.where(accepted & finite, loss, trust.loss)
+    return accepted, gain, replace(trust, damping=damping, loss=kept, decrease=decrease)
+
+
+def _decrease(trust: Trust, loss: Tensor, finite: Tensor) -> Tensor:
+    """By how much the loss fell: -inf where it is not finite, inf where it was not before."""
+    decrease = torch.where(finite, trust.loss - loss, float("-inf"))
+    return torch.where(finite & ~torch.isfinite(trust.loss), float("inf"), decrease)
 
 
 def chance(seed: int, iteration: int) -> float:

@@ -46,24 +46,38 @@ class Record:
     def __init__(self, pairs: int, watch: Stopwatch) -> None:
         self._pairs = pairs
         self._watch = watch
-        self._levels: list[float] = []
-        self._values: list[Tensor] = []
+        self._levels: list[tuple[float, float, float]] = []
+        self._values: list[tuple[Tensor, ...]] = []
 
-    def add(self, level: float, loss: Tensor, damping: Tensor, gain: Tensor, accepted: Tensor, active: Tensor) -> None:
-        """Note one iteration of all pairs, ``(B,)`` each; pairs that are not ``active`` have stopped."""
+    def add(self, level: float, units: tuple[float, float], *values: Tensor) -> None:
+        """Note one iteration of all pairs; the tensors are kept as they are and must not change.
+
+        Args:
+            level: reduction against the finest grid.
+            units: what a loss is divided by, and what the damping is multiplied with.
+            values: loss, damping λ, λ₀, gain ratio, accepted and active, ``(B,)`` each; a pair that is not active has
+                stopped.
+        """
         self._watch.lap()
-        self._levels.append(level)
-        self._values.append(torch.stack([loss, damping, gain, accepted.to(loss), active.to(loss)]))
+        self._levels.append((level, *units))
+        self._values.append(values)
 
     def history(self) -> list[list[Iteration]]:
         """Per pair, its iterations."""
         if not self._values:
             return [[] for _ in range(self._pairs)]
-        values, seconds = torch.stack(self._values).cpu(), self._watch.seconds()
+        dtype = self._values[0][0].dtype
+        columns = [torch.stack(column).to(dtype) for column in zip(*self._values, strict=True)]
+        loss, damping, reference, gain, accepted, active = torch.stack(columns).cpu()
+        levels, voxels, deltas = zip(*self._levels, strict=True)
+        loss = loss / loss.new_tensor(voxels)[:, None]
+        damping = damping.new_tensor(deltas)[:, None] * damping / torch.where(reference > 0, reference, 1.0)
+        table = [column.t().tolist() for column in (loss, damping, gain, accepted > 0, active)]
+        seconds = self._watch.seconds()
         history: list[list[Iteration]] = []
-        for pair in range(self._pairs):
-            rows = zip(self._levels, seconds, values[:, :, pair].tolist(), strict=True)
-            history.append([Iteration(level, x[0], x[1], x[2], x[3] > 0, s) for level, s, x in rows if x[4] > 0])
+        for *values, on in zip(*table, strict=True):
+            rows = zip(levels, *values, seconds, strict=True)
+            history.append([Iteration(*row) for row, kept in zip(rows, on, strict=True) if kept])
         return history
 
 

@@ -63,13 +63,15 @@ def test_a_record_gives_every_pair_the_iterations_in_which_it_was_active():
     record = Record(2, Stopwatch(CPU, time.perf_counter()))
     yes, no = torch.tensor([True, True]), torch.tensor([True, False])
     nan = torch.full((2,), math.nan)
-    record.add(2, torch.tensor([4.0, 8.0]), torch.tensor([0.1, 0.2]), nan, yes, yes)
-    record.add(2, torch.tensor([3.0, 7.0]), torch.tensor([0.3, 0.4]), torch.tensor([0.5, -1.0]), no, yes)
-    record.add(1, torch.tensor([2.0, 6.0]), torch.tensor([0.5, 0.6]), nan, yes, no)
+    start, gains = torch.tensor([2.0, 0.0]), torch.tensor([0.5, -1.0])
+    record.add(2, (10, 0.1), torch.tensor([40.0, 80.0]), torch.tensor([1.0, 2.0]), start, nan, yes, yes)
+    record.add(2, (10, 0.1), torch.tensor([30.0, 70.0]), torch.tensor([3.0, 4.0]), start, gains, no, yes)
+    record.add(1, (20, 0.1), torch.tensor([40.0, 120.0]), torch.tensor([5.0, 6.0]), start, nan, yes, no)
     first, second = record.history()
     assert [(row.level, row.loss, row.accepted) for row in first] == [(2, 4.0, True), (2, 3.0, True), (1, 2.0, True)]
     assert [(row.level, row.loss, row.accepted) for row in second] == [(2, 8.0, True), (2, 7.0, False)]
-    assert [row.damping for row in second] == pytest.approx([0.2, 0.4])
+    assert [row.damping for row in first] == pytest.approx([0.05, 0.15, 0.25])
+    assert [row.damping for row in second] == pytest.approx([0.2, 0.4])  # λ₀ is 0 where there was no gradient
     assert math.isnan(second[0].gain_ratio)
     assert second[1].gain_ratio == -1.0
     assert 0 < first[0].seconds <= first[1].seconds <= first[2].seconds

@@ -86,7 +86,8 @@ def repair(
     """Unfold a map by the least local smoothing that does it; the field keeps its value away from the folds.
 
     Where cells are folded, these, those nearly folded (determinants up to .01) and their surroundings are smoothed
-    again and again, with a Gaussian and a reach that grow only while the count does not fall. A field that resists is
+    again and again, with a Gaussian and a reach that grow while the count does not fall, and shrink again while it
+    does. A field that resists is
     shrunk towards its mean, as little as it takes: when the rounds are over, when they have smoothed six times as many
     voxels as there are, or at the deadline.
 
@@ -137,15 +138,15 @@ def _repair_pairs(
 def _unfold(field: Tensor, outer: Tensor | None, margin: float, rounds: int, deadline: float) -> None:
     """Repair one pair ``(1, n, *S)``, in place; what is looked at is what was rounded."""
     folded = folded_cells(field, margin, outer)
-    count, sigma, fewest, smoothed = int(torch.count_nonzero(folded)), 1.0, None, 0
+    count, sigma, before, smoothed = int(torch.count_nonzero(folded)), 1.0, None, 0
     for _ in range(rounds):
         if count == 0:
             return
         if smoothed > _MOST_WORK * folded.numel() or time.perf_counter() > deadline:
             break
-        if fewest is not None and count > 0.7 * fewest:
-            sigma = min(sigma * 1.25, 8.0)
-        fewest = count if fewest is None else min(fewest, count)
+        if before is not None:
+            sigma = min(sigma * 1.25, 8.0) if count > 0.7 * before else max(sigma / 1.25, 1.0)
+        before = count
         count, voxels = kernels.mend(field, outer, folded, sigma, margin)[0].tolist()
         smoothed += voxels
     _shrink(field, outer, margin)

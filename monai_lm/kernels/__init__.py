@@ -24,6 +24,7 @@ from monai_lm.kernels import cpu, reference
 
 __all__ = [
     "CHOICES",
+    "choose",
     "compose",
     "elastic",
     "gradient",
@@ -56,6 +57,7 @@ _SCHEMAS = {
     "gradient": "(Tensor warped, Tensor derivative, float[] sigma, Tensor(a!) out) -> ()",
     "step": "(Tensor smooth, Tensor residual, float[] unit, Tensor radius, Tensor damping, Tensor? warped, "
     "Tensor? derivative, Tensor(a!) out) -> Tensor",
+    "choose": "(Tensor chosen, Tensor source, Tensor(a!) out) -> ()",
     "image_sums": "(Tensor image) -> Tensor",
     "gradient_sums": "(Tensor gradient, float[] unit) -> Tensor",
     "mend": "(Tensor(a!) ddf, Tensor? outer, Tensor(b!) folded, float sigma, float margin) -> Tensor",
@@ -148,6 +150,7 @@ mse = _dispatched(reference.mse)
 ncc = _dispatched(reference.ncc)
 gradient = _dispatched(reference.gradient)
 step = _dispatched(reference.step)
+choose = _dispatched(reference.choose)
 image_sums = _dispatched(reference.image_sums)
 gradient_sums = _dispatched(reference.gradient_sums)
 mend = _dispatched(reference.mend)

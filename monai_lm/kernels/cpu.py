@@ -16,7 +16,7 @@ from torch import Tensor
 from monai_lm.kernels import reference
 from monai_lm.kernels.build import BuildError, build
 
-__all__ = ["available", "why_not"]
+__all__ = ["available", "choose", "why_not"]
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOST = 2**31 - 1
@@ -256,6 +256,12 @@ def step(
     images = _array(warped), _array(derivative)
     _checked(run(*fields, *images, _array(out), _address(expected), pairs, n, _threads(out)), "step")
     return expected.float()
+
+
+def choose(chosen: Tensor, source: Tensor, out: Tensor) -> None:
+    """A copy is what PyTorch has: no more than the chosen pairs are touched."""
+    for pair in chosen.nonzero().flatten().tolist():
+        out[pair].copy_(source[pair])
 
 
 @_kernel

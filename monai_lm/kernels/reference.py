@@ -21,6 +21,7 @@ from torch import Tensor
 from monai_lm.devices import widest_float
 
 __all__ = [
+    "choose",
     "compose",
     "elastic",
     "gradient",
@@ -465,6 +466,17 @@ def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) 
     r, alpha = moved.to(dtype), over_voxels(weight, moved).to(dtype)
     relaxed = r + alpha * (smoothed(r, sigma) - r)
     out.copy_(torch.where(alpha >= 0, relaxed, out.to(dtype)))
+
+
+def choose(chosen: Tensor, source: Tensor, out: Tensor) -> None:
+    """Copy the chosen pairs of a batch.
+
+    Args:
+        chosen: ``(B,)`` bool.
+        source: ``(B, C, *S)``.
+        out: ``(B, C, *S)`` of the same type, other memory.
+    """
+    torch.where(chosen.view(-1, *[1] * (out.dim() - 1)), source, out, out=out)
 
 
 # --- sums over a volume

@@ -19,13 +19,13 @@ SETTINGS = {"scales": (2, 1), "iterations": ITERATIONS, "tolerance": 0.0}
 # run: (waits and copies, launches per iteration with one for every kernel, peak in V beside images and prediction
 # without what kernels hold while they run)
 MOST = {
-    "identity": (12, 69, 9.1),
-    "prediction": (16, 69, 9.1),
-    "prediction, half": (17, 69, 5.3),
-    "prediction, descent": (46, 71, 9.1),
-    "prediction, metropolis": (46, 76, 12.1),
-    "prediction, trust_region": (16, 75, 11.1),
-    "prediction, seconds": (46, 69, 9.1),
+    "identity": (12, 31, 9.1),
+    "prediction": (16, 31, 9.1),
+    "prediction, half": (17, 31, 5.3),
+    "prediction, descent": (46, 33, 9.1),
+    "prediction, metropolis": (46, 52, 12.1),
+    "prediction, trust_region": (16, 49, 11.1),
+    "prediction, seconds": (46, 31, 9.1),
 }
 CHANGES = {
     "identity": {},

@@ -308,3 +308,13 @@ def test_kernels_for_a_gpu_that_fail_are_told_once_and_replaced(monkeypatch):
     monkeypatch.setattr(Broken, "smooth", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         kernels._on_gpu("smooth")(image, (1.0, 1.0), out)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [(4, 5, 6), (5, 6)], ids=str)
+def test_chosen_pairs_are_copied_and_the_others_stay(size, kind):
+    source, out = noise((3, len(size), *size), 0), noise((3, len(size), *size), 1)
+    before = out.clone()
+    IMPLEMENTATIONS[kind].choose(torch.tensor([True, False, True]), source, out)
+    assert torch.equal(out[::2], source[::2])
+    assert torch.equal(out[1], before[1])
