@@ -31,7 +31,7 @@ class Engine:
         residual: ``(B, n, *S)`` to start from; it is overwritten. Its precision is that of all that is kept.
         similarity: what to minimise.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the finest axis.
-        smooth_residual: the same of the elastic smoothing.
+        smooth_residual: the same of the elastic smoothing, in voxels of every axis.
         step: largest displacement per iteration, in voxels of the finest axis.
         window: width of the window of the Hessian.
         keep_gradient: compute the expected decrease of every step.
@@ -54,7 +54,7 @@ class Engine:
         fixed, self.moving = fixed.contiguous(), moving.contiguous()
         self.prediction = None if prediction is None else prediction.contiguous()
         self.residual, self.similarity, self.unit = residual, similarity, level.unit
-        self.sigma, self.elastic = level.in_voxels(smooth_gradient), level.in_voxels(smooth_residual)
+        self.sigma, self.elastic = level.in_voxels(smooth_gradient), [smooth_residual] * len(level.size)
         self.step, self.window, self.keep_gradient = step, window, keep_gradient
         fixed_range, self.moving_range = similarity.ranges(fixed, self.moving)
         self.reference = similarity.ranged_reference(fixed, fixed_range)

@@ -51,8 +51,8 @@ class FactoredLM(Optimizer):
             and restore the field of a pair whose step they reject.
         window: width in voxels, odd, of the window that the Hessian is averaged over.
         smooth_gradient: standard deviation in voxels of the Gaussian on the gradient.
-        smooth_residual: standard deviation in voxels of the elastic smoothing of the field.
-        spacing: voxel edge per axis; smoothing and steps are then isotropic in space.
+        smooth_residual: standard deviation of the elastic smoothing of the field, in voxels of every axis.
+        spacing: voxel edge per axis; steps and ``smooth_gradient`` are then isotropic in space.
         repair_every: repair folds at every so many steps; 0 never.
         eulerian: ``.grad`` already holds the gradient for compositional updates.
         seed: of the ``"metropolis"`` acceptance.
@@ -170,7 +170,7 @@ class FactoredLM(Optimizer):
         step, old, moved = group["lr"] * group["step"], field.detach().clone(), torch.empty_like(smooth)
         levenberg.take_step(smooth, old, each, level.unit, step, group["window"], None, moved)
         after = old.clone() if group["acceptance"] != "always" else old
-        sigma = level.in_voxels(group["smooth_residual"])
+        sigma = [group["smooth_residual"]] * field.shape[1]
         levenberg.relax(moved, each, sigma, after, min(1, group["lr"]))
         state = self.state[field]
         state["step"] += 1

@@ -38,6 +38,10 @@ from monai_lm.validation import (
 
 __all__ = ["check_keywords", "refine"]
 
+_GOAL = 0.2
+"""What determinants of a folded prediction are brought above: what is left at the margin folds again with the residual.
+On two third-party predictions (validation) .2 instead of .01 gave .0013 Dice and took half of the time for repair."""
+
 
 def refine(
     fixed: Tensor,
@@ -89,8 +93,9 @@ def refine(
         acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``.
         window: width in voxels, odd, of the window that the Hessian is averaged over; 1 is the factored method.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
-        smooth_residual: standard deviation of the elastic smoothing of the residual, in the same unit.
-        spacing: voxel edge per axis, in millimetres; smoothing and steps are then isotropic in space.
+        smooth_residual: standard deviation of the elastic smoothing of the residual, in voxels of every axis: it keeps
+            what the grid can resolve, also across thick slices.
+        spacing: voxel edge per axis, in millimetres; steps and ``smooth_gradient`` are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
             returned when it is spent. Making sure that the result has no folds comes on top.
         tolerance: a pair stops when ten iterations bring less than this fraction of its gain on the level; 0 never.
@@ -212,7 +217,7 @@ def _coarse_to_fine(
     if ddf is not None:
         edges = [1 / unit for unit in finest.unit]
         start, used = believed(ddf, fixed, moving, settings.similarity, finest, edges)
-        repaired = repair(start, deadline=settings.deadline)
+        repaired = repair(start, goal=_GOAL, deadline=settings.deadline)
         del start
     given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
     record = Record(fixed.shape[0], Stopwatch(fixed.device, started))

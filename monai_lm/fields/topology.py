@@ -82,10 +82,11 @@ def repair(
     margin: float = MARGIN,
     rounds: int = 100,
     deadline: float = float("inf"),
+    goal: float = _GOAL,
 ) -> Tensor:
     """Unfold a map by the least local smoothing that does it; the field keeps its value away from the folds.
 
-    Where cells are folded, these, those nearly folded (determinants up to .01) and their surroundings are smoothed
+    Where cells are folded, these, those nearly folded and their surroundings are smoothed
     again and again, with a Gaussian and a reach that grow while the count does not fall, and shrink again while it
     does. A field that resists is
     shrunk towards its mean, as little as it takes: when the rounds are over, when they have smoothed six times as many
@@ -98,6 +99,7 @@ def repair(
         margin: smallest determinant that still counts as folded.
         rounds: most rounds of local smoothing.
         deadline: ``time.perf_counter()`` after which no further round begins.
+        goal: what determinants are brought above, once one is at the margin.
 
     Returns:
         ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
@@ -109,14 +111,14 @@ def repair(
     if not pairs:
         return ddf
     out = ddf.clone(memory_format=torch.contiguous_format)
-    _repair_pairs(out, pairs, outer, margin, rounds, deadline)
+    _repair_pairs(out, pairs, outer, max(margin, goal), rounds, deadline)
     return out
 
 
 def repair_in_place(ddf: Tensor, outer: Tensor | None = None, margin: float = MARGIN, rounds: int = 100) -> bool:
     """:func:`repair` without a copy of the field, which is contiguous; whether anything folded."""
     pairs = _folded_pairs(ddf, outer, margin)
-    _repair_pairs(ddf, pairs, outer, margin, rounds, float("inf"))
+    _repair_pairs(ddf, pairs, outer, max(margin, _GOAL), rounds, float("inf"))
     return bool(pairs)
 
 
@@ -127,12 +129,12 @@ def _folded_pairs(ddf: Tensor, outer: Tensor | None, margin: float) -> list[int]
 
 
 def _repair_pairs(
-    ddf: Tensor, pairs: list[int], outer: Tensor | None, margin: float, rounds: int, deadline: float
+    ddf: Tensor, pairs: list[int], outer: Tensor | None, goal: float, rounds: int, deadline: float
 ) -> None:
     """Repair some pairs in place, one by one: a pair must not depend on its batch."""
     for index in pairs:
         pair = slice(index, index + 1)
-        _unfold(ddf[pair], None if outer is None else outer[pair].contiguous(), max(margin, _GOAL), rounds, deadline)
+        _unfold(ddf[pair], None if outer is None else outer[pair].contiguous(), goal, rounds, deadline)
 
 
 def _unfold(field: Tensor, outer: Tensor | None, margin: float, rounds: int, deadline: float) -> None:
