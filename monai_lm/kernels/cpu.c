@@ -1289,20 +1289,63 @@ EXPORT int unfolded(const Array *ddf, const Array *outer, float margin, uint8_t 
 enum { TILE = 24 };
 
 typedef struct {
+  int64_t first[3], last[3];
+} Box;
+
+typedef struct {
   Folds folds;
   const float *taps[3];
   int radius[3], reach;
   int64_t tiles[3], *smoothed;
-  float **made;  // per tile: its new values, until nothing needs the old ones any more
+  uint8_t *marked;  // per tile: whether one of its cells is folded
+  Box *box;         // per tile: the voxels that are smoothed
+  float **made;     // per tile: their new values, until nothing needs the old ones any more
 } Mend;
 
-static void tile_of(const Mend *t, int64_t item, int64_t *pair, int64_t *first, int64_t *last) {
+INLINE int64_t box_size(const Box *b) {
+  return (b->last[0] - b->first[0]) * (b->last[1] - b->first[1]) * (b->last[2] - b->first[2]);
+}
+
+static int64_t tile_of(const Mend *t, int64_t item, Box *b) {  // returns the pair
   for (int a = 2; a >= 0; item /= t->tiles[a], a--) {
     const int64_t i = item % t->tiles[a];
-    first[a] = part_start(t->folds.ddf->size[a], t->tiles[a], i);
-    last[a] = part_start(t->folds.ddf->size[a], t->tiles[a], i + 1);
+    b->first[a] = part_start(t->folds.ddf->size[a], t->tiles[a], i);
+    b->last[a] = part_start(t->folds.ddf->size[a], t->tiles[a], i + 1);
   }
-  *pair = item;
+  return item;
+}
+
+static int64_t cells_of(const Mend *t, int64_t item, Box *b) {  // the last tile of an axis has the ring, too
+  const int64_t pair = tile_of(t, item, b);
+  for (int a = 3 - t->folds.n; a < 3; a++) b->last[a] += b->last[a] == t->folds.ddf->size[a];
+  return pair;
+}
+
+static const uint8_t *flags_of(const Folds *f, int64_t pair, int64_t x, int64_t y) {
+  const int64_t *size = f->ddf->size, Y1 = size[1] + 1;
+  return f->out + ((pair * (f->n == 3 ? size[0] + 1 : 1) + x) * Y1 + y) * (size[2] + 1);
+}
+
+static void mark_tile(void *task, int64_t item) {
+  Mend *t = task;
+  Box b;
+  const int64_t pair = cells_of(t, item, &b);
+  const void *found = NULL;
+  for (int64_t x = b.first[0]; x < b.last[0] && !found; x++)
+    for (int64_t y = b.first[1]; y < b.last[1] && !found; y++)
+      found = memchr(flags_of(&t->folds, pair, x, y) + b.first[2], 1, b.last[2] - b.first[2]);
+  t->marked[item] = found != NULL;
+}
+
+// Whether a tile or one of those around it is marked; no fold reaches farther than the next tile.
+static int near_folds(const Mend *t, int64_t item) {
+  int64_t place[3], index = item;
+  for (int a = 2; a >= 0; index /= t->tiles[a], a--) place[a] = index % t->tiles[a];
+  for (int64_t x = most(place[0] - 1, 0); x <= least(place[0] + 1, t->tiles[0] - 1); x++)
+    for (int64_t y = most(place[1] - 1, 0); y <= least(place[1] + 1, t->tiles[1] - 1); y++)
+      for (int64_t z = most(place[2] - 1, 0); z <= least(place[2] + 1, t->tiles[2] - 1); z++)
+        if (t->marked[((index * t->tiles[0] + x) * t->tiles[1] + y) * t->tiles[2] + z]) return 1;
+  return 0;
 }
 
 // Sums of 2 radius + 1 neighbours along one axis; the result is so much shorter.
@@ -1326,11 +1369,11 @@ static void box_sums(uint16_t *a, uint16_t *b, int64_t *size, const int *radius)
   size[0] -= 2 * radius[0];
 }
 
-// How much each voxel of a tile is smoothed; 0 if none is.
-static int weigh(const Mend *t, int64_t pair, const int64_t *first, const int64_t *last, float *weight) {
+// How much each voxel of a tile is smoothed, and where that is not zero; 0 if it is nowhere.
+static int weigh(const Mend *t, int64_t pair, const Box *tile, float *weight, Box *box) {
+  const int64_t *first = tile->first, *last = tile->last;
   const int n = t->folds.n, reach[3] = {n == 3 ? t->reach : 0, t->reach, t->reach};
-  const int64_t *size = t->folds.ddf->size, X1 = n == 3 ? size[0] + 1 : 1, Y1 = size[1] + 1, Z1 = size[2] + 1;
-  const uint8_t *cells = t->folds.out + pair * X1 * Y1 * Z1;
+  const int64_t *size = t->folds.ddf->size;
   int64_t lo[3], hi[3], near[3];  // voxels whose marks matter
   for (int a = 0; a < 3; a++) {
     lo[a] = first[a] - 2 * reach[a], near[a] = last[a] - first[a] + 4 * reach[a], hi[a] = least(lo[a] + near[a], size[a]);
@@ -1339,7 +1382,7 @@ static int weigh(const Mend *t, int64_t pair, const int64_t *first, const int64_
   const int64_t z0 = most(lo[2], 0), x_after = n == 3;
   for (int64_t x = most(lo[0], 0); x < hi[0] + x_after && !any; x++)
     for (int64_t y = most(lo[1], 0); y <= hi[1] && !any; y++)
-      any = memchr(cells + (x * Y1 + y) * Z1 + z0, 1, hi[2] + 1 - z0) != NULL;
+      any = memchr(flags_of(&t->folds, pair, x, y) + z0, 1, hi[2] + 1 - z0) != NULL;
   if (!any) return 0;
   const int64_t total = near[0] * near[1] * near[2];
   uint16_t *marks = calloc(2 * total, sizeof(uint16_t)), *sums = marks + total;
@@ -1350,7 +1393,7 @@ static int weigh(const Mend *t, int64_t pair, const int64_t *first, const int64_
       uint16_t *m = marks + ((x - lo[0]) * near[1] + y - lo[1]) * near[2];
       for (int64_t cx = x; cx <= x + x_after; cx++) {
         for (int64_t cy = y; cy <= y + 1; cy++) {
-          const uint8_t *c = cells + (cx * Y1 + cy) * Z1;
+          const uint8_t *c = flags_of(&t->folds, pair, cx, cy);
           SIMD for (int64_t z = z0; z < hi[2]; z++) m[z - lo[2]] |= (uint16_t)(c[z] | c[z + 1]);
         }
       }
@@ -1365,20 +1408,25 @@ static int weigh(const Mend *t, int64_t pair, const int64_t *first, const int64_
       for (int64_t z = first[2] - reach[2]; z < last[2] + reach[2]; z++, i++)
         sums[i] = sums[i] && x >= 0 && x < size[0] && y >= 0 && y < size[1] && z >= 0 && z < size[2];
   box_sums(sums, marks, near, reach);
-  any = 0;
+  for (int a = 0; a < 3; a++) box->first[a] = last[a], box->last[a] = first[a];
   for (int64_t i = 0, x = first[0]; x < last[0]; x++) {
     for (int64_t y = first[1]; y < last[1]; y++) {
       const int rows = sums_in(x, reach[0], size[0]) * sums_in(y, reach[1], size[1]);
       for (int64_t z = first[2]; z < last[2]; z++, i++) {
         const float soft = (float)marks[i] / (float)(rows * sums_in(z, reach[2], size[2]));
         weight[i] = own[i] ? 1.0f : soft;
-        any |= marks[i] > 0;
+        if (weight[i] > 0.0f) {
+          const int64_t at_voxel[3] = {x, y, z};
+          for (int a = 0; a < 3; a++) {
+            box->first[a] = least(box->first[a], at_voxel[a]), box->last[a] = most(box->last[a], at_voxel[a] + 1);
+          }
+        }
       }
     }
   }
   free(own);
   free(marks);
-  return any;
+  return box->first[0] < box->last[0];
 }
 
 static void smooth_tile(void *task, int64_t item) {
@@ -1386,12 +1434,14 @@ static void smooth_tile(void *task, int64_t item) {
   const Array *ddf = t->folds.ddf;
   const int64_t *size = ddf->size, Y = size[1], Z = size[2];
   const int rx = t->radius[0], ry = t->radius[1], rz = t->radius[2], n = t->folds.n, ring = 2 * ry + 1;
-  int64_t pair, first[3], last[3];
-  tile_of(t, item, &pair, first, last);
-  const int64_t H = last[1] - first[1], D = last[2] - first[2], count = (last[0] - first[0]) * H * D;
-  float *weight = malloc(sizeof(float) * count);
+  Box tile, *box = t->box + item;
+  const int64_t pair = tile_of(t, item, &tile);
   t->made[item] = NULL, t->smoothed[item] = 0;
-  if (weigh(t, pair, first, last, weight)) {
+  if (!near_folds(t, item)) return;
+  float *weight = malloc(sizeof(float) * box_size(&tile));
+  if (weigh(t, pair, &tile, weight, box)) {
+    const int64_t *first = box->first, *last = box->last, H = last[1] - first[1], D = last[2] - first[2];
+    const int64_t whole_y = tile.last[1] - tile.first[1], whole_z = tile.last[2] - tile.first[2], count = box_size(box);
     const int64_t za = most(first[2] - rz, 0), zb = least(last[2] + rz, Z), W = zb - za;
     float *made = malloc(sizeof(float) * n * count);
     float *memory = malloc(sizeof(float) * ((ring + 1 + 2 * rx + 1) * W + D + 2 * rz + 2 * D));
@@ -1413,13 +1463,14 @@ static void smooth_tile(void *task, int64_t item) {
           for (int64_t z = first[2] - rz; z < last[2] + rz; z++) padded[z - first[2] + rz] = across[within(z, Z) - za];
           taps_along(out, padded, t->taps[2], rz, D, pointers + rz);
           const int64_t i = ((x - first[0]) * H + y - first[1]) * D;
-          const float *r = row(from, ddf->type, (x * Y + y) * Z + first[2], D, old), *w = weight + i;
+          const float *r = row(from, ddf->type, (x * Y + y) * Z + first[2], D, old), *w = weight;
+          w += ((x - tile.first[0]) * whole_y + y - tile.first[1]) * whole_z + first[2] - tile.first[2];
           float *to = made + c * count + i;
           SIMD for (int64_t z = 0; z < D; z++) to[z] = r[z] + w[z] * (out[z] - r[z]);
         }
       }
     }
-    for (int64_t i = 0; i < count; i++) t->smoothed[item] += weight[i] > 0.0f;
+    for (int64_t i = 0; i < box_size(&tile); i++) t->smoothed[item] += weight[i] > 0.0f;
     free(pointers);
     free(memory);
     t->made[item] = made;
@@ -1431,8 +1482,8 @@ static void write_tile(void *task, int64_t item) {
   Mend *t = task;
   if (!t->made[item]) return;
   const Array *ddf = t->folds.ddf;
-  int64_t pair, first[3], last[3];
-  tile_of(t, item, &pair, first, last);
+  Box tile;
+  const int64_t pair = tile_of(t, item, &tile), *first = t->box[item].first, *last = t->box[item].last;
   const float *made = t->made[item];
   for (int c = 0; c < t->folds.n; c++)
     for (int64_t x = first[0]; x < last[0]; x++)
@@ -1440,42 +1491,51 @@ static void write_tile(void *task, int64_t item) {
         put(at(ddf, pair, c), ddf->type, (x * ddf->size[1] + y) * ddf->size[2] + first[2], last[2] - first[2], made);
 }
 
-// The cells of a tile that has changed, or whose neighbour before it along an axis has: every cell once.
+// The cells of a tile at voxels that have changed, which may be those of a tile before it: every cell once.
 static void look_at_tile(void *task, int64_t item) {
   const Mend *t = task;
   const int64_t steps[3] = {t->tiles[1] * t->tiles[2], t->tiles[2], 1};
-  int64_t pair, first[3], last[3], index = item, place[3];
+  int64_t index = item, place[3];
   for (int a = 2; a >= 0; index /= t->tiles[a], a--) place[a] = index % t->tiles[a];
-  int changed = 0;
+  Box cells, found = {{INT64_MAX, INT64_MAX, INT64_MAX}, {0, 0, 0}};
+  const int64_t pair = cells_of(t, item, &cells);
   for (int k = 0; k < 8; k++) {
     int64_t other = item;
     int there = 1;
     for (int a = 0; a < 3; a++)
       if (k >> a & 1) other -= steps[a], there &= place[a] > 0;
-    changed |= there && t->made[other] != NULL;
+    if (!there || !t->made[other]) continue;
+    for (int a = 0; a < 3; a++) {  // a voxel is a corner of the cell before it and of the one behind it
+      found.first[a] = least(found.first[a], t->box[other].first[a]);
+      found.last[a] = most(found.last[a], t->box[other].last[a] + (a >= 3 - t->folds.n));
+    }
   }
-  if (!changed) return;
-  tile_of(t, item, &pair, first, last);
-  for (int a = 0; a < 3; a++) last[a] += last[a] == t->folds.ddf->size[a];  // the ring of cells after the last voxel
-  look(&t->folds, pair, first, last);
+  for (int a = 0; a < 3; a++) {
+    found.first[a] = most(found.first[a], cells.first[a]), found.last[a] = least(found.last[a], cells.last[a]);
+    if (found.first[a] >= found.last[a]) return;
+  }
+  look(&t->folds, pair, found.first, found.last);
 }
 
 EXPORT int mend(const Array *ddf, const Array *outer, uint8_t *folded, const float *const *tap, const int *radius,
                 int reach, float margin, int64_t *out, int64_t pairs, int n, int threads) {
   Mend task = {{ddf, outer, margin, folded, NULL, n, 1}, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, reach,
-               {1, 1, 1}, NULL, NULL};
+               {1, 1, 1}, NULL, NULL, NULL, NULL};
   int64_t tiles = 1, cells = 1;
   for (int a = 0; a < 3; a++) {
     task.tiles[a] = part_count(ddf->size[a], most(TILE, 2 * radius[a])), tiles *= task.tiles[a];
     cells *= a == 0 && n == 2 ? 1 : ddf->size[a] + 1;
   }
   task.smoothed = malloc(sizeof(int64_t) * pairs * tiles);
+  task.marked = malloc(pairs * tiles);
+  task.box = malloc(sizeof(Box) * pairs * tiles);
   task.made = calloc(pairs * tiles, sizeof(float *));
-  if (!task.smoothed || !task.made) return free(task.smoothed), free(task.made), 1;
-  parallel(pairs * tiles, threads, smooth_tile, &task);
-  parallel(pairs * tiles, threads, write_tile, &task);
-  parallel(pairs * tiles, threads, look_at_tile, &task);
-  for (int64_t pair = 0; pair < pairs; pair++) {
+  const int failed = !task.smoothed || !task.marked || !task.box || !task.made;
+  if (!failed) parallel(pairs * tiles, threads, mark_tile, &task);
+  if (!failed) parallel(pairs * tiles, threads, smooth_tile, &task);
+  if (!failed) parallel(pairs * tiles, threads, write_tile, &task);
+  if (!failed) parallel(pairs * tiles, threads, look_at_tile, &task);
+  for (int64_t pair = 0; pair < pairs && !failed; pair++) {
     int64_t bad = 0, voxels = 0;
     const uint8_t *flags = folded + pair * cells;
     for (int64_t i = 0; i < cells; i++) bad += flags[i];
@@ -1483,6 +1543,8 @@ EXPORT int mend(const Array *ddf, const Array *outer, uint8_t *folded, const flo
     out[2 * pair] = bad, out[2 * pair + 1] = voxels;
   }
   free(task.smoothed);
+  free(task.marked);
+  free(task.box);
   free(task.made);
-  return 0;
+  return failed;
 }
