@@ -18,6 +18,7 @@ from benchmarks.metrics import mean_dice
 from monai_lm.demo import brain_example, endpoint_error
 from monai_lm.devices import find_device
 from monai_lm.fields import gaussian_smooth, integrate, warp
+from monai_lm.fields.algebra import lengths
 from monai_lm.pyramid import make_level, shrink
 from monai_lm.similarity import LNCC
 
@@ -66,7 +67,7 @@ class Warped:
         """Mean distance to the truth where the fixed image is not dark, in voxels."""
         distance = self.truth if ddf is None else ddf - self.truth
         inside = warp(self.moving, self.truth) > 0.1
-        return float(torch.linalg.vector_norm(distance, dim=1, keepdim=True)[inside].mean())
+        return float(lengths(distance)[:, None][inside].mean())
 
 
 def ablation(
@@ -170,7 +171,7 @@ def _motion(image: Tensor, peak: float, length: float, generator: torch.Generato
     velocity = gaussian_smooth(noise, length)
     for axis, voxels in enumerate(image.shape[2:], start=2):
         velocity = velocity.narrow(axis, margin, voxels)
-    return integrate(velocity * peak / torch.linalg.vector_norm(velocity, dim=1).max())
+    return integrate(velocity * peak / lengths(velocity).max())
 
 
 def _imperfect(case: Warped) -> Tensor:

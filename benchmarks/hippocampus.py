@@ -19,6 +19,7 @@ from benchmarks.metrics import mean_dice, paired_bootstrap
 from monai_lm import RegistrationInferer
 from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
+from monai_lm.fields.algebra import lengths
 from monai_lm.metrics import compare_labels, sd_log_jacobian
 from monai_lm.pyramid import automatic_scales
 
@@ -106,7 +107,7 @@ def _measure(pair: dict[str, Tensor], ddf: Tensor, predicted: Tensor, seconds: f
         "sdlogj": float(sd_log_jacobian(ddf)),
         "loss": float(similarity(monai_lm.fields.warp(pair["moving"], ddf), pair["fixed"])) / pair["fixed"].numel(),
         "folds": int(fold_count(ddf)),
-        "change": float(torch.linalg.vector_norm(ddf - predicted, dim=1).mean()),
+        "change": float(lengths(ddf - predicted).mean()),
         "seconds": seconds,
     }
 

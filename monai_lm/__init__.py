@@ -1,10 +1,23 @@
 """Test-time refinement of predicted deformation fields with factored Levenberg-Marquardt, inside MONAI."""
 
-from monai_lm.inferers import RegistrationInferer
+from typing import TYPE_CHECKING, Any
+
 from monai_lm.optimizer import FactoredLM
 from monai_lm.refinement import refine
 from monai_lm.result import RefinementResult
 
+if TYPE_CHECKING:
+    from monai_lm.inferers import RegistrationInferer
+
 __version__ = "0.1.0"
 
 __all__ = ["FactoredLM", "RefinementResult", "RegistrationInferer", "__version__", "refine"]
+
+
+def __getattr__(name: str) -> Any:
+    """The inferer, imported when it is asked for: MONAI takes seconds to import, which :func:`refine` does without."""
+    if name != "RegistrationInferer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from monai_lm.inferers import RegistrationInferer
+
+    return RegistrationInferer

@@ -14,13 +14,13 @@ import torch
 from jsonargparse import auto_cli
 
 import monai_lm
-from monai_lm import files
-from monai_lm.cohort import refine_cohort
 from monai_lm.console import console
 from monai_lm.demo import run_demo
 from monai_lm.outputs import as_json
 
 __all__ = ["main", "with_values"]
+
+# What imports MONAI is imported by the commands that need it: it takes seconds.
 
 
 def refine(
@@ -78,6 +78,8 @@ def refine(
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
     """
+    from monai_lm import files
+
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
         "memory": memory, "kernels": kernels, "progress": sys.stderr.isatty(),
@@ -132,6 +134,8 @@ def cohort(
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
         "memory": memory, "kernels": kernels,
     }  # fmt: skip
+    from monai_lm.cohort import refine_cohort
+
     rows, failed = refine_cohort(
         pairs, output_dir, overwrite, sys.stderr.isatty(),
         file_format=file_format, device=device, report=report, bundle=bundle, ddf_format=ddf_format,
@@ -167,6 +171,8 @@ def apply(
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
+    from monai_lm import files
+
     files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
 
 
@@ -190,6 +196,8 @@ def invert(
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
+    from monai_lm import files
+
     print(files.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
 
 
@@ -211,6 +219,8 @@ def compose(
         second_format: of the second.
         overwrite: replace an output that exists.
     """
+    from monai_lm import files
+
     files.compose_fields(first, second, output, overwrite, first_format, second_format)
 
 
@@ -234,6 +244,8 @@ def convert(
         file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
         overwrite: replace an output that exists.
     """
+    from monai_lm import files
+
     files.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
 
 
@@ -263,6 +275,8 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, ...
         json: print JSON.
     """
+    from monai_lm import files
+
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
     _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import fold_count, gaussian_smooth, integrate, warp
+from monai_lm.fields.algebra import lengths
 from monai_lm.fileio.files import replacing
-from monai_lm.outputs import check_outputs
+from monai_lm.outputs import check_outputs, figure_class
 from monai_lm.refinement import refine
-from monai_lm.report.figures import figure_class
 from monai_lm.result import RefinementResult
 
 __all__ = ["Example", "brain_example", "endpoint_error", "run_demo"]
@@ -65,7 +65,7 @@ def brain_example(resolution: int = 2, seed: int = 0) -> Example:
         """Random smooth velocity whose vectors have this mean size, varying over this length."""
         noise = torch.randn(1, 3, *moving.shape[2:], generator=generator)
         smooth = gaussian_smooth(noise, length / resolution)
-        return smooth * (millimetres / resolution) / torch.linalg.vector_norm(smooth, dim=1).mean()
+        return smooth * (millimetres / resolution) / lengths(smooth).mean()
 
     shape = velocity(4.0, 16.0)
     truth = integrate(shape + velocity(1.2, 9.0))
@@ -81,7 +81,7 @@ def brain_example(resolution: int = 2, seed: int = 0) -> Example:
 
 def endpoint_error(example: Example, ddf: Tensor) -> tuple[float, float]:
     """Mean and 95th percentile of the distance to the truth inside the brain, in millimetres."""
-    error = torch.linalg.vector_norm(ddf - example.truth, dim=1)[example.mask] * example.spacing
+    error = lengths(ddf - example.truth)[example.mask] * example.spacing
     return float(error.mean()), float(np.percentile(error.numpy(), 95))
 
 
@@ -126,7 +126,7 @@ def _draw(example: Example, result: RefinementResult, path: Path) -> None:
         return np.flipud(volume[..., middle].squeeze().numpy().T)
 
     def error(ddf: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(ddf - example.truth, dim=1) * example.spacing * example.mask
+        return lengths(ddf - example.truth) * example.spacing * example.mask
 
     figure = figure_class()(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplots(2, 3)

@@ -21,6 +21,7 @@ from torch import Tensor
 from monai_lm.bundles import RegistrationBundle
 from monai_lm.devices import find_device, widest_float
 from monai_lm.fields import compose, fold_count, sample_points
+from monai_lm.fields.algebra import lengths
 from monai_lm.fileio import file_suffix, read_ddf, write_ddf
 from monai_lm.fileio.files import label_type, replacing, save_nifti
 from monai_lm.fileio.formats import check_grid
@@ -250,7 +251,7 @@ def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
 def _landmark_error(ddf: Tensor, pair: Pair) -> float:
     assert pair.points is not None  # for mypy
     moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
-    return float(torch.linalg.vector_norm(moved - pair.points[1].to(moved), dim=1).mean())
+    return float(lengths(moved - pair.points[1].to(moved)).mean())
 
 
 def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import invert
-from monai_lm.fields.algebra import compose
+from monai_lm.fields.algebra import compose, lengths
 from monai_lm.fields.topology import folded_cells
 from monai_lm.space import fixed_to_moving, spacing_of, through_affine, to_world
 
@@ -154,7 +154,7 @@ def _folded(ddf: Tensor, whole: Tensor, points: Sequence[Tensor], size: Sequence
 
 def _round_trip(ddf: Tensor, inverse: Tensor) -> float:
     """First the field, then the inverse; see :attr:`InverseReport.missed`."""
-    missed = torch.linalg.vector_norm(compose(inverse, ddf), dim=1)[0]
+    missed = lengths(compose(inverse, ddf))[0]
     shown = torch.zeros_like(missed, dtype=torch.bool)
     shown[tuple(slice(s // 8, s - s // 8) for s in missed.shape)] = True
     for axis, length in enumerate(inverse.shape[2:]):  # voxels that are led out of the inverse's grid are none of its

@@ -21,7 +21,7 @@ from scipy.ndimage import find_objects
 from torch import Tensor
 
 from monai_lm.fields import fold_count, jacobian_determinant, sample_points
-from monai_lm.fields.algebra import compose
+from monai_lm.fields.algebra import compose, lengths
 from monai_lm.fields.finite import check_finite
 
 __all__ = [
@@ -97,7 +97,7 @@ def inverse_consistency(ddf: Tensor, inverse: Tensor) -> Tensor:
         raise ValueError(f"inverse must have the shape of ddf, {tuple(ddf.shape)}, got {tuple(inverse.shape)}")
     for name, field in (("ddf", ddf), ("inverse", inverse)):
         check_finite(name, field)
-    missed = torch.linalg.vector_norm(compose(inverse, ddf), dim=1)
+    missed = lengths(compose(inverse, ddf))
     inside = torch.ones_like(missed, dtype=torch.bool)
     for axis, size in enumerate(ddf.shape[2:]):
         voxels = torch.arange(size, device=ddf.device, dtype=ddf.dtype)

@@ -13,17 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from monai_lm.fileio import file_suffix
-from monai_lm.report.figures import figure_class
 
 __all__ = [
     "as_json",
     "check_field_output",
     "check_not_inputs",
     "check_outputs",
+    "figure_class",
     "made",
     "pair_outputs",
     "report_possible",
 ]
+
+
+def figure_class() -> Any:
+    """Matplotlib's ``Figure``; an ImportError that names the extra where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
+    return Figure
 
 
 def pair_outputs(file_format: str, labels: bool, report: bool) -> list[str]:

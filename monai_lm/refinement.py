@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from monai_lm import kernels as kernels_
 from monai_lm.devices import Stopwatch
+from monai_lm.fields.algebra import lengths
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.level import LevelRun, Settings
 from monai_lm.memory import MODES, automatic_mode, halved
@@ -274,7 +275,7 @@ def _finish(
     repaired = engine.prediction
     if predicted is not None and repaired is not None and repaired is not predicted:
         folds = fold_count(predicted)
-        shift = torch.linalg.vector_norm(repaired - predicted, dim=1).flatten(1).mean(1)
+        shift = lengths(repaired - predicted).flatten(1).mean(1)
         shift = torch.where(used, shift, 0.0) if used is not None else shift
     return RefinementResult(
         ddf=ddf,

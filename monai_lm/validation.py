@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_lm.fields.finite import check_finite
@@ -35,7 +34,7 @@ def plain(name: str, value: Any, half: bool = False) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex():
         raise TypeError(f"{name} must be real, got dtype {value.dtype}")
-    if isinstance(value, MetaTensor):
+    if hasattr(value, "as_tensor"):  # a MetaTensor; MONAI takes seconds to import, and need not be here
         value = value.as_tensor()
     keep = half and value.dtype in (torch.float16, torch.bfloat16)
     return value.detach() if keep else value.detach().to(torch.float32)

@@ -22,6 +22,7 @@ from benchmarks.gpu.measure import Pair, per_iteration, synthetic, timed
 from benchmarks.gpu.steps import Step, Values
 from monai_lm import RefinementResult
 from monai_lm.fields import fold_count
+from monai_lm.fields.algebra import lengths
 from monai_lm.pyramid import automatic_scales
 
 _ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def _registered(name: str, pair: Pair) -> RefinementResult:
 
 
 def _worth(ddf: Tensor, loss: Tensor, pair: Pair) -> Values:
-    missed = torch.linalg.vector_norm(ddf - pair.truth, dim=1)
+    missed = lengths(ddf - pair.truth)
     return {"loss": float(loss), "missed_voxels": float(missed.mean()), "folds": int(fold_count(ddf))}
 
 

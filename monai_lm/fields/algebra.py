@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monai_lm.fields.sampling import warp
 
-__all__ = ["compose", "integrate", "resample"]
+__all__ = ["compose", "integrate", "lengths", "resample"]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
@@ -79,3 +79,11 @@ def resample(ddf: Tensor, size: Sequence[int]) -> Tensor:
     out = F.interpolate(ddf, size=tuple(size), mode=mode, align_corners=True)
     factor = [(new - 1) / (previous - 1) for new, previous in zip(size, old, strict=True)]
     return out.mul_(out.new_tensor(factor).view(1, -1, *[1] * len(old)))  # in place: a field is large
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """Length of the vectors along the second axis, ``(B, n, *S)`` to ``(B, *S)``.
+
+    PyTorch's own norm takes ten times as long over an axis that is not the last one.
+    """
+    return vectors.square().sum(1).sqrt()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.devices import widest_float
+from monai_lm.fields.algebra import lengths
 from monai_lm.fields.finite import check_finite
 from monai_lm.fields.sampling import sample_points
 
@@ -112,7 +113,7 @@ def _inverted(ddf: Tensor, targets: Tensor, nearest: tuple[Tensor, Tensor], iter
     shift, norm = _solved(ddf, targets, beyond.clone(), back, None, iterations // 2)
     stuck = norm >= _goal(targets, shift)  # at the border, where a mirrored field, continued, turns back
     shift[stuck] = beyond[stuck]
-    norm[stuck] = torch.linalg.vector_norm(_error(ddf, targets[stuck], shift[stuck], None), dim=1)
+    norm[stuck] = lengths(_error(ddf, targets[stuck], shift[stuck], None))
     return shift, norm
 
 
@@ -121,7 +122,7 @@ def _solved(
 ) -> tuple[Tensor, Tensor]:
     """Improve the shift of :func:`_inverted`, in place, step by step; see :func:`_error` for ``beyond``."""
     error = _error(ddf, targets, shift, beyond)
-    norm = torch.linalg.vector_norm(error, dim=1)
+    norm = lengths(error)
     goal = _goal(targets, shift)
     for newton, count in ((False, iterations - iterations // 2), (True, iterations // 2)):
         relaxation = torch.ones_like(norm)
@@ -133,7 +134,7 @@ def _solved(
             step = _newton(ddf, there, now, missed, beyond) if newton else missed @ back.T
             candidate = now - relaxation[left, None] * step
             new_error = _error(ddf, there, candidate, beyond)
-            new_norm = torch.linalg.vector_norm(new_error, dim=1)
+            new_norm = lengths(new_error)
             better = new_norm < norm[left]
             kept = left[better]
             shift[kept], error[kept], norm[kept] = candidate[better], new_error[better], new_norm[better]

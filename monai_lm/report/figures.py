@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
 from monai_lm.fields.topology import folded_cells
+from monai_lm.outputs import figure_class
 from monai_lm.report.case import Case
 from monai_lm.report.views import View
 from monai_lm.result import Iteration
@@ -21,7 +22,6 @@ __all__ = [
     "MOVING_COLOUR",
     "Volumes",
     "curves",
-    "figure_class",
     "jacobian_colours",
     "levels_of",
     "pictures_of",
@@ -39,15 +39,6 @@ _FEW = 8
 """So many labels of a slice are outlined boldly."""
 
 FIXED_COLOUR, MOVING_COLOUR = "#22d3ee", "#ff9f1c"
-
-
-def figure_class() -> Any:
-    """Matplotlib's ``Figure``; an ImportError that names the extra where it is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
-    return Figure
 
 
 def _window_of(image: Tensor) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import fold_count, warp
+from monai_lm.fields.algebra import lengths
 from monai_lm.metrics import label_overlap, sd_log_jacobian
 from monai_lm.report.case import Case
 from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
@@ -91,7 +92,7 @@ def measure_field(case: Case, ddf: Tensor, surfaces: bool = True) -> FieldMetric
         tre=case.landmark_error(ddf),
         sdlogj=float(sd_log_jacobian(ddf)),
         folds=int(fold_count(ddf)),
-        displacement=float(torch.linalg.vector_norm(ddf * edges, dim=1).mean()),
+        displacement=float(lengths(ddf * edges).mean()),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import monai_lm
 from monai_lm.fileio.files import replacing
+from monai_lm.outputs import figure_class
 from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.evidence import NOISE
@@ -81,7 +82,7 @@ def write_report(
     picture = None if png is None else _checked_path("png", png, (".png",))
     if not isinstance(title, str):
         raise TypeError(f"title must be a string, got {type(title).__name__}")
-    figures.figure_class()
+    figure_class()
     case = checked_case(fixed, moving, result, prediction, affine, labels, landmarks, settings, mask, initial)
     return write_case(path, case, assess(case), title, picture, provenance)
 
