@@ -13,7 +13,7 @@ from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
-from benchmarks.performance import accuracy, memory, reach, scaling, speed
+from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
 from benchmarks.validation import validation
@@ -33,6 +33,7 @@ if __name__ == "__main__":
         scaling,
         accuracy,
         reach,
+        first,
         profile,
         gpu,
         knee,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from benchmarks.peers import Outcome, machine, work
 
 
 def speed(
-    peers: tuple[str, ...] = ("greedy", "fireants", "adam"),
+    peers: tuple[str, ...] = ("predicted", "greedy", "fireants", "adam"),
     repeats: int = 3,
     threads: int = 2,
     device: str = "cpu",
@@ -32,7 +35,7 @@ def speed(
     Methods take turns; medians and ratios are printed.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless.
+        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless; ``predicted`` is LM from a prediction.
         repeats: runs of each method.
         threads: for every method.
         device: cpu, cuda, ...; greedy and ants stay on the CPU.
@@ -46,7 +49,8 @@ def speed(
         for method, values in measured.items():
             few, many = counts.get(method, (5, 25))
             task = {**pair, "scales": [1], "threads": threads, "device": device, "warm": True}
-            runs = [work(method, **task, iterations=[n]) for n in (few, many)]
+            name, task["prediction"] = ("lm", True) if method == "predicted" else (method, False)
+            runs = [work(name, **task, iterations=[n]) for n in (few, many)]
             values.append((runs[1].seconds - runs[0].seconds) / (many - few))
             _row(json_file, {"method": method, "seconds": values[-1], "settings": runs[1].settings})
             print(f"  {method:<12}{values[-1]:8.3f}", flush=True)
@@ -209,6 +213,27 @@ def reach(
                 reached.add(warm)
                 how = f"{'warm' if warm else 'new process'}: Dice {dice:.4f} in {seconds:.1f} s"
                 print(f"  LM 100-50-{n}, {how}, {seconds / spent:.2f} of greedy's", flush=True)
+
+
+def first(size: int = 64, repeats: int = 2) -> None:
+    """Seconds of the very first refinement, with no kernels in the cache, and of the next one, in new processes.
+
+    Args:
+        size: edge of the cube.
+        repeats: how often, each with a cache of its own.
+    """
+    code = (
+        "import time, torch; from monai_lm import refine; torch.manual_seed(0); "
+        f"x = torch.rand(2, 1, 1, *[{size}] * 3); started = time.perf_counter(); refine(*x); "
+        "print(time.perf_counter() - started)"
+    )
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "MONAI_LM_CACHE": cache}
+            environment.pop("MONAI_LM_KERNELS", None)
+            runs = [subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) for _ in "12"]
+        cold, warm = map(float, runs)
+        print(f"first {cold:.2f} s, next {warm:.2f} s: {cold - warm:.2f} s more", flush=True)
 
 
 def _dice_of(method: str, subject: str, moving_subject: str, **task: Any) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,17 +13,26 @@ from statistics import fmean, stdev
 from typing import Any
 from unittest import mock
 
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor
+
 import monai_lm
 from benchmarks.cases import SETS, Case
 from benchmarks.metrics import mean_dice
+from benchmarks.peers import work
 from monai_lm import kernels
 from monai_lm.fields import fold_count
+from monai_lm.fileio import read_ddf
 from monai_lm.metrics import sd_log_jacobian
+from monai_lm.pyramid import automatic_scales
 
 
 def validation(
     sets: tuple[str, ...] = tuple(SETS),
     pairs: int = 5,
+    greedy: bool = False,
     identity: bool = False,
     settings: dict[str, Any] | None = None,
     json_file: str | None = None,
@@ -30,30 +40,38 @@ def validation(
 ) -> None:
     """Refine pairs of the validation sets; one line per pair and the means of every set.
 
-    Seconds are CPU seconds of all threads, and of them the share that looking for folds and repairing them takes.
+    ``seconds`` passed on the clock, ``cpu`` on all processors; ``guard`` is the part of these that went into looking
+    for folds and repairing them.
 
     Args:
         sets: of :data:`benchmarks.cases.SETS`.
         pairs: of each set, at most.
+        greedy: register the pairs with greedy, too, from the identity, with the same iterations on the same levels, or
+            on those of them that leave it four voxels of every axis.
         identity: leave predictions aside.
         settings: keyword arguments of ``monai_lm.refine``; default: none.
         json_file: write one line per pair here, as it goes; pairs that stand in it are not run again.
         against: the ``json_file`` of another run; paired differences to it are printed, with standard errors.
     """
-    done: dict[tuple[str, int], dict[str, Any]] = _read(json_file)
+    done = _read(json_file)
     for name in sets:
         for number, case in enumerate(islice(SETS[name](), pairs)):
-            if (name, number) not in done:
-                row = {"set": name, "pair": number, **_measured(case, None if identity else case.ddf, settings or {})}
-                done[name, number] = row
-                if json_file:
-                    with Path(json_file).open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    _print([row for row in done.values() if row["set"] in sets and row["pair"] < pairs], _read(against))
+            for method in ("lm", *(("greedy",) if greedy else ())):
+                key = (name, number, method)
+                if key not in done:
+                    start = None if identity else case.ddf
+                    found = _greedy(case) if method == "greedy" else _lm(case, start, settings or {})
+                    done[key] = {"set": name, "pair": number, "method": method, **found}
+                    if json_file:
+                        with Path(json_file).open("a") as file:
+                            file.write(json.dumps(done[key]) + "\n")
+                    print(
+                        "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in done[key].items())
+                    )
+    _print([row for (name, number, _), row in done.items() if name in sets and number < pairs], _read(against))
 
 
-def _measured(case: Case, start: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _lm(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[str, Any]:
     spent = [0.0]
 
     def clocked(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,34 +89,50 @@ def _measured(case: Case, start: Any, settings: dict[str, Any]) -> dict[str, Any
             stack.enter_context(mock.patch.object(kernels, name, clocked(getattr(kernels, name))))
         started = time.process_time()
         result = monai_lm.refine(case.fixed, case.moving, start, spacing=case.spacing, **settings)
-        seconds = time.process_time() - started
+        cpu = time.process_time() - started
     before = mean_dice(*case.labels, start)
+    return {"before": before, **_measured(case, result.ddf, result.seconds), "cpu": cpu, "guard": spent[0] / cpu}
+
+
+def _greedy(case: Case) -> dict[str, Any]:
+    size, edges = case.fixed.shape[2:], case.spacing or (1.0,) * (case.fixed.dim() - 2)
+    scales = [s for s in automatic_scales(size, edges, False) if min(size) >= 4 * s]  # it shrinks all axes alike
+    affine = np.diag([*edges, 1.0])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {key: str(Path(folder) / f"{key}.nii.gz") for key in ("fixed", "moving", "field")}
+        for key, image in (("fixed", case.fixed), ("moving", case.moving)):
+            nib.save(nib.Nifti1Image(image[0, 0].numpy(), affine), paths[key])
+        counts = [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
+        out = work("greedy", **paths, scales=scales, iterations=counts, threads=torch.get_num_threads())
+        ddf = torch.from_numpy(read_ddf(paths["field"], "itk")[0])[None]
+    return {"before": mean_dice(*case.labels), **_measured(case, ddf, out.seconds)}
+
+
+def _measured(case: Case, ddf: Tensor, seconds: float) -> dict[str, Any]:
     return {
-        "before": before,
-        "dice": mean_dice(*case.labels, result.ddf),
-        "sdlogj": float(sd_log_jacobian(result.ddf)),
-        "folds": int(fold_count(result.ddf)),
-        "loss": float(result.final_loss),
+        "dice": mean_dice(*case.labels, ddf),
+        "sdlogj": float(sd_log_jacobian(ddf)),
+        "folds": int(fold_count(ddf)),
         "seconds": seconds,
-        "guard": spent[0] / seconds,
     }
 
 
-def _read(path: str | None) -> dict[tuple[str, int], dict[str, Any]]:
+def _read(path: str | None) -> dict[tuple[str, int, str], dict[str, Any]]:
     if path is None or not Path(path).is_file():
         return {}
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return {(row["set"], row["pair"]): row for row in rows}
+    return {(row["set"], row["pair"], row["method"]): row for row in rows}
 
 
-def _print(rows: list[dict[str, Any]], others: dict[tuple[str, int], dict[str, Any]]) -> None:
-    columns = ("before", "dice", "sdlogj", "folds", "loss", "seconds", "guard")
-    print("| set | pairs | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
-    for name in dict.fromkeys(row["set"] for row in rows):
-        found = [row for row in rows if row["set"] == name]
-        print(f"| {name} | {len(found)} | " + " | ".join(f"{fmean(r[c] for r in found):.4g}" for c in columns) + " |")
-        both = [(row, others[name, row["pair"]]) for row in found if (name, row["pair"]) in others]
-        for column in ("dice", "sdlogj", "loss", "seconds") if both else ():
+def _print(rows: list[dict[str, Any]], others: dict[tuple[str, int, str], dict[str, Any]]) -> None:
+    columns = ("before", "dice", "sdlogj", "folds", "seconds", "cpu", "guard")
+    print("| set | method | pairs | " + " | ".join(columns) + " |\n|---|---|---|" + "---|" * len(columns))
+    for name, method in dict.fromkeys((row["set"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["set"], row["method"]) == (name, method)]
+        means = [f"{fmean(row[c] for row in found):.4g}" if c in found[0] else "–" for c in columns]
+        print(f"| {name} | {method} | {len(found)} | " + " | ".join(means) + " |")
+        both = [(row, others[key]) for row in found if (key := (name, row["pair"], method)) in others]
+        for column in ("dice", "sdlogj", "seconds") if both else ():
             gaps = [row[column] - other[column] for row, other in both]
             error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
             print(f"    {column}: {fmean(gaps):+.4g} (standard error {error:.2g}) against the other run")

@@ -112,3 +112,13 @@ def test_displacement_composes_for_the_better_pairs_only(dtype, build):
     torch.testing.assert_close(ddf[0], compose(prediction, residual)[0])
     assert torch.equal(ddf[1], prediction[1])
     assert ddf is engine.residual  # in whose place it is
+
+
+def test_gradients_are_smoothed_in_space_and_the_residual_on_its_grid():
+    """Thick slices would be left to themselves, and fold against each other, were the residual smoothed in space."""
+    level, shape = make_level((12, 12, 6), (1.0, 1.0, 5.0), 1), (1, 1, 12, 12, 6)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    residual = torch.zeros(1, 3, *shape[2:])
+    engine = Engine(level, *images, None, residual, LNCC(), 1.0, 0.5, 0.5, 1, False)
+    assert engine.sigma == pytest.approx((1.0, 1.0, 0.2))
+    assert engine.elastic == [0.5, 0.5, 0.5]

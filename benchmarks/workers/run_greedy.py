@@ -11,7 +11,7 @@ say("imported")
 counts = dict(zip(job["scales"], job["iterations"], strict=True))
 levels = [2**k for k in reversed(range(round(job["scales"][0]).bit_length()))]
 iterations = "x".join(str(counts.get(level, 0)) for level in levels)
-field = Path(job["output"]).with_suffix(".warp.nii.gz")
+field = job.get("field") or Path(job["output"]).with_suffix(".warp.nii.gz")
 say("loaded")
 started = time.perf_counter()
 pair = f"{job['fixed']} {job['moving']}"

@@ -220,6 +220,26 @@ def test_a_round_of_repair_is_that_of_the_reference(size, outer, sigma, dtype):
     assert got[:, 0].tolist() == mask.flatten(1).sum(1).tolist()
 
 
+@pytest.mark.parametrize("sigma", [1.0, 2.4])
+@pytest.mark.parametrize("size", [(61, 50, 75), (90, 101)], ids=str)
+def test_few_folds_far_apart_are_repaired_alone(size, sigma):
+    """At corners, at borders of tiles and beside them: only what is around folds is smoothed and looked at again."""
+    ddf = torch.zeros(2, len(size), *size)
+    for place in (0, 20, 24, 25, 47):
+        ddf[(0, slice(None), *[min(place + axis, s - 1) for axis, s in enumerate(size)])] = 2.0
+    ddf[(0, 0, *[s - 1 for s in size])] = -3.0
+    mask = torch.zeros(2, *(s + 1 for s in size), dtype=torch.bool)
+    assert cpu.unfolded(ddf, None, 1e-3, mask)[0] > 10
+    before, other, other_mask = ddf.clone(), ddf.clone(), mask.clone()
+    for _ in range(3):
+        got, expected = cpu.mend(ddf, None, mask, sigma, 1e-3), reference.mend(other, None, other_mask, sigma, 1e-3)
+        torch.testing.assert_close(ddf, other, rtol=0, atol=1e-5)
+        assert torch.equal(mask, other_mask)
+        assert torch.equal(got, expected)
+    assert got[0, 0] == 0
+    assert torch.equal(ddf[1], before[1])
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sums_are_those_of_the_reference(size):
     given = Given(size, 2, 3)
