@@ -18,8 +18,8 @@ from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
 from benchmarks.validation import validation
 from benchmarks.verdict import verdict
-from monai_lm.cli import with_values
-from monai_lm.console import console
+from monai_lm.apps.cli import with_values
+from monai_lm.apps.console import console
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")

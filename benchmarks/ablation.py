@@ -15,12 +15,12 @@ from torch import Tensor
 import monai_lm
 from benchmarks.data import brain_image, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
-from monai_lm.demo import brain_example, endpoint_error
-from monai_lm.devices import find_device
+from monai_lm.apps.demo import brain_example, endpoint_error
 from monai_lm.fields import gaussian_smooth, integrate, warp
 from monai_lm.fields.algebra import lengths
-from monai_lm.pyramid import make_level, shrink
+from monai_lm.kernels.devices import find_device
 from monai_lm.similarity import LNCC
+from monai_lm.solver.pyramid import make_level, shrink
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -18,8 +18,8 @@ from torch import Tensor
 import monai_lm
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
 from benchmarks.metrics import mean_dice
-from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
+from monai_lm.kernels.devices import find_device
 
 MOVING = ("1001", "1002", "1006", "1000")
 

@@ -18,10 +18,10 @@ import monai_lm
 from benchmarks.data import BRAIN_BUNDLE, data_root
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
-from monai_lm.bundles import RegistrationBundle
-from monai_lm.devices import find_device
+from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count
-from monai_lm.metrics import sd_log_jacobian
+from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.kernels.devices import find_device
 
 FULL: dict[str, Any] = {"scales": (4, 2, 1), "iterations": (100, 50, 25)}
 

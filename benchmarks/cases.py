@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.ablation import half_size
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, hippocampus_pairs
-from monai_lm.space import resample_moving, spacing_of
-from monai_lm.volumes import Image
+from monai_lm.fields.space import resample_moving, spacing_of
+from monai_lm.io.images import Image
 
 __all__ = ["SETS", "Case"]
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_lm import RefinementResult, kernels, levenberg, refinement
-from monai_lm.engine import Engine
-from monai_lm.level import LevelRun, Settings
-from monai_lm.levenberg import Trust, per_voxel
-from monai_lm.pyramid import make_level
+from monai_lm import RefinementResult, kernels
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.solver import levenberg, refinement
+from monai_lm.solver.engine import Engine
+from monai_lm.solver.levenberg import Trust, per_voxel
+from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.run import LevelRun, Settings
 
 
 class _OtherEngine(Engine):

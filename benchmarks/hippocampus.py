@@ -17,11 +17,11 @@ from benchmarks.descents import refine_with
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice, paired_bootstrap
 from monai_lm import RegistrationInferer
-from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
-from monai_lm.metrics import compare_labels, sd_log_jacobian
-from monai_lm.pyramid import automatic_scales
+from monai_lm.fields.metrics import compare_labels, sd_log_jacobian
+from monai_lm.kernels.devices import find_device
+from monai_lm.solver.pyramid import automatic_scales
 
 ITERATIONS = {8: 100, 4: 100, 2: 50, 1: 25}
 

@@ -15,12 +15,12 @@ from benchmarks.data import brain_image
 from benchmarks.gpu.measure import timed
 from benchmarks.peers import machine
 from monai_lm import kernels
-from monai_lm.devices import find_device
-from monai_lm.engine import Engine
 from monai_lm.fields.topology import fold_count
-from monai_lm.levenberg import initial_trust
-from monai_lm.pyramid import make_level
+from monai_lm.kernels.devices import find_device
 from monai_lm.similarity import LNCC
+from monai_lm.solver.engine import Engine
+from monai_lm.solver.levenberg import initial_trust
+from monai_lm.solver.pyramid import make_level
 
 MOVED = {"sample": 5, "lncc": 3, "gradient": 5, "step": 9, "elastic": 6, "the best iterate": 6}
 """V that each has to read and write at least, from the identity."""

@@ -14,8 +14,8 @@ import monai_lm
 from benchmarks.data import BUNDLE, data_root, hippocampus_network, hippocampus_pairs
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
-from monai_lm.devices import find_device
 from monai_lm.fields import fold_count
+from monai_lm.kernels.devices import find_device
 from monai_lm.training import PairDataModule, RegistrationModule
 
 SUPERVISIONS: dict[str, dict[str, Any]] = {

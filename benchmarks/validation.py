@@ -25,9 +25,9 @@ from benchmarks.metrics import mean_dice
 from benchmarks.peers import work
 from monai_lm import kernels
 from monai_lm.fields import fold_count
-from monai_lm.fileio import read_ddf
-from monai_lm.metrics import sd_log_jacobian
-from monai_lm.pyramid import automatic_scales
+from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.io import read_ddf
+from monai_lm.solver.pyramid import automatic_scales
 
 
 def validation(

@@ -15,9 +15,9 @@ from torch import Tensor
 import monai_lm
 from benchmarks.cases import SETS, Case
 from benchmarks.data import BUNDLE, hippocampus_network
-from monai_lm.devices import find_device
 from monai_lm.fields import gaussian_smooth, warp
-from monai_lm.metrics import compare_labels
+from monai_lm.fields.metrics import compare_labels
+from monai_lm.kernels.devices import find_device
 from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
 
 

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from monai_lm.optimizer import FactoredLM
-from monai_lm.refinement import refine
-from monai_lm.result import RefinementResult
+from monai_lm.solver.optimizer import FactoredLM
+from monai_lm.solver.refinement import refine
+from monai_lm.solver.result import RefinementResult
 
 if TYPE_CHECKING:
     from monai_lm.inferers import RegistrationInferer

@@ -21,9 +21,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from torch.nn import functional as F
 
 from monai_lm import refine
-from monai_lm.bundles import RegistrationBundle
+from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
-from monai_lm.metrics import compare_labels
+from monai_lm.fields.metrics import compare_labels
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")

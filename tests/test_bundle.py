@@ -20,9 +20,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.networks.nets import DynUNet, VoxelMorphUNet
 
 from monai_lm import refine
-from monai_lm.bundles import RegistrationBundle
+from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
-from monai_lm.pairs import named
+from monai_lm.io.datalist import named
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu import correctness, scaling, tables
 from benchmarks.gpu.steps import Step, now_of, read_rows, run_steps, table, write_row
-from monai_lm.devices import find_device
+from monai_lm.kernels.devices import find_device
 
 PARTS = ("correctness", "tables", "scaling")
 _ROOT = Path(__file__).parents[2]

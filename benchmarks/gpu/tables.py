@@ -23,7 +23,7 @@ from benchmarks.gpu.steps import Step, Values
 from monai_lm import RefinementResult
 from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
-from monai_lm.pyramid import automatic_scales
+from monai_lm.solver.pyramid import automatic_scales
 
 _ROOT = Path(__file__).parents[2]
 SIZES = ((160, 192, 224), (64, 64, 64), (256, 256, 256))

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.devices import widest_float
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.finite import check_finite
 from monai_lm.fields.sampling import sample_points
+from monai_lm.kernels.devices import widest_float
 
 __all__ = ["invert"]
 
@@ -39,7 +39,7 @@ def invert(
         iterations: most iterations of a voxel; its iteration ends earlier when the residual is below ``1e-4`` voxel, or
             below what rounding leaves where that is more.
         grid: ``(4, 4)`` from voxels of the inverse to the voxels that ``ddf`` leads to, where they are others, such as
-            :func:`monai_lm.space.fixed_to_moving` of the two; default: they are the same.
+            :func:`monai_lm.fields.space.fixed_to_moving` of the two; default: they are the same.
 
     Returns:
         The inverse ``(B, n, *size)`` in voxels, and its residual ``|e|`` in voxels ``(B, *size)``: how far the composed

@@ -18,7 +18,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from monai_lm.devices import widest_float
+from monai_lm.kernels.devices import widest_float
 
 __all__ = [
     "choose",

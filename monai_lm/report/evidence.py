@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant
+from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
-from monai_lm.metrics import sd_log_jacobian
 from monai_lm.similarity.base import contrast
 
 __all__ = [

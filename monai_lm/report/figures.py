@@ -12,10 +12,10 @@ from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
 from monai_lm.fields.topology import folded_cells
-from monai_lm.outputs import figure_class
+from monai_lm.io.outputs import figure_class
 from monai_lm.report.case import Case
 from monai_lm.report.views import View
-from monai_lm.result import Iteration
+from monai_lm.solver.result import Iteration
 
 __all__ = [
     "FIXED_COLOUR",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.algebra import lengths
-from monai_lm.metrics import label_overlap, sd_log_jacobian
+from monai_lm.fields.metrics import label_overlap, sd_log_jacobian
 from monai_lm.report.case import Case
 from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
 

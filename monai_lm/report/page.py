@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import monai_lm
-from monai_lm.fileio.files import replacing
-from monai_lm.outputs import figure_class
+from monai_lm.io.nifti import replacing
+from monai_lm.io.outputs import figure_class
 from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.evidence import NOISE
 from monai_lm.report.findings import Assessment, FieldMetrics, assess, measure_field
 from monai_lm.report.style import SCRIPT, STYLE
 from monai_lm.report.views import View, further_slices, views_of
-from monai_lm.result import RefinementResult
+from monai_lm.solver.result import RefinementResult
 
 __all__ = ["write_case", "write_report"]
 

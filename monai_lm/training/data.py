@@ -27,7 +27,17 @@ from monai.transforms import (
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import Dataset, get_worker_info
 
-from monai_lm.pairs import PARTS, SYNONYMS, Entry, check_files, draw_pairs, named, read_list, split_subjects, subject_of
+from monai_lm.io.datalist import (
+    PARTS,
+    SYNONYMS,
+    Entry,
+    check_files,
+    draw_pairs,
+    named,
+    read_list,
+    split_subjects,
+    subject_of,
+)
 
 __all__ = ["PairDataModule", "PairDataset"]
 

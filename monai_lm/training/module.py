@@ -13,12 +13,12 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from monai_lm.evaluation import images_of, measure, tensor_of
 from monai_lm.fields.algebra import resample
 from monai_lm.fields.sampling import sample_points, warp
 from monai_lm.inferers import RegistrationInferer
-from monai_lm.result import RefinementResult
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.solver.result import RefinementResult
+from monai_lm.training.batch import images_of, measure, tensor_of
 from monai_lm.training.supervision import Distillation, through_refinement
 
 __all__ = ["RegistrationModule"]
@@ -155,7 +155,7 @@ class RegistrationModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the metrics of the network's own field and, if the module refines, those of the refined one.
 
-        The names of the latter end in ``_refined``; see :func:`~monai_lm.evaluation.measure`.
+        The names of the latter end in ``_refined``; see :func:`~monai_lm.training.batch.measure`.
         """
         self._evaluate("val", batch)
 

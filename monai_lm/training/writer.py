@@ -15,14 +15,14 @@ from monai.data import MetaTensor
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from monai_lm.evaluation import labels_of, measure, tensor_of
 from monai_lm.fields import warp
-from monai_lm.fileio import write_itk_ddf
-from monai_lm.fileio.files import label_type, replacing, save_nifti, write_table
 from monai_lm.inferers import RegistrationInferer
-from monai_lm.outputs import as_json, check_outputs
-from monai_lm.pairs import FILES, Entry, raise_all
-from monai_lm.provenance import NEUTRAL, Recipe, describe, settings_of, weights_digest
+from monai_lm.io import write_itk_ddf
+from monai_lm.io.datalist import FILES, Entry, raise_all
+from monai_lm.io.nifti import label_type, replacing, save_nifti, write_table
+from monai_lm.io.outputs import as_json, check_outputs
+from monai_lm.io.provenance import NEUTRAL, Recipe, describe, settings_of, weights_digest
+from monai_lm.training.batch import labels_of, measure, tensor_of
 from monai_lm.training.data import PairDataModule
 
 __all__ = ["FieldWriter"]

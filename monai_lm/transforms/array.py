@@ -14,12 +14,12 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_lm.devices import widest_float
 from monai_lm.fields import fold_count, invert, sample_points, warp
-from monai_lm.fileio import READABLE, file_suffix, read_ddf, write_ddf
-from monai_lm.refinement import check_keywords, refine
-from monai_lm.space import to_voxel, to_world
-from monai_lm.validation import check_finite
+from monai_lm.fields.space import to_voxel, to_world
+from monai_lm.io import READABLE, file_suffix, read_ddf, write_ddf
+from monai_lm.kernels.devices import widest_float
+from monai_lm.solver.checks import check_finite
+from monai_lm.solver.refinement import check_keywords, refine
 
 __all__ = ["InvertDDF", "LoadDDF", "RefineDDF", "SaveDDF", "WarpImage", "WarpPoints"]
 
@@ -298,8 +298,8 @@ class LoadDDF(Transform):
 
     Args:
         file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, ``"niftyreg"``, or ``"ras"``, ``"lps"`` and
-            ``"positions"`` for millimetres, see :func:`monai_lm.fileio.read_millimetre_ddf`; ``"auto"``: what the file
-            says, see :func:`monai_lm.fileio.guess_format`.
+            ``"positions"`` for millimetres, see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file
+            says, see :func:`monai_lm.io.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 

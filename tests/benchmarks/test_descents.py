@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.descents import refine_with
 from monai_lm.fields import fold_count, gaussian_smooth, warp
-from monai_lm.levenberg import eulerian_gradient
 from monai_lm.similarity import MSE
+from monai_lm.solver.levenberg import eulerian_gradient
 
 
 @pytest.fixture

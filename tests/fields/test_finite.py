@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from monai_lm import fields, metrics, space
-from monai_lm.fields import sampling
+from monai_lm import fields
+from monai_lm.fields import metrics, sampling, space
 from monai_lm.fields.finite import checked
 
 GOOD = torch.zeros(1, 2, 6, 5)
@@ -90,7 +90,8 @@ def test_warp_compiles_as_one_graph(smooth_field):
 
 def test_the_engine_does_not_look_again():
     """What an iteration calls is not what is wrapped: a look would wait for a GPU."""
-    from monai_lm import engine, inferers, levenberg, optimizer, refinement
+    from monai_lm import inferers
+    from monai_lm.solver import engine, levenberg, optimizer, refinement
     from monai_lm.training import module, supervision
 
     wrapped = {name for name in fields.__all__ if hasattr(getattr(fields, name), "__wrapped__")}

@@ -6,8 +6,8 @@ Counted with labels. A rise is a fault until somebody has raised the number here
 import pytest
 import torch
 
-from monai_lm import metrics, refine
-from monai_lm.fields import fold_count, warp
+from monai_lm import refine
+from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.transforms import InvertDDF
 from tests.gpu.pretend import Pretend
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from monai_lm import RegistrationInferer, cli, files, metrics
-from monai_lm.evaluation import measure
-from monai_lm.fields import fold_count, warp
+from monai_lm import RegistrationInferer
+from monai_lm.apps import cli
+from monai_lm.apps import commands as files
+from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.fields.topology import jacobian_determinant
 from monai_lm.training import RegistrationModule
+from monai_lm.training.batch import measure
 from monai_lm.transforms import InvertDDF, RefineDDF, WarpImage, WarpPoints
 
 SIZE = (17, 16, 14)
@@ -201,7 +203,7 @@ def test_a_device_with_too_little_memory_ends_with_a_sentence(pair, tmp_path, mo
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("monai_lm.level.LevelRun.iterate", exhausted)
+    monkeypatch.setattr("monai_lm.solver.run.LevelRun.iterate", exhausted)
     words = ["refine", "--fixed", str(fixed), "--moving", str(moving), "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["monai-lm", *words, "--device", "cuda:1", "--report", "false"])
     with pytest.raises(SystemExit) as ended, pytest.warns(UserWarning, match="trying 'half'"):

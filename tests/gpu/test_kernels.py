@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_lm import fields, levenberg
+from monai_lm import fields
 from monai_lm.fields.topology import folded_cells
 from monai_lm.kernels.reference import box_sum
-from monai_lm.levenberg import Trust
-from monai_lm.pyramid import make_level, move_field, shrink
 from monai_lm.similarity import LNCC, MSE, NCC
 from monai_lm.similarity.weighted import Weighted, with_weight
+from monai_lm.solver import levenberg
+from monai_lm.solver.levenberg import Trust
+from monai_lm.solver.pyramid import make_level, move_field, shrink
 
 SIZES = {2: (33, 28), 3: (21, 18, 23)}
 

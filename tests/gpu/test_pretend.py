@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm import refine
-from monai_lm.levenberg import relax
+from monai_lm.solver.levenberg import relax
 from tests.gpu.pretend import Pretend, label
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_a_wait_is_told_with_file_and_line(pretend, monkeypatch):
         assert float(moved.sum()) is not None
         relax(moved, *args)
 
-    monkeypatch.setattr("monai_lm.levenberg.relax", reading)
+    monkeypatch.setattr("monai_lm.solver.levenberg.relax", reading)
     fixed = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to("cuda:1")
     pretend.waits.clear()
     refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4, tolerance=0)
@@ -128,7 +128,7 @@ def test_a_wait_is_told_with_file_and_line(pretend, monkeypatch):
 
 @pytest.mark.usefixtures("pretend")
 def test_a_tensor_left_on_the_cpu_is_found_in_the_package(monkeypatch):
-    monkeypatch.setattr("monai_lm.levenberg.relax", lambda moved, *_: moved + torch.zeros(moved.shape))
+    monkeypatch.setattr("monai_lm.solver.levenberg.relax", lambda moved, *_: moved + torch.zeros(moved.shape))
     fixed = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to("cuda:1")
     with pytest.raises(RuntimeError, match=r"found cpu, cuda:1 in add at \w+\.py:\d+"):
         refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4)

@@ -6,10 +6,10 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 
 import monai_lm
 from monai_lm import refine
-from monai_lm.engine import Engine
 from monai_lm.fields import compose, fold_count, warp
-from monai_lm.level import LevelRun
-from monai_lm.memory import MODES
+from monai_lm.solver.engine import Engine
+from monai_lm.solver.memory import MODES
+from monai_lm.solver.run import LevelRun
 
 SIZES = {2: (36, 32), 3: (17, 16, 14)}
 SETTINGS = {"scales": (2, 1), "iterations": (8, 6), "tolerance": 0.0}

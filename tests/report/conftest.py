@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from monai_lm.report.case import Case
-from monai_lm.result import Iteration, RefinementResult
+from monai_lm.solver.result import Iteration, RefinementResult
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.outputs import figure_class
+from monai_lm.io.outputs import figure_class
 from monai_lm.report.figures import _draw_folds, _draw_grid, _paint, volumes_of
 from monai_lm.report.views import View, views_of
 

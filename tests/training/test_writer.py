@@ -14,7 +14,7 @@ import torch
 
 import monai_lm
 from monai_lm.fields import fold_count
-from monai_lm.fileio import read_itk_ddf
+from monai_lm.io import read_itk_ddf
 from monai_lm.training import FieldWriter, PairDataModule, RegistrationModule
 
 REFINE = {"scales": (1,), "iterations": 5}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
-from monai_lm.fileio import write_fsl_ddf, write_learn2reg_ddf
-from monai_lm.space import resample_moving, through_affine
+from monai_lm.fields.space import resample_moving, through_affine
+from monai_lm.io import write_fsl_ddf, write_learn2reg_ddf
 from monai_lm.transforms import LoadDDF, RefineDDF, SaveDDF, WarpImage
 
 SHAPES = [(20, 22), (12, 13, 14)]

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm.fields import compose, warp
-from monai_lm.space import to_world
+from monai_lm.fields.space import to_world
 from monai_lm.transforms import InvertDDF, InvertDDFd, InvertDDFDict, WarpPoints, WarpPointsd, WarpPointsDict
 
 AFFINE = torch.tensor([[0, -1.5, 0, 9.0], [2.0, 0, 0, -4.0], [0, 0, 1.0, 3.0], [0, 0, 0, 1]], dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from monai_lm import pairs
+from monai_lm.io import datalist as pairs
 
 from .data import SPLIT, subject_files
 

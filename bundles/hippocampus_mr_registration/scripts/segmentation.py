@@ -10,7 +10,7 @@ from monai.networks.utils import one_hot
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from monai_lm.networks import SemanticRegistrationNet
+from monai_lm.inferers.networks import SemanticRegistrationNet
 
 
 class SegmentationModule(pl.LightningModule):

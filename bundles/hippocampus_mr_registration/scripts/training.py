@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from monai_lm.networks import SemanticRegistrationNet
+from monai_lm.inferers.networks import SemanticRegistrationNet
 
 __all__ = ["with_frozen_segmenter"]
 

@@ -1,0 +1,1 @@
+"""From files to files: the command line, pairs and cohorts, bundles, the demo."""

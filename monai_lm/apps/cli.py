@@ -1,0 +1,377 @@
+"""The ``monai-lm`` command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+import monai_lm
+from monai_lm.apps.console import console
+from monai_lm.apps.demo import run_demo
+from monai_lm.io.outputs import as_json
+
+__all__ = ["main", "with_values"]
+
+# What imports MONAI is imported by the commands that need it: it takes seconds.
+
+
+def refine(
+    fixed: str,
+    moving: str,
+    output_dir: str,
+    ddf: str | None = None,
+    ddf_format: str = "auto",
+    affine: str | None = None,
+    fixed_label: str | None = None,
+    moving_label: str | None = None,
+    fixed_points: str | None = None,
+    moving_points: str | None = None,
+    fixed_mask: str | None = None,
+    bundle: str | None = None,
+    similarity: str = "lncc",
+    scales: list[float] | str = "auto",
+    iterations: int | list[int] | str = "auto",
+    step: float = 0.5,
+    seconds: float | None = None,
+    memory: str = "auto",
+    kernels: str = "auto",
+    device: str = "auto",
+    file_format: str = "itk",
+    report: bool = True,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Refine a predicted field for two NIfTI images, or register them from the identity.
+
+    Args:
+        fixed: image that stays.
+        moving: image that is warped onto it; its grid may be another one.
+        output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
+        ddf: predicted field: ITK/ANTs, FSL, NiftyReg, MONAI voxel NIfTI, or Learn2Reg .npz.
+        ddf_format: of the predicted field, where its file does not say: voxel, ras, lps, positions, fsl.
+        affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
+        fixed_label: labels of the fixed image, to measure with.
+        moving_label: labels of the moving image, to warp and measure.
+        fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
+        moving_points: the same points in the moving image.
+        fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
+        bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
+            replaces its settings.
+        similarity: lncc, mse or ncc.
+        scales: reduction per level, coarse to fine, or auto.
+        iterations: most iterations per level, or auto.
+        step: largest displacement per iteration, in voxels.
+        seconds: time budget.
+        memory: auto, full, low or half.
+        kernels: auto, native or reference (plain PyTorch).
+        device: auto, cpu, cuda, cuda:1, ...
+        file_format: of the fields written: itk, fsl, voxel or learn2reg.
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
+        overwrite: replace outputs that exist.
+        json: print the metrics as JSON.
+    """
+    from monai_lm.apps import commands as files
+
+    settings = {
+        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
+        "memory": memory, "kernels": kernels, "progress": sys.stderr.isatty(),
+    }  # fmt: skip
+    metrics = files.refine_pair(
+        fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
+        _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
+        settings if bundle is None else _chosen(settings), bundle, ddf_format, _command(),
+    )  # fmt: skip
+    _show(metrics, json)
+
+
+def cohort(
+    pairs: str,
+    output_dir: str,
+    bundle: str | None = None,
+    ddf_format: str = "auto",
+    similarity: str = "lncc",
+    scales: list[float] | str = "auto",
+    iterations: int | list[int] | str = "auto",
+    step: float = 0.5,
+    seconds: float | None = None,
+    memory: str = "auto",
+    kernels: str = "auto",
+    device: str = "auto",
+    file_format: str = "itk",
+    report: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
+
+    Args:
+        pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
+            moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
+        output_dir: gets a folder per pair, and metrics.csv.
+        bundle: folder of a MONAI bundle that predicts the fields and refines them; what differs from the defaults below
+            replaces its settings.
+        ddf_format: of the predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
+        similarity: lncc, mse or ncc.
+        scales: reduction per level, coarse to fine, or auto.
+        iterations: most iterations per level, or auto.
+        step: largest displacement per iteration, in voxels.
+        seconds: time budget of a pair.
+        memory: auto, full, low or half.
+        kernels: auto, native or reference (plain PyTorch).
+        device: auto, cpu, cuda, cuda:1, ...
+        file_format: of the fields written: itk, fsl, voxel or learn2reg.
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
+        overwrite: do pairs again that are complete, and replace what other files or settings left.
+    """
+    settings = {
+        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
+        "memory": memory, "kernels": kernels,
+    }  # fmt: skip
+    from monai_lm.apps.cohort import refine_cohort
+
+    rows, failed = refine_cohort(
+        pairs, output_dir, overwrite, sys.stderr.isatty(),
+        file_format=file_format, device=device, report=report, bundle=bundle, ddf_format=ddf_format,
+        settings=settings if bundle is None else _chosen(settings), command=_command(),
+    )  # fmt: skip
+    print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise ValueError(f"{len(failed)} pairs failed:{reasons}")
+
+
+def apply(
+    ddf: str,
+    input: str,  # noqa: A002 (what users of a command line expect)
+    output: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    label: bool = False,
+    file_format: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Warp an image or a label map with a field, or lead points of the fixed image to the moving image.
+
+    Args:
+        ddf: the field.
+        input: NIfTI image on the moving side, or points (.csv, .fcsv, .mrk.json, .vtk) of the fixed image.
+        output: warped image, or points as .csv in RAS millimetres.
+        fixed: image on the field's grid, for formats that do not say where they lie.
+        moving: image that the field leads to, for points and voxel fields.
+        label: the image is a label map: nearest neighbour.
+        file_format: of the field: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
+        device: auto, cpu, cuda, cuda:1, ...
+        overwrite: replace an output that exists.
+    """
+    from monai_lm.apps import commands as files
+
+    files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
+
+
+def invert(
+    ddf: str,
+    output: str,
+    moving: str | None = None,
+    file_format: str = "itk",
+    ddf_format: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Invert a field: from points of the moving to points of the fixed image; says where that fails, and why.
+
+    Args:
+        ddf: the field, a NIfTI file.
+        output: its inverse.
+        moving: image on whose grid the inverse shall lie; default: the field's grid.
+        file_format: of the output.
+        ddf_format: of the field, where its file does not say.
+        device: auto, cpu, cuda, cuda:1, ...
+        overwrite: replace an output that exists.
+    """
+    from monai_lm.apps import commands as files
+
+    print(files.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
+
+
+def compose(
+    first: str,
+    second: str,
+    output: str,
+    first_format: str = "auto",
+    second_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Compose two fields: a point goes through the first, then through the second.
+
+    Args:
+        first: field on the grid that the result lies on.
+        second: field on the grid that the first leads to.
+        output: ITK field.
+        first_format: of the first, where its file does not say.
+        second_format: of the second.
+        overwrite: replace an output that exists.
+    """
+    from monai_lm.apps import commands as files
+
+    files.compose_fields(first, second, output, overwrite, first_format, second_format)
+
+
+def convert(
+    ddf: str,
+    output: str,
+    to: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    file_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Convert a field between formats.
+
+    Args:
+        ddf: the field.
+        output: the new file.
+        to: itk, fsl, voxel or learn2reg.
+        fixed: image on the field's grid, for formats that do not say where they lie.
+        moving: image that the field leads to, if its grid is another one.
+        file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
+        overwrite: replace an output that exists.
+    """
+    from monai_lm.apps import commands as files
+
+    files.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
+
+
+def evaluate(
+    ddf: str,
+    fixed: str,
+    moving: str,
+    fixed_label: str | None = None,
+    moving_label: str | None = None,
+    fixed_points: str | None = None,
+    moving_points: str | None = None,
+    file_format: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Measure a field: folds, SDlogJ and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm).
+
+    Args:
+        ddf: the field.
+        fixed: image on its grid.
+        moving: image that it leads to.
+        fixed_label: labels of the fixed image.
+        moving_label: labels of the moving image.
+        fixed_points: landmarks in the fixed image.
+        moving_points: the same points in the moving image.
+        file_format: of the field.
+        device: auto, cpu, cuda, cuda:1, ...
+        json: print JSON.
+    """
+    from monai_lm.apps import commands as files
+
+    labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
+    _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
+
+
+def info(json: bool = False) -> None:
+    """Versions and devices, for a bug report.
+
+    Args:
+        json: print JSON.
+    """
+    import monai
+    import nibabel
+    import pytorch_lightning
+
+    from monai_lm.kernels import missing
+
+    modules = (monai_lm, torch, monai, pytorch_lightning, nibabel)
+    out: dict[str, Any] = {module.__name__: module.__version__ for module in modules}
+    cuda = torch.cuda.is_available()
+    out |= {
+        "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
+        "kernels": missing(torch.device("cuda" if cuda else "cpu")) or "native",
+    }  # fmt: skip
+    _show(out, json)
+
+
+def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) -> None:
+    """Refine an imperfect prediction of a known deformation of a real brain; no download.
+
+    Args:
+        output_dir: folder for the picture.
+        resolution: voxel edge in millimetres, 1 to 4.
+        seed: of the deformation, the noise and the error of the prediction.
+    """
+    print(run_demo(output_dir, resolution, seed))
+
+
+def hippocampus(root_dir: str, fixed: int = 0, moving: int = 1) -> None:
+    """Register two real hippocampus images; fetches the Decathlon's Task04 (28 MB) if it is not in the folder yet.
+
+    Args:
+        root_dir: folder that holds, or will hold, ``Task04_Hippocampus``.
+        fixed: index of the fixed image among the training images.
+        moving: index of the moving image.
+    """
+    from monai_lm.apps.decathlon import register_pair
+
+    print(register_pair(Path(root_dir), fixed, moving))
+
+
+def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
+    if (fixed is None) != (moving is None):
+        raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
+    return None if fixed is None or moving is None else (fixed, moving)
+
+
+def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not what :func:`monai_lm.refine` has by default."""
+    defaults = signature(monai_lm.refine).parameters
+    return {name: value for name, value in settings.items() if value != defaults[name].default}
+
+
+def _command() -> str:
+    return shlex.join(["monai-lm", *sys.argv[1:]])
+
+
+def _show(values: dict[str, Any], json: bool) -> None:
+    if json:
+        print(as_json(values))
+        return
+    for key, value in values.items():
+        if key == "remarks":
+            print("".join(f"- {text}\n" for text in value.values()), end="")
+        elif not isinstance(value, dict):
+            print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
+
+
+def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
+    """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
+    parameters = [p for command in commands for p in signature(command).parameters.values()]
+    switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
+    out = []
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        out += [word, "true"] if word in switches and following.startswith("-") else [word]
+    return out
+
+
+def main() -> None:
+    """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
+    commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
+    with console("monai-lm"):
+        named: dict[str, Any] = {command.__name__: command for command in commands}
+        auto_cli(named, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)
+
+
+if __name__ == "__main__":
+    main()

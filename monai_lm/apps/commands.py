@@ -1,0 +1,411 @@
+"""The work behind ``monai-lm``: from files to files, in physical space.
+
+Fixed and moving image may lie on different grids and an affine may lead from one to the other. The moving image is
+brought onto the fixed grid for the optimisation; what is written is sampled once, from the image as it was, through
+affine and field together. Fields are files in ITK's convention or another of :mod:`monai_lm.io`, and lead from
+points of the fixed to points of the moving image, affine included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_lm.apps.bundle import RegistrationBundle
+from monai_lm.fields import compose, fold_count, sample_points
+from monai_lm.fields.algebra import lengths
+from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
+from monai_lm.fields.metrics import compare_labels, sd_log_jacobian
+from monai_lm.fields.space import (
+    fixed_to_moving,
+    from_space,
+    resample_moving,
+    share_inside,
+    spacing_of,
+    through_affine,
+    to_space,
+    to_voxel,
+    to_world,
+)
+from monai_lm.io import file_suffix, read_ddf, write_ddf
+from monai_lm.io.formats import check_grid
+from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
+from monai_lm.io.nifti import label_type, replacing, save_nifti
+from monai_lm.io.outputs import (
+    as_json,
+    check_field_output,
+    check_not_inputs,
+    check_outputs,
+    made,
+    pair_outputs,
+    report_possible,
+)
+from monai_lm.io.points import POINT_SUFFIXES
+from monai_lm.io.provenance import describe, machine, pair_recipe, settings_of
+from monai_lm.kernels.devices import find_device, widest_float
+from monai_lm.report.case import Case, checked_case
+from monai_lm.report.findings import Assessment, assess
+from monai_lm.report.page import write_case
+from monai_lm.solver.refinement import refine
+from monai_lm.solver.result import RefinementResult
+
+__all__ = ["apply_field", "compose_fields", "convert_field", "evaluate_field", "invert_field", "refine_pair"]
+
+
+def refine_pair(
+    fixed: str | Path,
+    moving: str | Path,
+    output_dir: str | Path,
+    ddf: str | Path | None = None,
+    affine: str | Path | None = None,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+    mask: str | Path | None = None,
+    file_format: str = "itk",
+    device: str = "auto",
+    overwrite: bool = False,
+    report: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    bundle: str | Path | None = None,
+    ddf_format: str = "auto",
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Refine or register two files.
+
+    Args:
+        fixed: image that stays.
+        moving: image that is warped onto it.
+        output_dir: gets ``ddf``, ``inverse``, ``warped`` and, with labels, ``warped_label`` (``.nii.gz``),
+            ``metrics.json``, ``report.html`` and its summary ``report.png``.
+        ddf: predicted field; ``None`` starts from the identity.
+        affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree.
+        labels: label maps of the fixed and the moving image, to warp and to measure.
+        points: landmarks in the fixed and the moving image, to measure; see :func:`monai_lm.io.read_points`.
+        mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
+        file_format: of the fields written.
+        device: ``"auto"`` takes a GPU if there is one.
+        overwrite: replace what is in ``output_dir``; a former run's report and warped labels do not stay.
+        report: write the report; left out with a warning where matplotlib is missing.
+        settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
+        bundle: folder of a MONAI bundle that predicts the field and refines it, see
+            :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an
+            ``affine``, the identity included, it gets the moving image on the fixed grid, else both files as they are.
+        ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
+        command: recorded as what was called.
+
+    Returns:
+        What ``metrics.json`` holds: the metrics, before (``…_before``) and after; the ``verdict`` of the report
+        (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; and ``provenance``: inputs with their
+        digests, settings, versions.
+
+    Raises:
+        FileExistsError: an output exists and ``overwrite`` is false.
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be used.
+    """
+    given = [name for name, value in (("ddf", ddf), ("mask", mask)) if value is not None]
+    if bundle is not None and given:
+        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    folder, suffix = Path(output_dir), file_suffix(file_format)
+    report = report and report_possible()
+    names = pair_outputs(file_format, labels is not None, report)
+    check_outputs(folder, names, overwrite)
+    pair = load_pair(fixed, moving, affine, labels, points, mask)
+    f, m = pair.fixed, pair.moving
+    file_suffix(file_format, len(f.size))
+    for image in (f, m):  # the field lies on the one grid, its inverse on the other
+        check_grid(file_format, str(image.path), image.affine, len(f.size))
+    recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format, ddf_format)
+    chosen = find_device(device)
+    check_not_inputs(folder, names, recipe.inputs.values())
+    provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
+    start = torch.zeros(1, len(f.size), *f.size, device=chosen)
+    predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
+    if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
+        start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
+    ways = (through_affine(u, f.affine, m.affine, pair.initial) for u in (torch.zeros_like(start), start))
+    if all(share_inside(way, m.size) == 0 for way in ways):
+        raise ValueError(f"{fixed} and {moving} must overlap, no voxel of the one lies in the other; pass an affine")
+    onto = pair.brought(m, torch.zeros_like(start))
+    keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
+    weight = None if pair.mask is None else pair.mask.data.to(chosen)
+    with made(folder):  # what cannot be written to is found before the work
+        if bundle is None:
+            result, used = refine(f.data.to(chosen), onto, predicted, weight, **keywords), settings_of(keywords)
+        else:
+            start, result, used = _registered(bundle, pair, chosen, settings)
+            predicted = start
+    if result.unused:
+        start = torch.zeros_like(start)
+    before, after = _measure(start, pair), _measure(result.ddf, pair)
+    metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
+    metrics |= {
+        "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
+        "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
+        "prediction_used": None if result.prediction_used is None else not result.unused,
+    }  # fmt: skip
+    case = _case(pair, onto, result, predicted, used)
+    found = assess(case, surfaces=report)
+    metrics |= found.values() | {"provenance": provenance | {"refine": used}}
+    (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
+    with made(folder, names):  # half a result would be in the way of the next try
+        _write_fields(folder, suffix, file_format, pair, result.ddf)
+        _write_warped(folder, pair, result.ddf)
+        if report:
+            _write_report(folder, pair, case, found, provenance)
+        with replacing(folder / "metrics.json") as temporary:
+            temporary.write_text(as_json(metrics) + "\n")
+    if overwrite:
+        for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
+            (folder / name).unlink(missing_ok=True)
+    return metrics
+
+
+def _registered(
+    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
+) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
+    """A bundle's prediction, its refinement and its settings, on the fixed grid; after an affine, of what that brings.
+
+    ValueError for a bundle that does not refine, before it predicts.
+    """
+    registration, f = RegistrationBundle(bundle, device, settings), pair.fixed
+    if registration.inferer.refine is None:
+        raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
+    with TemporaryDirectory() as folder:
+        moving: str | Path = pair.moving.path
+        if pair.initial is not None:
+            moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
+            still = torch.zeros(1, len(f.size), *f.size)
+            m = pair.moving
+            onto = resample_moving(m.data, still, f.affine, m.affine, pair.initial, padding_mode="zeros")
+            save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
+        predicted, result = registration.register(f.path, moving, f.size, f.affine)
+    assert result is not None  # for mypy
+    return predicted, result, {"bundle": str(bundle), **describe(registration.inferer.refine)}
+
+
+def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
+    f, m = pair.fixed, pair.moving
+    whole = through_affine(ddf, f.affine, m.affine, pair.initial)
+    back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
+    if missed := int((residual > 0.01).sum()):
+        warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
+    for name, field, here, there in (("ddf", whole, f, m), ("inverse", back, m, f)):
+        write_ddf(
+            folder / f"{name}{suffix}", field[0].cpu().numpy(), here.affine, file_format,
+            moving_affine=there.affine, moving_size=there.size,
+        )  # fmt: skip
+
+
+def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
+    warped = pair.brought(pair.moving, ddf).cpu()
+    save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), pair.fixed.affine, "none")
+    if pair.labels:
+        label = pair.brought(pair.labels[1], ddf).cpu()
+        kind = label_type(label.numpy())
+        save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
+
+
+def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, provenance: Mapping[str, Any]) -> None:
+    shown = {"command": provenance["command"]} if provenance["command"] else {}
+    for role, file in provenance["inputs"].items():
+        shown[role] = f"{file['path']} ({file['bytes']} bytes, SHA-256 {file['sha256'][:16]}…)"
+    title = f"{pair.moving.path.name} onto {pair.fixed.path.name}"
+    write_case(folder / "report.html", case, found, title, folder / "report.png", shown)
+
+
+def _case(
+    pair: Pair, onto: Tensor, result: RefinementResult, predicted: Tensor | None, settings: Mapping[str, Any]
+) -> Case:
+    """The pair as the report sees it, on the fixed grid; labels and landmarks as :func:`_measure` has them."""
+    labels: Any = None
+    if pair.labels:
+        fixed_label, moving_label = pair.labels
+        labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
+    return checked_case(
+        pair.fixed.data, onto, result, predicted, pair.fixed.affine, labels,
+        (lambda ddf: _landmark_error(ddf, pair)) if pair.points else None, settings,
+        None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
+    )  # fmt: skip
+
+
+def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
+    """Metrics of a field on the fixed grid, with the affine after it."""
+    out = {"folds": float(fold_count(ddf)), "sdlogj": float(sd_log_jacobian(ddf))}
+    if pair.labels:
+        label, fixed = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
+        spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
+        out |= {key: float(value) for key, value in compare_labels(label, fixed, [spacing]).items()}
+    if pair.points:
+        out["tre"] = _landmark_error(ddf, pair)
+    return out
+
+
+def _landmark_error(ddf: Tensor, pair: Pair) -> float:
+    assert pair.points is not None  # for mypy
+    moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
+    return float(lengths(moved - pair.points[1].to(moved)).mean())
+
+
+def _move(points: Tensor, ddf: Tensor, affine: np.ndarray, initial: np.ndarray | None = None) -> Tensor:
+    """Points ``(N, n)`` in RAS millimetres, led by a field on the fixed grid, then by an affine in RAS millimetres."""
+    voxels = to_voxel(points.to(ddf.device, widest_float(ddf.device)), affine)
+    return to_world(voxels + sample_points(ddf, voxels[None])[0], affine if initial is None else initial @ affine)
+
+
+def apply_field(
+    ddf: str | Path,
+    source: str | Path,
+    output: str | Path,
+    fixed: str | Path | None = None,
+    moving: str | Path | None = None,
+    label: bool = False,
+    overwrite: bool = False,
+    file_format: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Warp an image or a label map onto the grid of a field, or lead points of the fixed image to the moving one.
+
+    Args:
+        ddf: the field.
+        source: NIfTI image on the moving side, or points of the fixed image, see
+            :func:`monai_lm.io.read_points`.
+        output: a NIfTI file, or points as ``.csv``.
+        fixed: image on the field's grid, where the field's file does not say where it lies.
+        moving: image that the field leads to; for voxel fields between different grids.
+        label: take the nearest label instead of interpolating.
+        overwrite: replace ``output``.
+        file_format: of the field.
+        device: where it is computed; ``"auto"`` takes a GPU if there is one.
+    """
+    output, chosen = Path(output), find_device(device)
+    check_outputs(output.parent, [output.name], overwrite, "the output's folder")
+    grid, target = (None if path is None else Image(path) for path in (fixed, moving))
+    if Path(source).name.lower().endswith(POINT_SUFFIXES):
+        if output.suffix != ".csv":
+            raise ValueError(f"output must end in .csv for points, got {output.name!r}")
+        field = Field(ddf, grid, target, file_format)
+        points = load_points(source, field.ddf.shape[1])
+        moved = _move(points, field.inner().to(chosen), field.affine).cpu()
+        with replacing(output) as temporary:
+            np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
+        return
+    image = Image(source, label)
+    if not output.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
+    field = Field(ddf, grid, target or image, file_format)
+    mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
+    ddf_inside, data = field.inner().to(chosen), image.data.to(chosen)
+    warped = resample_moving(data, ddf_inside, field.affine, image.affine, None, mode, outside).cpu()
+    save_nifti(output, warped[0, 0].numpy(), field.affine, "none", label_type(warped.numpy()) if label else np.float32)
+
+
+def invert_field(
+    ddf: str | Path,
+    output: str | Path,
+    moving: str | Path | None = None,
+    file_format: str = "itk",
+    overwrite: bool = False,
+    ddf_format: str = "auto",
+    device: str = "auto",
+) -> InverseReport:
+    """Write the inverse of a field, on the grid of the ``moving`` image (default: the field's own).
+
+    Args:
+        ddf: the field.
+        output: its inverse.
+        moving: image on whose grid the inverse shall lie.
+        file_format: of the output.
+        overwrite: replace ``output``.
+        ddf_format: of the field.
+        device: where it is computed; ``"auto"`` takes a GPU if there is one.
+
+    Returns:
+        How far inverse and field miss the identity, where, and why.
+    """
+    output, chosen = Path(output), find_device(device)
+    check_field_output(output, file_format, overwrite)
+    image = None if moving is None else Image(moving)
+    field = Field(ddf, None, image, ddf_format)
+    file_suffix(file_format, field.ddf.shape[1])
+    size = tuple(field.ddf.shape[2:]) if image is None else image.size
+    inner, affines = field.inner().to(chosen), (field.affine, field.moving_affine)
+    inverse, residual = invert_between(inner, *affines, None, size)
+    write_ddf(
+        output, inverse[0].cpu().numpy(), field.moving_affine, file_format,
+        moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
+    )  # fmt: skip
+    return inspect_inverse(inner, inverse, residual, *affines)
+
+
+def compose_fields(
+    first: str | Path,
+    second: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    first_format: str = "auto",
+    second_format: str = "auto",
+) -> None:
+    """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``."""
+    output = Path(output)
+    check_field_output(output, "itk", overwrite)
+    outer = Field(second, file_format=second_format)
+    values, affine = read_ddf(first, first_format, moving_affine=outer.affine)
+    inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
+    if affine is None:
+        raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")
+    inside = share_inside(inner, outer.ddf.shape[2:])
+    if inside == 0:
+        raise ValueError(f"{first} must lead to the grid of {second}, it leads no voxel there")
+    if inside < 0.999:
+        warnings.warn(
+            f"{1 - inside:.1%} of the voxels of {first} are led to where {second} does not reach; it is continued "
+            "there by its border value",
+            stacklevel=2,
+        )
+    # on from voxels of the second grid to voxels of the grid that the second field leads to
+    whole = to_space(compose(outer.inner(), inner), np.eye(4), fixed_to_moving(outer.affine, outer.moving_affine))
+    write_ddf(output, whole[0].numpy(), affine, "itk", moving_affine=outer.affine)
+
+
+def convert_field(
+    ddf: str | Path,
+    output: str | Path,
+    to: str,
+    fixed: str | Path | None = None,
+    moving: str | Path | None = None,
+    file_format: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Write a field in another format; ``fixed`` and ``moving`` are images on the grids it leads from and to."""
+    output = Path(output)
+    check_field_output(output, to, overwrite)
+    target = None if moving is None else Image(moving)
+    field = Field(ddf, None if fixed is None else Image(fixed), target, file_format)
+    write_ddf(
+        output, field.ddf[0].numpy(), field.affine, to,
+        moving_affine=field.moving_affine, moving_size=None if target is None else target.size,
+    )  # fmt: skip
+
+
+def evaluate_field(
+    ddf: str | Path,
+    fixed: str | Path,
+    moving: str | Path,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+    file_format: str = "auto",
+    device: str = "auto",
+) -> dict[str, float]:
+    """Folds and SDlogJ of a field and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
+    chosen = find_device(device)
+    pair = load_pair(fixed, moving, None, labels, points)
+    field = Field(ddf, pair.fixed, pair.moving, file_format)
+    return _measure(field.inner().to(chosen), pair)

@@ -1,0 +1,147 @@
+"""Reading and writing fields by the name of a format, and telling the format of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
+from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
+from monai_lm.io.nifti import open_nifti
+from monai_lm.io.niftyreg import is_niftyreg, read_niftyreg_ddf
+from monai_lm.io.vectors import read_millimetre_ddf
+from monai_lm.io.voxel import VOXELS, read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
+
+__all__ = ["FORMATS", "READABLE", "check_grid", "file_suffix", "guess_format", "read_ddf", "write_ddf"]
+
+FORMATS = ("itk", "fsl", "voxel", "learn2reg")
+"""What fields are written in."""
+
+READABLE = (*FORMATS, "niftyreg", "ras", "lps", "positions")
+"""What fields are read from: besides, NiftyReg's, and millimetres that do not say what they are."""
+
+
+def guess_format(path: str | Path) -> str:
+    """Tell the format of a file of a field by what it says of itself.
+
+    ``.npz`` is Learn2Reg's. A NIfTI file is NiftyReg's or in voxels if the name of its intent says so, FSL's if it has
+    one of FNIRT's intents, ITK's if it has five dimensions and one of the vector intents (1006, 1007). All others need
+    to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in millimetres of any system.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither ``.npz`` nor NIfTI, of another shape, or does not say what it is.
+    """
+    if Path(path).suffix == ".npz":
+        return "learn2reg"
+    image = open_nifti(path)
+    shape, intent, name = image.shape, int(image.header["intent_code"]), image.header["intent_name"].item()
+    if is_niftyreg(image.header):
+        return "niftyreg"
+    if name == VOXELS.encode():
+        return "voxel"
+    if intent in (1006, 1007) and len(shape) == 5:
+        return "itk"
+    if intent in (2006, 2007, 2008, 2009, 2016):
+        return "fsl"
+    if len(shape) in (4, 5) and (shape[-1] == 3 or (shape[-1] == 2 and shape[2:-1] in ((1,), (1, 1)))):
+        raise ValueError(f"{path} must say what its vectors are, got shape {shape} and intent {intent}; {ASK}")
+    raise ValueError(f"{path} must hold a displacement field, got shape {shape} and intent {intent}")
+
+
+def read_ddf(
+    path: str | Path,
+    file_format: str = "auto",
+    *,
+    size: Sequence[int] | None = None,
+    moving_affine: np.ndarray | None = None,
+    moving_size: Sequence[int] | None = None,
+    relative: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a field in any of the formats.
+
+    Args:
+        path: the file.
+        file_format: one of ``READABLE``, or ``"auto"``, see :func:`guess_format`; ``"ras"``, ``"lps"`` and
+            ``"positions"`` are explained at :func:`monai_lm.io.read_millimetre_ddf`.
+        size: voxel counts of the fixed grid, for Learn2Reg's half resolution.
+        moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid, for files in millimetres; default: the file's.
+        moving_size: its voxel counts, for FSL's files.
+        relative: whether FSL's file holds displacements; default: a guess.
+
+    Returns:
+        The displacement in voxels, ``(n, *S)`` float32, and the ``(4, 4)`` affine of the grid it lives on, or ``None``
+        for Learn2Reg's, which know none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown format, or a file that is not of it, see the readers.
+    """
+    if file_format == "auto":
+        file_format = guess_format(path)
+    _check_format(file_format, READABLE)
+    if file_format == "itk":
+        return read_itk_ddf(path, moving_affine)
+    if file_format == "fsl":
+        return read_fsl_ddf(path, moving_affine, moving_size, relative)
+    if file_format == "voxel":
+        return read_voxel_ddf(path)
+    if file_format == "niftyreg":
+        return read_niftyreg_ddf(path, moving_affine)
+    if file_format == "learn2reg":
+        return read_learn2reg_ddf(path, size), None
+    return read_millimetre_ddf(path, file_format, moving_affine)
+
+
+def write_ddf(
+    path: str | Path,
+    ddf: np.ndarray,
+    affine: np.ndarray,
+    file_format: str = "itk",
+    *,
+    moving_affine: np.ndarray | None = None,
+    moving_size: Sequence[int] | None = None,
+) -> None:
+    """Write a field in any of the formats: FSL's relative, Learn2Reg's at full resolution.
+
+    Args:
+        path: with the suffix of the format, see :func:`file_suffix`; its folder is made if missing.
+        ddf: ``(n, *S)`` displacement in voxels.
+        affine: ``(4, 4)`` voxel-to-RAS affine of the fixed grid.
+        file_format: one of ``FORMATS``.
+        moving_affine: that of the moving grid, for files in millimetres; default: ``affine``.
+        moving_size: its voxel counts, for FSL's files; default: those of the field.
+
+    Raises:
+        ValueError: an unknown format, or a field that it cannot hold, see the writers.
+    """
+    _check_format(file_format)
+    if file_format == "itk":
+        write_itk_ddf(path, ddf, affine, moving_affine)
+    elif file_format == "fsl":
+        write_fsl_ddf(path, ddf, affine, moving_affine, moving_size)
+    elif file_format == "voxel":
+        write_voxel_ddf(path, ddf, affine)
+    else:
+        write_learn2reg_ddf(path, ddf)
+
+
+def check_grid(file_format: str, name: str, affine: np.ndarray, axes: int) -> None:
+    """ValueError if a format cannot hold fields on a grid, named for the message, with that affine and 2 or 3 axes."""
+    if file_format == "itk":
+        check_itk_grid(name, affine, axes)
+
+
+def file_suffix(file_format: str, axes: int = 3) -> str:
+    """``.npz`` for Learn2Reg's files, else ``.nii.gz``; ValueError for an unknown format, or one not for 2D."""
+    _check_format(file_format)
+    if axes == 2 and file_format in ("fsl", "learn2reg"):
+        raise ValueError(f"file_format must be 'itk' or 'voxel' for 2D fields, got {file_format!r}")
+    return ".npz" if file_format == "learn2reg" else ".nii.gz"
+
+
+def _check_format(file_format: str, known: tuple[str, ...] = FORMATS) -> None:
+    if file_format not in known:
+        raise ValueError(f"file_format must be one of {known}, got {file_format!r}")

@@ -1,0 +1,216 @@
+"""Images, fields and pairs from files, checked, with where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_lm.fields.space import fixed_to_moving, from_space, out_of_plane, resample_moving, spacing_of
+from monai_lm.io import read_affine, read_ddf, read_points
+from monai_lm.io.nifti import load_nifti
+
+__all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
+
+
+class Image:
+    """A 2D or 3D image or label map from a file.
+
+    Args:
+        path: NIfTI file of one volume. A volume of one voxel along one axis, whichever, is an image in 2D of the other
+            two.
+        label: it must hold labels, whole numbers of at least 0.
+
+    Attributes:
+        path: where it came from.
+        data: ``(1, 1, *S)`` float32; of labels int32, or int64 for labels from 2³¹ on.
+        affine: ``(4, 4)`` voxel-to-RAS affine; in 2D the axis that the image lacks comes last.
+        is_label: whether it holds labels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, has a singular affine, or holds
+            no labels although it must.
+    """
+
+    def __init__(self, path: str | Path, label: bool = False) -> None:
+        values, affine, _ = load_nifti(path)
+        shape = values.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        thick = [axis for axis, s in enumerate(shape) if s > 1]
+        if len(shape) not in (2, 3) or len(thick) < 2:
+            raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
+        order = [*thick, *(axis for axis in range(3) if axis not in thick), 3]
+        values = values.reshape([shape[axis] for axis in thick])
+        self.path, self.is_label, self.affine = Path(path), label, affine[:, order]
+        self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Voxel counts."""
+        return tuple(self.data.shape[2:])
+
+
+def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
+    """Values of a file as int32, or int64 where they need it; ValueError unless they are labels, each with its own."""
+    if (values != values.round()).any() or values.min() < 0:
+        raise ValueError(f"{path} must hold labels, whole numbers of at least 0, got other values")
+    if values.dtype == np.float32 and values.max() > 2**24:
+        raise ValueError(
+            f"{path} must hold labels up to {2**24}, which float32 can tell apart, got larger ones; store integers"
+        )
+    return values.astype(np.int32 if values.max() < 2**31 else np.int64)
+
+
+class Field:
+    """A displacement field from a file, seen from a fixed to a moving grid.
+
+    Args:
+        path: the file.
+        fixed: image on the grid the field lives on; ``None`` takes the grid from the file.
+        moving: image the field leads to; ``None``: the same grid.
+        file_format: see :func:`monai_lm.io.read_ddf`.
+
+    Attributes:
+        ddf: ``(1, n, *S)`` float32, from voxels of its grid to voxels of the moving grid.
+        affine: ``(4, 4)`` voxel-to-RAS affine of its grid.
+        moving_affine: that of the moving grid.
+    """
+
+    def __init__(
+        self, path: str | Path, fixed: Image | None = None, moving: Image | None = None, file_format: str = "auto"
+    ) -> None:
+        moving_affine = fixed.affine if fixed and not moving else moving.affine if moving else None
+        size = None if fixed is None else fixed.size
+        moving_size = moving.size if moving else size
+        values, affine = read_ddf(path, file_format, size=size, moving_affine=moving_affine, moving_size=moving_size)
+        if affine is None:
+            if fixed is None:
+                raise ValueError(f"{path} does not say where it lies: an image on its grid must be given")
+            affine = fixed.affine
+        self.affine = affine
+        self.moving_affine = self.affine if moving_affine is None else moving_affine
+        self.ddf = torch.from_numpy(np.ascontiguousarray(values))[None].float()
+        if moving is not None and len(moving.size) != self.ddf.shape[1]:
+            raise ValueError(
+                f"{moving.path} must have as many axes as the field {path}, {self.ddf.shape[1]}, got {moving.size}"
+            )
+        if fixed is not None:
+            self._check_grid(path, fixed)
+
+    def inner(self) -> Tensor:
+        """The field in voxels of its own grid alone: continued beyond it, that means the same for any moving grid."""
+        return from_space(self.ddf, np.eye(4), fixed_to_moving(self.affine, self.moving_affine))
+
+    def _check_grid(self, path: str | Path, fixed: Image) -> None:
+        size = tuple(self.ddf.shape[2:])
+        if _voxels_apart(fixed, size, self.affine) > 0.1:
+            hint = "" if size != fixed.size else f"; affines\n{self.affine}\nand\n{fixed.affine}"
+            raise ValueError(
+                f"{path} must lie on the grid of the fixed image {fixed.path}, {fixed.size} voxels, got {size}{hint}\n"
+                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed and a moving image, where the one lies to the other, and what there is to measure; :func:`load_pair`.
+
+    Attributes:
+        fixed: image that stays.
+        moving: image that is warped onto it.
+        initial: ``(4, 4)`` affine in RAS millimetres from fixed to moving points; ``None``: the world spaces agree.
+        labels: label maps of the fixed and of the moving image.
+        points: landmarks ``(N, n)`` in RAS millimetres in the fixed and in the moving image.
+        mask: where the similarity counts, on the fixed grid.
+    """
+
+    fixed: Image
+    moving: Image
+    initial: np.ndarray | None = None
+    labels: tuple[Image, Image] | None = None
+    points: tuple[Tensor, Tensor] | None = None
+    mask: Image | None = None
+
+    def brought(self, image: Image, ddf: Tensor) -> Tensor:
+        """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``.
+
+        It is computed where the field is.
+        """
+        mode, outside = ("nearest", "zeros") if image.is_label else ("bilinear", "border")
+        data = image.data.to(ddf.device)
+        return resample_moving(data, ddf, self.fixed.affine, image.affine, self.initial, mode, outside)
+
+
+def load_pair(
+    fixed: str | Path,
+    moving: str | Path,
+    affine: str | Path | None = None,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+    mask: str | Path | None = None,
+) -> Pair:
+    """Load a pair and what is known of it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be used, or that does not fit the others.
+    """
+    f, m = Image(fixed), Image(moving)
+    if len(f.size) != len(m.size):
+        raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
+    _check_planes(f, m, {"affine": affine, "points": points})
+    maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
+    weight = None if mask is None else Image(mask)
+    for image in (*(maps or ())[:1], *([weight] if weight else [])):
+        if _voxels_apart(f, image.size, image.affine) > 0.1:
+            raise ValueError(
+                f"{image.path} must lie on the grid of its image {f.path}, {f.size} voxels, got {image.size}; affines\n"
+                f"{f.affine}\nand\n{image.affine}"
+            )
+    landmarks = (load_points(points[0], len(f.size)), load_points(points[1], len(m.size))) if points else None
+    if landmarks and landmarks[0].shape != landmarks[1].shape:
+        shapes = [tuple(p.shape) for p in landmarks]
+        raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
+    initial = None if affine is None else read_affine(affine, len(f.size))
+    return Pair(f, m, initial, maps, landmarks, weight)
+
+
+def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
+    """ValueError for images in 2D whose planes differ by ten degrees, or that are not those of what is given beside."""
+    if len(fixed.size) == 2:
+        if out_of_plane(fixed.affine) and (beside := [name for name, value in given.items() if value is not None]):
+            raise ValueError(
+                f"{fixed.path} must lie in a plane of x and y where {' and '.join(beside)} are given, which know no "
+                f"other, got the affine\n{fixed.affine}"
+            )
+        normals = [np.cross(*image.affine[:3, :2].T) for image in (fixed, moving)]
+        a, b = (normal / np.linalg.norm(normal) for normal in normals)
+        if (cosine := abs(float(a @ b))) < np.cos(np.pi / 18):
+            angle = np.degrees(np.arccos(min(1.0, cosine)))
+            raise ValueError(
+                f"{fixed.path} and {moving.path} must lie in parallel planes, got {angle:.0f} degrees between them; "
+                "store both with the affine of one plane, such as np.diag([dx, dy, 1, 1])"
+            )
+
+
+def load_points(path: str | Path, n: int) -> Tensor:
+    """Landmarks ``(N, n)`` in RAS millimetres, float64; ValueError for another number of coordinates."""
+    points = torch.from_numpy(read_points(path))
+    if points.shape[1] != n:
+        raise ValueError(f"{path} must hold points of {n} coordinates, got {points.shape[1]}")
+    return points
+
+
+def _voxels_apart(image: Image, size: tuple[int, ...], affine: np.ndarray) -> float:
+    """Largest distance, along an axis and in the image's shortest edge, of the corners of a grid; inf for another."""
+    if size != image.size:
+        return float("inf")
+    corners = np.array([[0, 0, 0, 1], [*(s - 1 for s in size), *[0] * (3 - len(size)), 1]])
+    return float(np.abs(corners @ (affine - image.affine).T).max()) / min(spacing_of(image.affine))

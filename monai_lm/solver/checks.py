@@ -1,0 +1,146 @@
+"""Checks at the public edge: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_lm.fields.finite import check_finite
+from monai_lm.solver.levenberg import ACCEPTANCES, CONTROLS
+
+__all__ = [
+    "check_control",
+    "check_field",
+    "check_finite",
+    "check_images",
+    "check_mask",
+    "check_number",
+    "check_spacing",
+    "per_level",
+    "plain",
+]
+
+
+def plain(name: str, value: Any, half: bool = False) -> Tensor:
+    """Detached float32 (or, where allowed, half precision) tensor without metadata; TypeError for no real tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+    if hasattr(value, "as_tensor"):  # a MetaTensor; MONAI takes seconds to import, and need not be here
+        value = value.as_tensor()
+    keep = half and value.dtype in (torch.float16, torch.bfloat16)
+    return value.detach() if keep else value.detach().to(torch.float32)
+
+
+def check_images(fixed: Tensor, moving: Tensor) -> None:
+    """Two finite ``(B, C, *S)`` images, 2D or 3D, of the same shape and device, every axis at least 2 voxels."""
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        if image.dim() not in (4, 5):
+            raise ValueError(f"{name} must be (B, C, H, W) or (B, C, H, W, D), got shape {tuple(image.shape)}")
+        if image.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(image.shape)}")
+        if min(image.shape[2:]) < 2:
+            raise ValueError(f"{name} must have at least 2 voxels along every axis, got shape {tuple(image.shape)}")
+    if fixed.shape[2:] != moving.shape[2:] or fixed.shape[0] != moving.shape[0]:
+        raise ValueError(
+            "fixed and moving must have the same batch size and grid, got shapes "
+            f"{tuple(fixed.shape)} and {tuple(moving.shape)}; resample one onto the other first"
+        )
+    if fixed.shape[1] != moving.shape[1]:
+        raise ValueError(f"fixed and moving must have the same channels, got {fixed.shape[1]} and {moving.shape[1]}")
+    if fixed.device != moving.device:
+        raise ValueError(f"fixed and moving must be on one device, got {fixed.device} and {moving.device}")
+    if fixed.dim() == 4 and fixed.shape[0] == 1 and fixed.shape[1] > 16:
+        warnings.warn(
+            f"fixed is taken for {fixed.shape[1]} channels in 2D, got shape {tuple(fixed.shape)}; one image in 3D is "
+            "(1, 1, H, W, D)",
+            stacklevel=3,
+        )
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        check_finite(name, image)
+
+
+def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device: torch.device) -> None:
+    """A finite ``(B, n, *S)`` field on the grid of the fixed image."""
+    expected = (batch, len(size), *size)
+    if tuple(ddf.shape) != expected:
+        raise ValueError(f"{name} must be (B, n, *S) = {expected} on the grid of fixed, got shape {tuple(ddf.shape)}")
+    if ddf.device != device:
+        raise ValueError(f"{name} must be on the device of fixed, {device}, got {ddf.device}")
+    check_finite(name, ddf)
+
+
+def check_mask(mask: Tensor, fixed: Tensor) -> None:
+    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the fixed image, not all zero for any pair."""
+    expected = (fixed.shape[0], 1, *fixed.shape[2:])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask must be (B, 1, *S) = {expected} on the grid of fixed, got shape {tuple(mask.shape)}")
+    if mask.device != fixed.device:
+        raise ValueError(f"mask must be on the device of fixed, {fixed.device}, got {mask.device}")
+    check_finite("mask", mask)
+    low, high = float(mask.min()), float(mask.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"mask must be weights in [0, 1], got values from {low:g} to {high:g}")
+    if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
+        raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
+
+
+def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
+    """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    bound = f"{'greater than' if exclusive else 'at least'} {minimum}"
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+    if not (number > minimum if exclusive else number >= minimum):
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_control(control: Any, acceptance: Any, window: Any) -> None:
+    """Names of the damping control and the acceptance, and an odd window."""
+    if control not in CONTROLS:
+        raise ValueError(f"control must be one of {CONTROLS}, got {control!r}")
+    if acceptance not in ACCEPTANCES:
+        raise ValueError(f"acceptance must be one of {ACCEPTANCES}, got {acceptance!r}")
+    if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd number of voxels, got {window!r}")
+
+
+def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
+    """``n`` positive edge lengths; ones if ``None``."""
+    if spacing is None:
+        return (1.0,) * n
+    message = f"spacing must be {n} positive numbers, one per axis, got {spacing}"
+    try:
+        values = () if isinstance(spacing, str) else tuple(float(s) for s in spacing)
+    except (TypeError, ValueError) as error:
+        raise ValueError(message) from error
+    if len(values) != n or not all(0 < s < math.inf for s in values):
+        raise ValueError(message)
+    return values
+
+
+def per_level(name: str, value: float | Sequence[float], levels: int, minimum: float, exclusive: bool) -> list[float]:
+    """Spread a setting over the levels, coarse to fine; of a longer sequence the fine end is used.
+
+    Raises:
+        ValueError: a value out of range, or fewer values than levels.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        check_number(name, value, minimum, exclusive)
+        return [float(value)] * levels
+    values = list(value)
+    for v in values:
+        check_number(name, v, minimum, exclusive)
+    if len(values) < levels:
+        raise ValueError(f"{name} must be one number or at least one per level ({levels}), got {len(values)}")
+    return [float(v) for v in values[len(values) - levels :]]

@@ -1,0 +1,116 @@
+"""What a refinement returns: the field and the history of how it came about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monai_lm.fields import invert
+from monai_lm.kernels.devices import Stopwatch
+
+__all__ = ["Iteration", "Record", "RefinementResult"]
+
+
+class Iteration(NamedTuple):
+    """One iteration of one pair.
+
+    Attributes:
+        level: reduction of the level against the finest grid; the first entry of a level is its starting point.
+        loss: dissimilarity per voxel after the step.
+        damping: λ that the step was taken with, relative to the typical squared gradient at the start of the level.
+        gain_ratio: actual over expected decrease; NaN where it was not computed (``control="simple"``) or no step.
+        accepted: whether the step was kept.
+        seconds: since the call of :func:`monai_lm.refine`, when the iteration was done; on a GPU that is not a CUDA
+            device, when it was queued.
+    """
+
+    level: float
+    loss: float
+    damping: float
+    gain_ratio: float
+    accepted: bool
+    seconds: float
+
+
+class Record:
+    """Collects iterations on the device; they are read when the run is over.
+
+    Args:
+        pairs: batch size.
+        watch: started with the call.
+    """
+
+    def __init__(self, pairs: int, watch: Stopwatch) -> None:
+        self._pairs = pairs
+        self._watch = watch
+        self._levels: list[tuple[float, float, float]] = []
+        self._values: list[tuple[Tensor, ...]] = []
+
+    def add(self, level: float, units: tuple[float, float], *values: Tensor) -> None:
+        """Note one iteration of all pairs; the tensors are kept as they are and must not change.
+
+        Args:
+            level: reduction against the finest grid.
+            units: what a loss is divided by, and what the damping is multiplied with.
+            values: loss, damping λ, λ₀, gain ratio, accepted and active, ``(B,)`` each; a pair that is not active has
+                stopped.
+        """
+        self._watch.lap()
+        self._levels.append((level, *units))
+        self._values.append(values)
+
+    def history(self) -> list[list[Iteration]]:
+        """Per pair, its iterations."""
+        if not self._values:
+            return [[] for _ in range(self._pairs)]
+        dtype = self._values[0][0].dtype
+        columns = [torch.stack(column).to(dtype) for column in zip(*self._values, strict=True)]
+        loss, damping, reference, gain, accepted, active = torch.stack(columns).cpu()
+        levels, voxels, deltas = zip(*self._levels, strict=True)
+        loss = loss / loss.new_tensor(voxels)[:, None]
+        damping = damping.new_tensor(deltas)[:, None] * damping / torch.where(reference > 0, reference, 1.0)
+        table = [column.t().tolist() for column in (loss, damping, gain, accepted > 0, active)]
+        seconds = self._watch.seconds()
+        history: list[list[Iteration]] = []
+        for *values, on in zip(*table, strict=True):
+            rows = zip(levels, *values, seconds, strict=True)
+            history.append([Iteration(*row) for row, kept in zip(rows, on, strict=True) if kept])
+        return history
+
+
+@dataclass(frozen=True)
+class RefinementResult:
+    """A refined field.
+
+    Attributes:
+        ddf: ``(B, n, *S)`` displacement in voxels on the fixed grid, without folds.
+        history: per pair, its iterations.
+        initial_loss: ``(B,)`` dissimilarity per voxel at the finest level before the refinement.
+        final_loss: ``(B,)`` the same after it; not above ``initial_loss``.
+        predicted_folds: ``(B,)`` folded cells in the field that came in.
+        repair_shift: ``(B,)`` mean displacement in voxels by which the repair of those folds moved the field.
+        seconds: wall time of the call.
+        prediction_used: ``(B,)`` bool, false for pairs whose prediction could not be meant, which started from the
+            identity; ``None`` without a prediction.
+    """
+
+    ddf: Tensor
+    history: list[list[Iteration]]
+    initial_loss: Tensor
+    final_loss: Tensor
+    predicted_folds: Tensor
+    repair_shift: Tensor
+    seconds: float
+    prediction_used: Tensor | None = None
+
+    @property
+    def unused(self) -> list[int]:
+        """Pairs whose prediction was not used."""
+        return [] if self.prediction_used is None else (~self.prediction_used).nonzero().flatten().tolist()
+
+    def inverse(self) -> Tensor:
+        """Field of the inverse map, ``(B, n, *S)`` in voxels on the moving grid; see :func:`monai_lm.fields.invert`."""
+        return invert(self.ddf)[0]

@@ -1,0 +1,68 @@
+"""What a field is worth on a batch that has labels or landmarks, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_lm.fields import fold_count, warp
+from monai_lm.fields.metrics import compare_labels, sd_log_jacobian, target_registration_error
+
+__all__ = ["images_of", "labels_of", "measure", "spacing_of", "tensor_of"]
+
+
+def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
+    """An entry of a batch as a plain floating-point tensor; KeyError that says what a batch must have."""
+    if key not in batch:
+        raise KeyError(f"a batch must have {key!r} for what the module is asked to do, got {sorted(batch)}")
+    value = batch[key]
+    return (value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)).float()
+
+
+def labels_of(batch: Mapping[str, Any], key: str) -> Tensor:
+    """Label maps of a batch as a plain tensor of their own type, in which every label keeps its value."""
+    tensor_of(batch, key)
+    value = batch[key]
+    return value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
+
+
+def images_of(batch: Mapping[str, Any]) -> Tensor:
+    """Moving and fixed image as the channels of one tensor, ``(B, 2, *S)``."""
+    moving, fixed = tensor_of(batch, "moving"), tensor_of(batch, "fixed")
+    if moving.shape != fixed.shape or fixed.shape[1] != 1:
+        raise ValueError(
+            f"fixed and moving must be (B, 1, *S) on one grid, got {tuple(fixed.shape)} and {tuple(moving.shape)}"
+        )
+    return torch.cat([moving, fixed], 1)
+
+
+def spacing_of(image: Any, pair: int = 0) -> tuple[float, ...]:
+    """Voxel edges of a pair's image ``(B, C, *S)`` in millimetres; ones where it does not say."""
+    n = image.dim() - 2
+    if not isinstance(image, MetaTensor):
+        return (1.0,) * n
+    affine = image.affine if image.affine.dim() == 2 else image.affine[pair]
+    return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].cpu().double(), dim=0))
+
+
+def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:
+    """Metrics of a field ``(B, n, *S)`` in voxels, ``(B,)`` each.
+
+    ``folds`` (folded cells) and ``sdlogj`` always; ``dice`` and, with ``surfaces``, ``hd95`` where there are label
+    maps, see :func:`compare_labels`; ``tre`` (mm), mean over the landmarks, where there are some.
+    """
+    out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
+    if "fixed_label" in batch and "moving_label" in batch:
+        warped = warp(labels_of(batch, "moving_label"), ddf, mode="nearest")
+        spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
+        out |= compare_labels(warped, labels_of(batch, "fixed_label"), spacings if surfaces else None)
+    if "fixed_points" in batch and "moving_points" in batch:
+        fixed_points, moving_points = (tensor_of(batch, key) for key in ("fixed_points", "moving_points"))
+        spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
+        errors = target_registration_error(ddf, fixed_points, moving_points, ddf.new_tensor(spacings))
+        out["tre"] = errors.nanmean(1)
+    return out

@@ -1,0 +1,252 @@
+"""Two files registered with a bundle: whatever its grid, the field leads where the bundle's does."""
+
+import json
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.apps import cli
+from monai_lm.apps import commands as files
+from monai_lm.apps.bundle import RegistrationBundle, save_weights
+from monai_lm.apps.cohort import refine_cohort
+from monai_lm.io import read_ddf
+
+SHIFT = (1.5, -1.0, 0.5)  # voxels of the bundle's grid
+NETWORK = '''
+import torch
+
+class Shift(torch.nn.Module):
+    """Predicts one displacement everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        return self.shift.view(1, 3, 1, 1, 1).expand(len(images), 3, *images.shape[2:])
+'''
+FIXED = np.array([[0, -1.5, 0, 20.0], [1.25, 0, 0, -3.0], [0, 0, 2.0, 1.0], [0, 0, 0, 1]])  # turned
+MOVING = FIXED + np.array([[0, 0, 0, 4.0], [0, 0, 0, 0], [0, 0, 0, -2.0], [0, 0, 0, 0]])
+
+
+KEYS = ["fixed", "moving"]
+PLAIN = [
+    {"_target_": "LoadImaged", "keys": KEYS},
+    {"_target_": "EnsureChannelFirstd", "keys": KEYS},
+    {"_target_": "ConcatItemsd", "keys": KEYS[::-1], "name": "image"},
+]
+
+
+def image(path: Path, size, affine, seed):
+    values = np.random.default_rng(seed).random(size, dtype=np.float32)
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return str(path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return {
+        "fixed": image(tmp_path / "f.nii.gz", (14, 13, 12), FIXED, 0),
+        "moving": image(tmp_path / "m.nii.gz", (14, 13, 12), MOVING, 1),
+    }
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """Predictions are used whatever they do: a constant shift between two images of noise is not one to believe."""
+    monkeypatch.setattr(
+        "monai_lm.solver.refinement.believed", lambda ddf, *_: (ddf, torch.ones(len(ddf), dtype=torch.bool))
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle on a grid of its own: 2 voxels more on every side."""
+    folder = tmp_path / "bundle"
+    config = {
+        "imports": ["$from scripts.network import Shift"],
+        "bundle_root": ".",
+        "network_def": {"_target_": "scripts.network.Shift"},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [*PLAIN[:2], {"_target_": "BorderPadd", "keys": KEYS, "spatial_border": 2}, PLAIN[2]],
+        },
+        "refine": {"iterations": 0, "scales": [1]},
+        "inferer": {
+            "_target_": "monai_lm.RegistrationInferer",
+            "prediction": "displacement",
+            "refine": "@refine",
+        },
+    }
+    for name in ("configs", "models", "scripts"):
+        (folder / name).mkdir(parents=True)
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
+    (folder / "scripts" / "__init__.py").touch()
+    (folder / "scripts" / "network.py").write_text(NETWORK)
+    torch.save({"shift": torch.tensor(SHIFT)}, folder / "models" / "model.pt")
+    return folder
+
+
+def change(bundle, **entries):
+    path = bundle / "configs" / "inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.usefixtures("trusted")
+def test_the_field_leads_from_point_to_point_as_the_bundles_does(bundle, pair, tmp_path):
+    """On the bundle's grids voxel ``x`` goes to voxel ``x + SHIFT``: in space by the affines, padding cancels."""
+    files.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+    values, affine = read_ddf(tmp_path / "out" / "ddf.nii.gz", moving_affine=MOVING)
+    np.testing.assert_allclose(affine, FIXED)
+    np.testing.assert_allclose(values, np.broadcast_to(np.reshape(SHIFT, (3, 1, 1, 1)), values.shape), atol=1e-4)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pair, tmp_path):
+    """What the bundle sees of a fixed image that lies two voxels further on in a larger one is the fixed image."""
+    values = nib.load(pair["fixed"]).get_fdata(dtype=np.float32)
+    larger = np.pad(values, ((2, 1), (0, 2), (3, 0)))
+    nib.save(nib.Nifti1Image(larger, MOVING), pair["moving"])
+    step = np.eye(4)
+    step[:3, 3] = (2, 0, 3)
+    affine = MOVING @ step @ np.linalg.inv(FIXED)
+    np.savetxt(tmp_path / "affine.txt", affine)
+    change(bundle, refine={"similarity": "mse", "iterations": 0, "scales": [1]})
+    further = {"bundle": bundle, "affine": tmp_path / "affine.txt", "report": False}
+    files.refine_pair(**pair, **further, output_dir=tmp_path / "shifted")
+    shifted, _ = read_ddf(tmp_path / "shifted" / "ddf.nii.gz", moving_affine=MOVING)
+    expected = np.reshape(np.add(SHIFT, (2, 0, 3)), (3, 1, 1, 1))
+    np.testing.assert_allclose(shifted, np.broadcast_to(expected, shifted.shape), atol=1e-4)
+    torch.save({"shift": torch.zeros(3)}, bundle / "models" / "model.pt")
+    assert files.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss"] < 1e-9
+
+
+def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
+    """A network invents a field for an image that holds nothing."""
+    far = np.eye(4)
+    far[0, 3] = 5000
+    np.savetxt(tmp_path / "far.txt", far)
+    options = {"bundle": bundle, "report": False, "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"must overlap, no voxel of the one lies in the other"):
+        files.refine_pair(**pair, **options, affine=tmp_path / "far.txt")
+    nib.save(nib.Nifti1Image(np.full((14, 13, 12), 3, np.float32), FIXED), pair["fixed"])
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": PLAIN})
+    with pytest.raises(ValueError, match=r"fixed is constant where the bundle looks at it, 3 everywhere"):
+        files.refine_pair(**pair, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("trusted")
+def test_the_field_is_brought_to_any_grid(bundle, pair):
+    registration = RegistrationBundle(bundle)
+    affine = np.diag([2.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = (5.0, 0.0, 3.0)
+    _, result = registration.register(pair["fixed"], pair["moving"], (6, 8, 9), affine)
+    world = MOVING[:3, :3] @ SHIFT + (MOVING - FIXED)[:3, 3]
+    expected = torch.from_numpy(world / (2, 1, 1)).view(1, 3, 1, 1, 1).expand(1, 3, 6, 8, 9)
+    torch.testing.assert_close(result.ddf, expected.float(), rtol=0, atol=1e-4)
+
+
+def test_settings_replace_those_of_the_bundle(bundle, pair):
+    result = RegistrationBundle(bundle, settings={"iterations": 3}).register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    assert len(result.history[0]) == 4
+    with pytest.raises(ValueError, match=r"(?s)bundle .* cannot make its inferer: .*got \['steps'\]"):
+        RegistrationBundle(bundle, settings={"steps": 3})
+
+
+def test_the_seconds_are_those_of_network_and_refinement(bundle, pair):
+    registration = RegistrationBundle(bundle)
+    registration.network.register_forward_hook(lambda *_: time.sleep(0.3))
+    result = registration.register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    assert result.seconds >= 0.3
+
+
+def test_a_bundle_that_does_not_refine_gives_its_own_field(bundle, pair):
+    change(bundle, refine=None)
+    predicted, result = RegistrationBundle(bundle).register(**pair, size=(14, 13, 12), affine=FIXED)
+    assert result is None
+    assert predicted.shape == (1, 3, 14, 13, 12)
+
+
+def test_the_command_registers_and_measures(bundle, pair, tmp_path, monkeypatch, capsys):
+    options = [f"--{name}={value}" for name, value in pair.items()]
+    arguments = ["refine", *options, f"--bundle={bundle}", f"--output_dir={tmp_path / 'out'}", "--report=false"]
+    monkeypatch.setattr("sys.argv", ["monai-lm", *arguments, "--json=true"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out)["folds"] == 0
+
+
+def test_images_that_a_bundle_cannot_take_are_refused_and_stop_no_cohort(bundle, pair, tmp_path):
+    flat = {name: image(tmp_path / f"flat_{name}.nii.gz", (14, 13), np.eye(4), 2) for name in pair}
+    turned = nib.load(pair["moving"]).slicer[::-1]
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    registration = RegistrationBundle(bundle)
+    with pytest.raises(ValueError, match=r"(?s)must bring fixed and moving into one orientation, .*got the affines"):
+        registration.register(pair["fixed"], tmp_path / "turned.nii.gz", (14, 13, 12), FIXED)
+    with pytest.raises(ValueError, match=r"(?s)bundle .* cannot (prepare|register) .*flat_fixed"):
+        registration.register(**flat, size=(14, 13), affine=np.eye(4))
+    rows, failed = refine_cohort(
+        [flat | {"name": "a"}, pair | {"name": "b"}], tmp_path / "out", report=False, bundle=bundle
+    )
+    assert [row["name"] for row in rows] == ["b"]
+    assert list(failed) == ["a"]
+
+
+def test_two_bundles_do_not_take_each_others_modules(bundle, pair, tmp_path):
+    other = tmp_path / "other"
+    bundle.rename(other)
+    script = other / "scripts" / "network.py"
+    script.write_text(NETWORK.replace("Shift(", "Move("))
+    change(other, imports=["$from scripts.network import Move"], network_def={"_target_": "scripts.network.Move"})
+    assert type(RegistrationBundle(other).network).__name__ == "Move"
+    script.write_text(NETWORK)
+    change(other, imports=["$from scripts.network import Shift"], network_def={"_target_": "scripts.network.Shift"})
+    other.rename(bundle)
+    assert type(RegistrationBundle(bundle).network).__name__ == "Shift"
+    assert pair
+
+
+def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
+    def refused(error, message):
+        with pytest.raises(error, match=message):
+            files.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+        assert not (tmp_path / "out").exists()
+
+    with pytest.raises(ValueError, match="mask cannot be used together with bundle"):
+        files.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
+    weights = bundle / "models" / "model.pt"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:100])
+    refused(ValueError, r"model.pt cannot be loaded into the network of bundle")
+    torch.save({"other": torch.zeros(3)}, weights)
+    refused(ValueError, r"(?s)model.pt cannot be loaded .*Missing key")
+    weights.unlink()
+    refused(FileNotFoundError, r"must have models/model.pt, it is missing")
+    weights.write_bytes(kept)
+    change(bundle, inferer={"_target_": "SimpleInferer"})
+    refused(ValueError, "must be a RegistrationInferer, got SimpleInferer")
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": []})
+    change(bundle, inferer={"_target_": "monai_lm.RegistrationInferer", "prediction": "displacement", "refine": {}})
+    refused(ValueError, r"must make image, fixed and moving, got \['fixed', 'moving'\]")
+    change(bundle, inferer=None)
+    refused(ValueError, "must define inferer in its inference configuration")
+    (bundle / "configs" / "inference.json").write_text('{"a":')
+    refused(ValueError, r"inference.json cannot be read: ")
+    (bundle / "configs" / "inference.json").unlink()
+    refused(FileNotFoundError, "must have configs/inference.json, it is missing")
+
+
+def test_saved_weights_are_halved_and_shared_tensors_are_written_once(tmp_path):
+    first = torch.nn.Linear(100, 100)
+    network = torch.nn.ModuleDict({"a": first, "b": torch.nn.Sequential(first), "c": torch.nn.BatchNorm1d(3)})
+    save_weights(network, tmp_path / "new" / "model.pt")
+    weights = torch.load(tmp_path / "new" / "model.pt", weights_only=True)
+    assert weights.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(weights[name], value.half() if value.is_floating_point() else value)
+    assert (tmp_path / "new" / "model.pt").stat().st_size < 2 * 100 * 101 + 5000
+    network.load_state_dict(weights)

@@ -1,0 +1,131 @@
+"""The monai-lm command."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.apps import cli
+from monai_lm.apps import commands as files
+from monai_lm.fields import gaussian_smooth
+
+
+def test_demo_runs_as_a_command(tmp_path):
+    pytest.importorskip("nilearn", reason="the demo needs nilearn")
+    command = [sys.executable, "-m", "monai_lm.apps.cli", "demo", "--output_dir", str(tmp_path), "--resolution", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "refined by LM" in done.stdout
+    assert (tmp_path / "demo.png").is_file()
+
+
+def test_bad_value_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "demo", "--output_dir", str(tmp_path), "--resolution", "0"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("monai-lm: resolution must be between 1 and 4")
+    assert "\n" not in error
+
+
+def test_unwritable_output_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("nilearn", reason="the demo needs nilearn")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "demo", "--output_dir", str(tmp_path / "file"), "--resolution", "4"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "monai-lm:" in capsys.readouterr().err
+
+
+def test_refine_then_evaluate_as_commands(tmp_path, monkeypatch, capsys):
+    image = gaussian_smooth(torch.randn(1, 1, 20, 18, 16, generator=torch.Generator().manual_seed(0)), 2.0)[
+        0, 0
+    ].numpy()
+    for name, values in (("fixed", image[1:]), ("moving", image[:-1])):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    images = ["--fixed", str(tmp_path / "fixed.nii.gz"), "--moving", str(tmp_path / "moving.nii.gz")]
+    out = tmp_path / "out"
+    refine = [
+        "refine",
+        *images,
+        "--output_dir",
+        str(out),
+        "--scales",
+        "[2,1]",
+        "--iterations",
+        "[10,5]",
+        "--json",
+        "true",
+    ]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine, "--report", "false"])
+    cli.main()
+    refined = json.loads(capsys.readouterr().out)
+    assert refined["loss"] < 0.3 * refined["loss_before"]
+    monkeypatch.setattr(
+        sys, "argv", ["monai-lm", "evaluate", *images, "--ddf", str(out / "ddf.nii.gz"), "--json", "true"]
+    )
+    cli.main()
+    measured = json.loads(capsys.readouterr().out)
+    assert measured == pytest.approx({k: refined[k] for k in measured}, rel=1e-4)
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *refine])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+
+
+def test_info_names_versions_and_devices(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "info", "--json", "true"])
+    cli.main()
+    info = json.loads(capsys.readouterr().out)
+    assert info["torch"] == torch.__version__
+    assert info["devices"]
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "true"]])
+def test_a_switch_alone_means_true(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "info", *words])
+    cli.main()
+    assert "torch" in json.loads(capsys.readouterr().out)
+
+
+def test_a_switch_before_another_option_means_true(monkeypatch):
+    given = {}
+    monkeypatch.setattr(files, "invert_field", lambda *values: given.update(values=values) or 0.0)
+    words = ["--ddf", "a.nii.gz", "--overwrite", "--output", "b.nii.gz"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words])
+    cli.main()
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", True, "auto", "auto")
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words[:2], *words[3:], "--overwrite", "false"])
+    cli.main()
+    assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False, "auto", "auto")
+
+
+def test_no_command_at_all_prints_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    said = capsys.readouterr()
+    assert "Available subcommands" in said.out
+    assert said.err == ""
+
+
+def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
+    def warn(*_):
+        warnings.warn("no report is written", stacklevel=1)
+        return {"loss": 0.5, "remarks": {"rough": "The field is rough."}, "provenance": {"command": None}}
+
+    monkeypatch.setattr(files, "refine_pair", warn)
+    words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
+    cli.main()
+    said = capsys.readouterr()
+    assert said.err == "monai-lm: warning: no report is written\n"
+    assert said.out == "loss                0.5\n- The field is rough.\n"

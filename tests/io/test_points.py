@@ -1,0 +1,86 @@
+"""Landmarks from files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from monai_lm.io import read_points
+
+VTK = """# vtk DataFile Version 5.1
+vtk output SPACE=LPS
+ASCII
+DATASET POLYDATA
+POINTS 2 float
+1.5 -2 3 4
+5 -6
+VERTICES 2 4
+1 0 1 1
+"""
+
+
+@pytest.mark.parametrize("header", ["", "x,y,z\n", "# made by hand\n", "\ufeff", "\ufeffx,y,z\n"])
+def test_lines_of_numbers_after_a_header_or_not(tmp_path, header):
+    (tmp_path / "p.csv").write_text(header + "1.5,-2,3\n\n4,5e-1,-6\n", "utf-8")
+    np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[1.5, -2, 3], [4, 0.5, -6]])
+
+
+def test_slicers_points_are_read_in_the_system_they_say(tmp_path):
+    header = "# Markups fiducial file version = 4.11\n# CoordinateSystem = {}\n# columns = id,x,y,z,ow\n"
+    row = "vtkMRML_0,1.5,-2.0,3.0,0,0,0,1,1,1,0,F-1,,\n"
+    lps, ras = [-1.5, 2.0, 3.0], [1.5, -2.0, 3.0]
+    for system, expected in (("LPS", lps), ("1", lps), ("RAS", ras), ("0", ras)):
+        (tmp_path / "p.fcsv").write_text(header.format(system) + row)
+        np.testing.assert_array_equal(read_points(tmp_path / "p.fcsv"), [expected])
+
+
+@pytest.mark.parametrize(("system", "sign"), [("LPS", -1), ("RAS", 1)])
+def test_slicers_markups_are_read_in_the_system_they_say(tmp_path, system, sign):
+    points = [{"id": "1", "position": [1.5, -2.0, 3.0]}, {"id": "2", "position": [4.0, 5.0, -6.0]}]
+    markup = {"markups": [{"type": "Fiducial", "coordinateSystem": system, "controlPoints": points}]}
+    (tmp_path / "p.mrk.json").write_text(json.dumps(markup))
+    expected = [[sign * 1.5, sign * -2.0, 3.0], [sign * 4.0, sign * 5.0, -6.0]]
+    np.testing.assert_array_equal(read_points(tmp_path / "p.mrk.json"), expected)
+
+
+@pytest.mark.parametrize(("system", "sign"), [("LPS", -1), ("RAS", 1)])
+def test_points_of_vtk_files_may_stand_in_lines_of_any_length(tmp_path, system, sign):
+    (tmp_path / "p.vtk").write_text(VTK.replace("LPS", system))
+    expected = [[sign * 1.5, sign * -2.0, 3.0], [sign * 4.0, sign * 5.0, -6.0]]
+    np.testing.assert_array_equal(read_points(tmp_path / "p.vtk"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "x,y,z\n1,2,three\n", "must hold points, numbers in rows of one length"),
+        ("p.csv", "1,2,3\n4,5\n", "must hold points, numbers in rows of one length"),
+        ("p.csv", "1,2,3,4\n", r"2 or 3 finite coordinates, got shape \(1, 4\)"),
+        ("p.csv", "1,2,nan\n1,2,nan\n", "2 or 3 finite coordinates"),
+        ("p.csv", "nan,2,3\n1,2,3\n", "2 or 3 finite coordinates"),
+        ("p.csv", "1.5.2,2,3\n1,2,3\n", "must hold points, numbers in rows of one length"),
+        ("p.csv", "", "2 or 3 finite coordinates"),
+        ("p.mrk.json", "{}", "must be Slicer's markups with control points: KeyError"),
+        ("p.mrk.json", "[1", "must be Slicer's markups"),
+        ("p.mrk.json", '{"markups": []}', "must be Slicer's markups"),
+        ("p.vtk", VTK.replace("ASCII", "BINARY"), "must be a legacy VTK file in ASCII with POINTS"),
+        ("p.vtk", VTK.replace("SPACE=LPS", "vtk output"), "must say its coordinate system, LPS or RAS, got ''"),
+        ("p.vtk", VTK.replace("POINTS 2", "POINTS 3"), "must hold points, numbers in rows of one length"),
+        ("p.fcsv", "vtkMRML_0,1,2,3\n", "must say its coordinate system, LPS or RAS, got ''"),
+    ],
+)
+def test_what_is_no_points_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_points(tmp_path / name)
+
+
+def test_text_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "p.csv").write_bytes("größe,y,z\n1,2,3\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"p\.csv must be text in UTF-8"):
+        read_points(tmp_path / "p.csv")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*p\.csv"):
+        read_points(tmp_path / "p.csv")
