@@ -78,13 +78,13 @@ def refine(
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
         "memory": memory, "kernels": kernels, "progress": sys.stderr.isatty(),
     }  # fmt: skip
-    metrics = files.refine_pair(
+    metrics = commands.refine_pair(
         fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
         _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
         settings if bundle is None else _chosen(settings), bundle, ddf_format, _command(),
@@ -171,9 +171,9 @@ def apply(
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
-    files.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
+    commands.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
 
 
 def invert(
@@ -196,9 +196,9 @@ def invert(
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
-    print(files.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
+    print(commands.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
 
 
 def compose(
@@ -219,9 +219,9 @@ def compose(
         second_format: of the second.
         overwrite: replace an output that exists.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
-    files.compose_fields(first, second, output, overwrite, first_format, second_format)
+    commands.compose_fields(first, second, output, overwrite, first_format, second_format)
 
 
 def convert(
@@ -244,9 +244,9 @@ def convert(
         file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
         overwrite: replace an output that exists.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
-    files.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
+    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
 
 
 def evaluate(
@@ -275,10 +275,10 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, ...
         json: print JSON.
     """
-    from monai_lm.apps import commands as files
+    from monai_lm.apps import commands
 
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
-    _show(files.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
+    _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
 
 
 def info(json: bool = False) -> None:
@@ -313,19 +313,6 @@ def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) 
         seed: of the deformation, the noise and the error of the prediction.
     """
     print(run_demo(output_dir, resolution, seed))
-
-
-def hippocampus(root_dir: str, fixed: int = 0, moving: int = 1) -> None:
-    """Register two real hippocampus images; fetches the Decathlon's Task04 (28 MB) if it is not in the folder yet.
-
-    Args:
-        root_dir: folder that holds, or will hold, ``Task04_Hippocampus``.
-        fixed: index of the fixed image among the training images.
-        moving: index of the moving image.
-    """
-    from monai_lm.apps.decathlon import register_pair
-
-    print(register_pair(Path(root_dir), fixed, moving))
 
 
 def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
@@ -367,7 +354,7 @@ def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> li
 
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
-    commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo, hippocampus)
+    commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo)
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
         auto_cli(named, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)

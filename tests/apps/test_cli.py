@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.apps import cli
-from monai_lm.apps import commands as files
+from monai_lm.apps import cli, commands
 from monai_lm.fields import gaussian_smooth
 
 
@@ -97,7 +96,7 @@ def test_a_switch_alone_means_true(words, monkeypatch, capsys):
 
 def test_a_switch_before_another_option_means_true(monkeypatch):
     given = {}
-    monkeypatch.setattr(files, "invert_field", lambda *values: given.update(values=values) or 0.0)
+    monkeypatch.setattr(commands, "invert_field", lambda *values: given.update(values=values) or 0.0)
     words = ["--ddf", "a.nii.gz", "--overwrite", "--output", "b.nii.gz"]
     monkeypatch.setattr(sys, "argv", ["monai-lm", "invert", *words])
     cli.main()
@@ -122,7 +121,7 @@ def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
         warnings.warn("no report is written", stacklevel=1)
         return {"loss": 0.5, "remarks": {"rough": "The field is rough."}, "provenance": {"command": None}}
 
-    monkeypatch.setattr(files, "refine_pair", warn)
+    monkeypatch.setattr(commands, "refine_pair", warn)
     words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
     cli.main()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.apps import commands as files
+from monai_lm.apps import commands
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
 from monai_lm.io import read_ddf, read_points, write_itk_ddf
@@ -56,7 +56,7 @@ def pair(tmp_path):
 
 def _refine(pair, folder, **kwargs):
     keywords = {"labels": pair["labels"], "points": pair["points"], "report": False, "settings": QUICK} | kwargs
-    return files.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
+    return commands.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
 
 
 def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
@@ -127,11 +127,11 @@ def test_a_prediction_is_refined_from_where_it_is(pair, tmp_path):
 def test_the_inverse_leads_back(pair, tmp_path):
     _refine(pair, tmp_path / "out")
     there, back = tmp_path / "there.csv", tmp_path / "back.csv"
-    files.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["points"][0], there, moving=pair["moving"])
-    files.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
+    commands.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["points"][0], there, moving=pair["moving"])
+    commands.apply_field(tmp_path / "out" / "inverse.nii.gz", there, back, moving=pair["fixed"])
     np.testing.assert_allclose(read_points(back), read_points(pair["points"][0]), atol=0.05)
     inverse = tmp_path / "inverse.nii.gz"
-    missed = files.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]).missed
+    missed = commands.invert_field(tmp_path / "out" / "ddf.nii.gz", inverse, pair["moving"]).missed
     assert missed < 0.25  # in a grid this small, the border is near
     ours, kept = (nib.load(p).get_fdata() for p in (inverse, tmp_path / "out" / "inverse.nii.gz"))
     inside = (slice(6, -6),) * 3
@@ -141,7 +141,7 @@ def test_the_inverse_leads_back(pair, tmp_path):
 def test_applying_the_field_is_what_refine_wrote(pair, tmp_path):
     _refine(pair, tmp_path / "out")
     for label, source, kept in ((False, pair["moving"], "warped"), (True, pair["labels"][1], "warped_label")):
-        files.apply_field(tmp_path / "out" / "ddf.nii.gz", source, tmp_path / f"{kept}.nii.gz", label=label)
+        commands.apply_field(tmp_path / "out" / "ddf.nii.gz", source, tmp_path / f"{kept}.nii.gz", label=label)
         ours, written = (nib.load(f / f"{kept}.nii.gz") for f in (tmp_path, tmp_path / "out"))
         assert (np.abs(ours.get_fdata() - written.get_fdata()) > 1e-3).mean() < 1e-3
     assert ours.get_data_dtype() == np.uint8
@@ -151,11 +151,11 @@ def test_a_voxel_field_leads_to_the_grid_that_is_given(pair, tmp_path):
     """Not to that of the image it is applied to, which may be stored in another orientation."""
     _refine(pair, tmp_path / "out")
     voxels = {"fixed": pair["fixed"], "moving": pair["moving"]}
-    files.convert_field(tmp_path / "out" / "ddf.nii.gz", tmp_path / "voxel.nii.gz", "voxel", **voxels)
+    commands.convert_field(tmp_path / "out" / "ddf.nii.gz", tmp_path / "voxel.nii.gz", "voxel", **voxels)
     stored = nib.load(pair["moving"])
     turned = stored.as_reoriented(nib.orientations.axcodes2ornt(("P", "I", "R")))
     nib.save(turned, tmp_path / "turned.nii.gz")
-    files.apply_field(
+    commands.apply_field(
         tmp_path / "voxel.nii.gz", tmp_path / "turned.nii.gz", tmp_path / "w.nii.gz", **voxels, file_format="voxel"
     )
     warped, expected = (nib.load(p).get_fdata() for p in (tmp_path / "w.nii.gz", tmp_path / "out" / "warped.nii.gz"))
@@ -173,16 +173,18 @@ def test_how_the_moving_image_is_stored_does_not_matter(pair, tmp_path):
         moving = tmp_path / f"m{number}.nii.gz"
         nib.save(stored.as_reoriented(nib.orientations.axcodes2ornt(tuple(axes))), moving)
         field, output = tmp_path / "out" / "ddf.nii.gz", tmp_path / f"p{number}.csv"
-        files.apply_field(field, tmp_path / "fp.csv", output, moving=moving)
-        metrics = files.evaluate_field(field, pair["fixed"], moving, points=(tmp_path / "fp.csv", tmp_path / "mp.csv"))
-        missed = files.invert_field(field, tmp_path / f"i{number}.nii.gz", moving).missed
+        commands.apply_field(field, tmp_path / "fp.csv", output, moving=moving)
+        metrics = commands.evaluate_field(
+            field, pair["fixed"], moving, points=(tmp_path / "fp.csv", tmp_path / "mp.csv")
+        )
+        missed = commands.invert_field(field, tmp_path / f"i{number}.nii.gz", moving).missed
         found.append([*read_points(output).ravel(), metrics["tre"], missed])
     np.testing.assert_allclose(found[1:], found[:1] * 2, atol=2e-3)
 
 
 def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
-    again = files.evaluate_field(
+    again = commands.evaluate_field(
         tmp_path / "out" / "ddf.nii.gz", pair["fixed"], pair["moving"], pair["labels"], pair["points"]
     )
     assert again == pytest.approx({k: metrics[k] for k in again}, rel=1e-3, abs=1e-4)
@@ -195,11 +197,11 @@ def test_composed_fields_do_one_after_the_other(tmp_path):
     first = through_affine(noise["a"], FIXED, MOVING)  # on grid a, then the step to grid b
     write_itk_ddf(tmp_path / "first.nii.gz", first[0].numpy(), FIXED, MOVING)
     write_itk_ddf(tmp_path / "second.nii.gz", noise["b"][0].numpy(), MOVING)
-    files.compose_fields(tmp_path / "first.nii.gz", tmp_path / "second.nii.gz", tmp_path / "both.nii.gz")
+    commands.compose_fields(tmp_path / "first.nii.gz", tmp_path / "second.nii.gz", tmp_path / "both.nii.gz")
     voxels = np.array([[5, 6, 4], [6, 7, 5], [4, 5, 6], [7, 5, 5]], dtype=float)  # nodes: nothing is interpolated twice
     np.savetxt(tmp_path / "start.csv", voxels @ FIXED[:3, :3].T + FIXED[:3, 3], delimiter=",")
     for field, source, target in (("first", "start", "half"), ("second", "half", "end"), ("both", "start", "at_once")):
-        files.apply_field(tmp_path / f"{field}.nii.gz", tmp_path / f"{source}.csv", tmp_path / f"{target}.csv")
+        commands.apply_field(tmp_path / f"{field}.nii.gz", tmp_path / f"{source}.csv", tmp_path / f"{target}.csv")
     start, end, at_once = (read_points(tmp_path / f"{name}.csv") for name in ("start", "end", "at_once"))
     np.testing.assert_allclose(at_once, end, atol=1e-3)
     assert np.abs(end - start).max() > 1
@@ -211,8 +213,8 @@ def test_converting_there_and_back_changes_nothing(tmp_path, to):
     write_itk_ddf(tmp_path / "a.nii.gz", ddf, FIXED)
     image = _save(tmp_path / "fixed.nii.gz", np.zeros((9, 10, 8), np.float32), FIXED)
     middle = tmp_path / ("b.npz" if to == "learn2reg" else "b.nii.gz")
-    files.convert_field(tmp_path / "a.nii.gz", middle, to, fixed=image, moving=image)
-    files.convert_field(middle, tmp_path / "c.nii.gz", "itk", fixed=image, moving=image, file_format=to)
+    commands.convert_field(tmp_path / "a.nii.gz", middle, to, fixed=image, moving=image)
+    commands.convert_field(middle, tmp_path / "c.nii.gz", "itk", fixed=image, moving=image, file_format=to)
     np.testing.assert_allclose(read_ddf(tmp_path / "c.nii.gz")[0], ddf, atol=2e-3 if to == "learn2reg" else 1e-5)
 
 
@@ -267,7 +269,7 @@ def test_an_output_of_another_kind_is_refused(pair, tmp_path):
     ):
         (tmp_path / "flat.csv").write_text("1,2\n")
         with pytest.raises(ValueError, match=message):
-            files.apply_field(tmp_path / "ddf.nii.gz", source, tmp_path / output)
+            commands.apply_field(tmp_path / "ddf.nii.gz", source, tmp_path / output)
         assert not (tmp_path / output).exists()
 
 
@@ -284,7 +286,7 @@ def test_a_folder_that_failed_work_made_goes_and_one_that_was_there_stays(pair, 
 
 
 def test_json_has_no_nan():
-    text = files.as_json({"a": float("nan"), "b": 1.5, "c": 2, "d": float("inf")})
+    text = commands.as_json({"a": float("nan"), "b": 1.5, "c": 2, "d": float("inf")})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": 1.5, "c": 2, "d": None}
 
 
@@ -292,13 +294,13 @@ def test_two_dimensions_work_too(tmp_path):
     image = gaussian_smooth(torch.randn(1, 1, 24, 26, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0].numpy()
     fixed = _save(tmp_path / "f.nii.gz", image[1:, :, None], np.eye(4))
     moving = _save(tmp_path / "m.nii.gz", image[:-1, :, None], np.eye(4))
-    metrics = files.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
+    metrics = commands.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
     assert metrics["loss"] < 0.2 * metrics["loss_before"]
     for file_format in ("fsl", "learn2reg"):
         with pytest.raises(
             ValueError, match=f"file_format must be 'itk' or 'voxel' for 2D fields, got '{file_format}'"
         ):
-            files.refine_pair(fixed, moving, tmp_path / "no", file_format=file_format)
+            commands.refine_pair(fixed, moving, tmp_path / "no", file_format=file_format)
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert int(fold_count(torch.from_numpy(ddf)[None])) == 0
@@ -323,7 +325,7 @@ def test_a_sheared_grid_is_refused_before_the_work_and_held_by_other_formats(pai
         assert not (tmp_path / "out").exists()
     both = {"fixed": tmp_path / "fixed_sheared.nii.gz", "moving": tmp_path / "fixed_sheared.nii.gz"}
     settings = QUICK | {"iterations": 0}
-    files.refine_pair(**both, output_dir=tmp_path / "out", report=False, settings=settings, file_format="voxel")
+    commands.refine_pair(**both, output_dir=tmp_path / "out", report=False, settings=settings, file_format="voxel")
     for name in ("warped", "ddf", "inverse"):
         written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
         np.testing.assert_allclose(written.affine, SHEARED, atol=1e-5)
@@ -350,7 +352,7 @@ def test_labels_beyond_single_precision_keep_their_values(pair, tmp_path):
     assert metrics["dice"] == pytest.approx(np.mean(dice), rel=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(f"Dice of label {name}" in page for name in names[1:])
-    files.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["labels"][1], tmp_path / "again.nii.gz", label=True)
+    commands.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["labels"][1], tmp_path / "again.nii.gz", label=True)
     again = nib.load(tmp_path / "again.nii.gz")
     assert again.get_data_dtype() == np.uint32
     assert (np.asarray(again.dataobj) != warped).mean() < 1e-3
@@ -369,17 +371,17 @@ def test_a_plane_stored_along_any_axis_is_registered_and_stays_in_its_place(tmp_
     ]
     if axis != 2:
         with pytest.raises(ValueError, match=r"(?s)f.nii.gz must lie in a plane of x and y for ITK's .*'voxel'"):
-            files.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK)
+            commands.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK)
         assert not (tmp_path / "out").exists()
     form = "itk" if axis == 2 else "voxel"
-    metrics = files.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
+    metrics = commands.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
     assert metrics["loss"] < 0.2 * metrics["loss_before"]
     for name in ("ddf", "inverse", "warped"):
         np.testing.assert_allclose(nib.load(tmp_path / "out" / f"{name}.nii.gz").affine, affine[:, order], atol=1e-6)
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert np.median(ddf[0]) == pytest.approx(1.0, abs=0.1)
-    files.apply_field(tmp_path / "out" / "ddf.nii.gz", paths[1], tmp_path / "again.nii.gz")
+    commands.apply_field(tmp_path / "out" / "ddf.nii.gz", paths[1], tmp_path / "again.nii.gz")
     again, warped = (
         nib.load(f / n).get_fdata() for f, n in ((tmp_path, "again.nii.gz"), (tmp_path / "out", "warped.nii.gz"))
     )
@@ -457,7 +459,7 @@ def test_a_run_that_fails_while_writing_leaves_no_metrics_of_a_former_one(pair, 
     def full(*_, **__):
         raise OSError(28, "No space left on device", "ddf.nii.gz")
 
-    monkeypatch.setattr(files, "write_ddf", full)
+    monkeypatch.setattr(commands, "write_ddf", full)
     with pytest.raises(OSError, match=r"No space left on device: 'ddf\.nii\.gz'"):
         _refine(pair, tmp_path / "out", overwrite=True, settings=QUICK | {"iterations": 1})
     assert not (tmp_path / "out" / "metrics.json").exists()
@@ -466,17 +468,17 @@ def test_a_run_that_fails_while_writing_leaves_no_metrics_of_a_former_one(pair, 
 def test_outputs_of_fields_are_checked_before_the_work(pair, tmp_path, monkeypatch):
     write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 18, 17, 14), np.float32), FIXED)
     field, message = tmp_path / "ddf.nii.gz", "output must end in "
-    monkeypatch.setattr(files, "Field", pytest.fail)
+    monkeypatch.setattr(commands, "Field", pytest.fail)
     for work in (
-        lambda: files.invert_field(field, tmp_path / "inverse.npz"),
-        lambda: files.invert_field(field, tmp_path / "inverse.nii.gz", file_format="learn2reg"),
-        lambda: files.compose_fields(field, field, tmp_path / "both.txt"),
-        lambda: files.convert_field(field, tmp_path / "other.nii.gz", "learn2reg"),
+        lambda: commands.invert_field(field, tmp_path / "inverse.npz"),
+        lambda: commands.invert_field(field, tmp_path / "inverse.nii.gz", file_format="learn2reg"),
+        lambda: commands.compose_fields(field, field, tmp_path / "both.txt"),
+        lambda: commands.convert_field(field, tmp_path / "other.nii.gz", "learn2reg"),
     ):
         with pytest.raises(ValueError, match=message):
             work()
     with pytest.raises(ValueError, match="the output's folder must be a folder, got the file"):
-        files.apply_field(field, pair["moving"], field / "warped.nii.gz")
+        commands.apply_field(field, pair["moving"], field / "warped.nii.gz")
 
 
 def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, monkeypatch):
@@ -484,7 +486,7 @@ def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, mo
         raise OSError(28, "No space left on device", "warped.nii.gz")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_nifti", full)
+        patch.setattr(commands, "save_nifti", full)
         with pytest.raises(OSError, match=r"No space left on device: 'warped\.nii\.gz'"):
             _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
     assert list((tmp_path / "out").iterdir()) == []

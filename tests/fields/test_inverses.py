@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from monai_lm.apps import commands as files
+from monai_lm.apps import commands
 from monai_lm.fields import fold_count, gaussian_smooth, repair, sample_points
 from monai_lm.fields.inverses import inspect_inverse, invert_between
 from monai_lm.fields.space import through_affine, to_world
@@ -43,7 +43,7 @@ def test_field_and_affine_together_are_inverted_to_a_thousandth_of_a_millimetre(
     whole = through_affine(ddf, FIXED, MOVING, INITIAL)
     write_itk_ddf(tmp_path / "f.nii.gz", whole[0].numpy(), FIXED, MOVING)
     nib.save(nib.Nifti1Image(np.zeros(OTHER, np.float32), MOVING), tmp_path / "moving.nii.gz")
-    report = files.invert_field(tmp_path / "f.nii.gz", tmp_path / "i.nii.gz", tmp_path / "moving.nii.gz")
+    report = commands.invert_field(tmp_path / "f.nii.gz", tmp_path / "i.nii.gz", tmp_path / "moving.nii.gz")
     inverse, affine = read_itk_ddf(tmp_path / "i.nii.gz", FIXED)
     np.testing.assert_allclose(affine, MOVING, atol=1e-4)
     for found in (torch.from_numpy(inverse)[None], invert_between(ddf, FIXED, MOVING, INITIAL, OTHER)[0]):
@@ -121,7 +121,7 @@ def test_native_brains_with_an_affine_between_them(data_root, tmp_path):
     ddf = repair(noise * (6 / noise.abs().max()))
     whole = through_affine(ddf, fixed, moving, initial)
     write_itk_ddf(tmp_path / "f.nii", whole[0].numpy(), fixed, moving)
-    files.invert_field(tmp_path / "f.nii", tmp_path / "i.nii", folder / "1006_t1.nii.gz")
+    commands.invert_field(tmp_path / "f.nii", tmp_path / "i.nii", folder / "1006_t1.nii.gz")
     inverse = torch.from_numpy(read_itk_ddf(tmp_path / "i.nii", fixed)[0])
     voxels = torch.from_numpy(np.argwhere(brain)).double()
     points = voxels + inverse[:, torch.from_numpy(brain)].T.double()

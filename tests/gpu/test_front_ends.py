@@ -12,8 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm import RegistrationInferer
-from monai_lm.apps import cli
-from monai_lm.apps import commands as files
+from monai_lm.apps import cli, commands
 from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.fields.topology import jacobian_determinant
 from monai_lm.training import RegistrationModule
@@ -172,17 +171,17 @@ def test_the_command_line_s_work_stays_on_the_device(any_device, pair, tmp_path)
     results = {}
     for name in ("cpu", str(any_device)):
         out, points = tmp_path / name.replace(":", "-"), (tmp_path / "points.csv", tmp_path / "points.csv")
-        values = files.refine_pair(
+        values = commands.refine_pair(
             fixed, moving, out, affine=tmp_path / "affine.txt", labels=(fixed_label, moving_label), points=points,
             device=name, report=False, settings=SETTINGS,
         )  # fmt: skip
         assert json.loads((out / "metrics.json").read_text())["dice"] == pytest.approx(values["dice"])
-        files.invert_field(out / "ddf.nii.gz", out / "back.nii.gz", device=name)
-        files.apply_field(out / "ddf.nii.gz", moving, out / "again.nii.gz", device=name)
-        files.apply_field(out / "ddf.nii.gz", points[0], out / "moved.csv", device=name)
+        commands.invert_field(out / "ddf.nii.gz", out / "back.nii.gz", device=name)
+        commands.apply_field(out / "ddf.nii.gz", moving, out / "again.nii.gz", device=name)
+        commands.apply_field(out / "ddf.nii.gz", points[0], out / "moved.csv", device=name)
         written = {n: nib.load(out / f"{n}.nii.gz").get_fdata() for n in ("ddf", "inverse", "warped", "back", "again")}
         written["moved"] = np.loadtxt(out / "moved.csv", delimiter=",", skiprows=1)
-        measured = files.evaluate_field(out / "ddf.nii.gz", fixed, moving, points=points, device=name)
+        measured = commands.evaluate_field(out / "ddf.nii.gz", fixed, moving, points=points, device=name)
         results[name] = written | measured | {k: values[k] for k in ("dice", "hd95", "tre", "folds", "sdlogj")}
     same(results[str(any_device)], results["cpu"], 2e-3)
     assert np.abs(results["cpu"]["ddf"]).max() > 0.5

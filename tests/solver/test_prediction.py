@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from monai_lm import kernels, refine
-from monai_lm.apps import commands as files
+from monai_lm.apps import commands
 from monai_lm.apps.cohort import refine_cohort
 from monai_lm.fields import compose, fold_count, warp
 from monai_lm.fields.topology import repair
@@ -158,7 +158,7 @@ def written(case, tmp_path):
 
 def refined(folder, name, **kwargs):
     paths = folder / "fixed.nii.gz", folder / "moving.nii.gz", folder / f"out_{name}"
-    return files.refine_pair(*paths, report=False, settings=SETTINGS, **kwargs)
+    return commands.refine_pair(*paths, report=False, settings=SETTINGS, **kwargs)
 
 
 def test_files_say_that_the_prediction_was_not_used(written):
@@ -191,7 +191,7 @@ def test_images_that_do_not_overlap_are_refused_before_the_work(written):
     far[0, 3] = 500
     nib.save(nib.Nifti1Image(nib.load(written / "moving.nii.gz").get_fdata().astype("f4"), far), written / "far.nii.gz")
     with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel of the one lies in the other"):
-        files.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
+        commands.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
     assert not (written / "out_far").exists()
 
 
@@ -210,7 +210,7 @@ def test_the_warning_points_at_the_caller(case):
 
 def test_an_image_and_itself_match_already(written):
     folder = written / "out_self"
-    metrics = files.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
+    metrics = commands.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
     assert (metrics["verdict"], metrics["remarks"]) == ("good", {})
     assert metrics["headline"].startswith("The images matched already")
 
@@ -223,7 +223,7 @@ def test_composing_says_where_the_second_field_does_not_reach(written):
     for name, affine in (("beside", beside), ("apart", apart)):
         write_ddf(written / f"{name}.nii.gz", np.zeros((3, *size), np.float32), affine)
     with pytest.warns(UserWarning, match=r"^(4|5)\d\.\d% of the voxels of .* where .*beside.nii.gz does not reach"):
-        files.compose_fields(first, written / "beside.nii.gz", output)
+        commands.compose_fields(first, written / "beside.nii.gz", output)
     with pytest.raises(ValueError, match=r"right.nii.gz must lead to the grid of .*apart.nii.gz"):
-        files.compose_fields(first, written / "apart.nii.gz", written / "nowhere.nii.gz")
+        commands.compose_fields(first, written / "apart.nii.gz", written / "nowhere.nii.gz")
     assert not (written / "nowhere.nii.gz").exists()

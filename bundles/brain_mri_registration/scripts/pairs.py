@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from monai_lm.io import datalist as pairs
+from monai_lm.io import datalist
 
 from .data import SPLIT, subject_files
 
@@ -29,7 +29,7 @@ def draw_pairs(dataset_dir: str | Path, part: str = "test", count: int = 2, seed
     """
     names = json.loads(SPLIT.read_text())[part]
     subjects = [subject_files(dataset_dir, name) for name in names]
-    drawn = pairs.draw_pairs([{"image": str(subject["image"])} for subject in subjects], "random", count, seed)
+    drawn = datalist.draw_pairs([{"image": str(subject["image"])} for subject in subjects], "random", count, seed)
     roles = {"fixed": 0, "moving": 1}
     return [
         {role: str(subjects[pair[k]]["image"]) for role, k in roles.items()}
