@@ -13,7 +13,7 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.data import BUNDLE, hippocampus_network, hippocampus_pairs
-from benchmarks.descents import refine_with
+from benchmarks.descents import keywords
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice, paired_bootstrap
 from monai_lm import RegistrationInferer
@@ -21,9 +21,6 @@ from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.metrics import compare_labels, sd_log_jacobian
 from monai_lm.kernels.devices import find_device
-from monai_lm.solver.pyramid import automatic_scales
-
-ITERATIONS = {8: 100, 4: 100, 2: 50, 1: 25}
 
 
 def hippocampus(
@@ -80,12 +77,9 @@ def _methods(
 
     def adam(step: float) -> Callable[..., Tensor]:
         def run(fixed: Tensor, moving: Tensor, ddf: Tensor) -> Tensor:
-            scales = automatic_scales(fixed.shape[2:], (1.0, 1.0, 1.0), predicted=True)
-            return refine_with(
-                "adam", inferer.channels(fixed), inferer.channels(moving), ddf, scales=scales,
-                iterations=[ITERATIONS[s] for s in scales], step=step,
-                similarity=settings.get("similarity", "lncc"),
-            ).ddf  # fmt: skip
+            channels = inferer.channels(fixed), inferer.channels(moving)
+            similarity = settings.get("similarity", "lncc")
+            return monai_lm.refine(*channels, ddf, similarity=similarity, **keywords("adam", step)).ddf
 
         return run
 

@@ -19,8 +19,10 @@ from monai_lm.fields.topology import fold_count
 from monai_lm.kernels.devices import find_device
 from monai_lm.similarity import LNCC
 from monai_lm.solver.engine import Engine
-from monai_lm.solver.levenberg import initial_trust
+from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.residual import Residual
+from monai_lm.solver.trust import initial_trust
 
 MOVED = {"sample": 5, "lncc": 3, "gradient": 5, "step": 9, "elastic": 6, "the best iterate": 6}
 """V that each has to read and write at least, from the identity."""
@@ -36,7 +38,7 @@ def profile(iterations: int = 10, device: str = "cpu") -> None:
     chosen = find_device(device)
     fixed, moving = (brain_image(subject, "t1").to(chosen) for subject in ("1000", "1001"))
     level = make_level(fixed.shape[2:], (1.0, 1.0, 1.0), 1)
-    residual = torch.zeros(1, 3, *fixed.shape[2:], device=chosen)
+    residual = Residual(1, level, chosen, torch.float32)
     seconds: dict[str, float] = defaultdict(float)
     rows: list[dict[str, float]] = []
 
@@ -49,7 +51,7 @@ def profile(iterations: int = 10, device: str = "cpu") -> None:
         return call
 
     with torch.no_grad():
-        engine = Engine(level, fixed, moving, None, residual, LNCC(), 1.0, 0.5, 0.5, 1, False)
+        engine = Engine(fixed, moving, None, residual, LNCC(), Method(), 1.0, 0.5)
         loss = engine.evaluate()
         trust = initial_trust(engine.gradient, loss, 1.0)
         better = torch.ones(1, dtype=torch.bool, device=chosen)
@@ -57,13 +59,13 @@ def profile(iterations: int = 10, device: str = "cpu") -> None:
         with ExitStack() as stack:
             for name, run in patches.items():
                 stack.enter_context(mock.patch.object(kernels, name, run))
-            stack.enter_context(mock.patch.object(engine, "note", clocked("the best iterate", engine.note)))
+            stack.enter_context(mock.patch.object(residual, "note", clocked("the best iterate", residual.note)))
             for iteration in range(iterations + 2):
                 seconds.clear()
-                whole = timed(chosen, engine.advance, trust, better, False)[1] + timed(chosen, engine.evaluate)[1]
+                whole = timed(chosen, engine.advance, trust, better)[1] + timed(chosen, engine.evaluate)[1]
                 if iteration >= 2:
                     rows.append(dict(seconds) | {"rest": whole - sum(seconds.values()), "all": whole})
-        guard = timed(chosen, fold_count, engine.residual)[1]
+        guard = timed(chosen, fold_count, residual.field)[1]
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     volume = 4 * fixed.numel()
     print(f"profile: {machine(torch.get_num_threads())}; 176x224x176, {iterations} iterations")

@@ -27,7 +27,7 @@ from monai_lm import kernels
 from monai_lm.fields import fold_count
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.io import read_ddf
-from monai_lm.solver.pyramid import automatic_scales
+from monai_lm.solver.schedule import automatic_scales
 
 
 def validation(

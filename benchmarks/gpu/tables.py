@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 
 import monai_lm
-from benchmarks.descents import DESCENTS, refine_with
+from benchmarks.descents import DESCENTS, keywords
 from benchmarks.gpu.measure import Pair, per_iteration, synthetic, timed
 from benchmarks.gpu.steps import Step, Values
 from monai_lm import RefinementResult
 from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
-from monai_lm.solver.pyramid import automatic_scales
 
 _ROOT = Path(__file__).parents[2]
 SIZES = ((160, 192, 224), (64, 64, 64), (256, 256, 256))
 DRY_SIZES = ((32, 36, 34),)
 STEPS = {"adam": 0.2, "stateless": 0.5}
-COUNTS = {8: 100, 4: 100, 2: 50, 1: 25}
 
 Run = Callable[[int], Any]
 
@@ -83,10 +81,7 @@ def _refined(predicted: bool, pair: Pair, iterations: int, **settings: Any) -> R
 
 
 def _descended(descent: str, pair: Pair, iterations: int) -> RefinementResult:
-    return refine_with(
-        descent, pair.fixed, pair.moving, pair.prediction, scales=(1,), iterations=(iterations,), step=STEPS[descent],
-        tolerance=0,
-    )  # fmt: skip
+    return _refined(True, pair, iterations, **keywords(descent, STEPS[descent]))
 
 
 def first_call(settings: dict[str, Any], size: Sequence[int], device: torch.device) -> Values:
@@ -122,11 +117,8 @@ def whole(name: str, size: Sequence[int], device: torch.device) -> Values:
 
 
 def _registered(name: str, pair: Pair) -> RefinementResult:
-    if name in DESCENTS:
-        scales = automatic_scales(pair.fixed.shape[2:], [1.0] * 3, predicted=False)
-        counts = [COUNTS[scale] for scale in scales]
-        return refine_with(name, pair.fixed, pair.moving, scales=scales, iterations=counts, step=STEPS[name])
-    return monai_lm.refine(pair.fixed, pair.moving, pair.prediction if name == "LM, predicted" else None)
+    other = keywords(name, STEPS[name]) if name in DESCENTS else {}
+    return monai_lm.refine(pair.fixed, pair.moving, pair.prediction if name == "LM, predicted" else None, **other)
 
 
 def _worth(ddf: Tensor, loss: Tensor, pair: Pair) -> Values:

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 
 import monai_lm  # noqa: E402
 from benchmarks.data import read_image  # noqa: E402
-from benchmarks.descents import refine_with  # noqa: E402
+from benchmarks.descents import keywords  # noqa: E402
 from benchmarks.gpu.measure import timed  # noqa: E402
 from monai_lm.fields import warp  # noqa: E402
 
@@ -34,10 +34,8 @@ def run(iterations: list[int]) -> tuple[torch.Tensor, float]:
     """The field, and the seconds it took."""
     schedule = {"scales": job["scales"], "iterations": iterations, "tolerance": 0}
     if "optimizer" in job:
-        schedule["step"] = {"adam": 0.25, "stateless": 0.5}[job["optimizer"]]
-        result, seconds = timed(device, refine_with, job["optimizer"], *images, prediction, **schedule)
-    else:
-        result, seconds = timed(device, monai_lm.refine, *images, prediction, **(schedule | options))
+        schedule |= keywords(job["optimizer"], {"adam": 0.25, "stateless": 0.5}[job["optimizer"]])
+    result, seconds = timed(device, monai_lm.refine, *images, prediction, **(schedule | options))
     return result.ddf, seconds
 
 

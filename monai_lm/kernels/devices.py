@@ -55,7 +55,11 @@ class Stopwatch:
         if self._device.type == "cuda":
             self._events.append(self._event())
         else:
-            self._times.append(time.perf_counter() - self._started)
+            self._times.append(self.elapsed())
+
+    def elapsed(self) -> float:
+        """Seconds since the start, as the host's clock says."""
+        return time.perf_counter() - self._started
 
     def seconds(self) -> list[float]:
         """Seconds of every lap since the start; waits until the device has done its work."""
@@ -63,7 +67,7 @@ class Stopwatch:
             return self._times
         last = self._event()
         last.synchronize()
-        now = time.perf_counter() - self._started
+        now = self.elapsed()
         return [now - event.elapsed_time(last) / 1000 for event in self._events]
 
     def _event(self) -> torch.cuda.Event:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields.finite import check_finite
-from monai_lm.solver.levenberg import ACCEPTANCES, CONTROLS
 
 __all__ = [
-    "check_control",
     "check_field",
     "check_finite",
     "check_images",
     "check_mask",
     "check_number",
     "check_spacing",
-    "per_level",
     "plain",
 ]
 
@@ -105,16 +102,6 @@ def check_number(name: str, value: Any, minimum: float, exclusive: bool = False)
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def check_control(control: Any, acceptance: Any, window: Any) -> None:
-    """Names of the damping control and the acceptance, and an odd window."""
-    if control not in CONTROLS:
-        raise ValueError(f"control must be one of {CONTROLS}, got {control!r}")
-    if acceptance not in ACCEPTANCES:
-        raise ValueError(f"acceptance must be one of {ACCEPTANCES}, got {acceptance!r}")
-    if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd number of voxels, got {window!r}")
-
-
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
     """``n`` positive edge lengths; ones if ``None``."""
     if spacing is None:
@@ -127,20 +114,3 @@ def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
     if len(values) != n or not all(0 < s < math.inf for s in values):
         raise ValueError(message)
     return values
-
-
-def per_level(name: str, value: float | Sequence[float], levels: int, minimum: float, exclusive: bool) -> list[float]:
-    """Spread a setting over the levels, coarse to fine; of a longer sequence the fine end is used.
-
-    Raises:
-        ValueError: a value out of range, or fewer values than levels.
-    """
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        check_number(name, value, minimum, exclusive)
-        return [float(value)] * levels
-    values = list(value)
-    for v in values:
-        check_number(name, v, minimum, exclusive)
-    if len(values) < levels:
-        raise ValueError(f"{name} must be one number or at least one per level ({levels}), got {len(values)}")
-    return [float(v) for v in values[len(values) - levels :]]

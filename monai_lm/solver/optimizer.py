@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 
 from monai_lm.fields.smoothing import gaussian_smooth
 from monai_lm.fields.topology import repair
-from monai_lm.kernels.reference import in_units
-from monai_lm.solver import levenberg
-from monai_lm.solver.checks import check_control, check_number, check_spacing
-from monai_lm.solver.levenberg import Trust, per_voxel
+from monai_lm.solver.acceptance import Acceptance
+from monai_lm.solver.checks import check_number, check_spacing
+from monai_lm.solver.damping import Damping
+from monai_lm.solver.descent import expected_decrease, pull_back
+from monai_lm.solver.method import Method, make_method
 from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.smoothing import Smoothing
+from monai_lm.solver.trust import Trust, initial_trust, per_voxel
 
 __all__ = ["FactoredLM"]
 
@@ -46,7 +49,7 @@ class FactoredLM(Optimizer):
         params: fields, or dictionaries of parameter groups.
         step: largest displacement per step, in voxels of the finest axis.
         damping: δ, the initial damping relative to the typical squared gradient.
-        control: ``"simple"`` or ``"trust_region"``, see :func:`monai_lm.solver.levenberg.judge`.
+        control: ``"simple"``, ``"trust_region"`` or a :class:`~monai_lm.solver.damping.Damping`.
         acceptance: ``"always"``, ``"descent"`` or ``"metropolis"``; the last two evaluate the closure twice per step
             and restore the field of a pair whose step they reject.
         window: width in voxels, odd, of the window that the Hessian is averaged over.
@@ -69,11 +72,11 @@ class FactoredLM(Optimizer):
         step: float = 0.5,
         damping: float = 1.0,
         *,
-        control: str = "simple",
-        acceptance: str = "always",
+        control: str | Damping = "simple",
+        acceptance: str | Acceptance = "always",
         window: int = 1,
         smooth_gradient: float = 1.0,
-        smooth_residual: float = 0.5,
+        smooth_residual: float | Smoothing = 0.5,
         spacing: Sequence[float] | None = None,
         repair_every: int = 1,
         eulerian: bool = False,
@@ -129,7 +132,7 @@ class FactoredLM(Optimizer):
                 for field in group["params"]:
                     if field.grad is not None:
                         old = self._move(field, group, loss)
-                        if group["acceptance"] != "always":
+                        if _method_of(group).acceptance.may_reject:
                             pending.append((field, group, old))
         if pending:
             candidate = self._evaluate(closure)
@@ -162,23 +165,23 @@ class FactoredLM(Optimizer):
         """Move a field by one step; returns where it was."""
         assert field.grad is not None  # the caller looked
         raw = field.grad.nan_to_num(0.0, 0.0, 0.0)
-        gradient = raw if group["eulerian"] else levenberg.pull_back(raw, field)
+        gradient = raw if group["eulerian"] else pull_back(raw, field)
+        method = _method_of(group)
         level = make_level(field.shape[2:], check_spacing(group["spacing"], field.shape[1]), 1)
         smooth = gaussian_smooth(gradient, level.in_voxels(group["smooth_gradient"]))
         trust = self._trust(field, group, smooth, level.unit, loss.reshape(-1).to(field.dtype))
         each = _of_every_pair(trust, len(field))
         step, old, moved = group["lr"] * group["step"], field.detach().clone(), torch.empty_like(smooth)
-        levenberg.take_step(smooth, old, each, level.unit, step, group["window"], None, moved)
-        after = old.clone() if group["acceptance"] != "always" else old
-        sigma = [group["smooth_residual"]] * field.shape[1]
-        levenberg.relax(moved, each, sigma, after, min(1, group["lr"]))
+        used = smooth.clone() if method.damping.needs_promise else smooth  # a descent may overwrite it
+        method.descent.advance(used, old, each, level.unit, step, None, moved)
+        after = old.clone() if method.acceptance.may_reject else old
+        method.smoothing.relax(moved, each.length if group["lr"] >= 1 else group["lr"] * each.length, after)
         state = self.state[field]
         state["step"] += 1
         if group["lr"] and group["repair_every"] and state["step"] % group["repair_every"] == 0:
             after = repair(after)
-        if group["control"] == "trust_region":
-            v = levenberg.direction(in_units(smooth, level.unit), each, step, group["window"])
-            expected = levenberg.expected_decrease(gradient, in_units(v, level.unit))
+        if method.damping.needs_promise:
+            expected = expected_decrease(gradient, method.descent.direction(smooth, each, level.unit, step))
             trust = replace(trust, expected=expected.sum(0, keepdim=True) if loss.numel() == 1 else expected)
         state.update(trust.state())
         field.copy_(after)
@@ -190,46 +193,46 @@ class FactoredLM(Optimizer):
         """State of the damping for the coming step, judged by the loss that the last step led to."""
         state = self.state[field]
         if "damping" not in state:
-            if group["smooth_residual"] > 0 and bool(field.any()):
+            if group["smooth_residual"] != 0 and bool(field.any()):
                 warnings.warn(
                     "FactoredLM smooths the whole field at every step, which erodes a field that does not start at "
                     "zero: compose the prediction with a zero field in the closure, or set smooth_residual=0",
                     stacklevel=5,
                 )
             state["step"] = 0
-            return levenberg.initial_trust(gradient, loss, group["damping"], unit)
-        trust = Trust(**{name: state[name] for name in Trust.__dataclass_fields__})
-        if group["acceptance"] != "always":
-            return trust
-        return levenberg.judge(trust, loss, group["control"], "always", 0.0)[2]
+            return initial_trust(gradient, loss, group["damping"], unit)
+        trust = Trust.of(state)
+        method = _method_of(group)
+        return trust if method.acceptance.may_reject else method.judge(trust, loss, state["step"])[2]
 
     def _settle(self, field: Tensor, group: dict[str, Any], old: Tensor, loss: Tensor) -> None:
         """Judge the step that was taken, and take it back for the pairs that reject it."""
         state = self.state[field]
-        trust = Trust(**{name: state[name] for name in Trust.__dataclass_fields__})
-        chance = levenberg.chance(group["seed"], state["step"])
-        accepted, _, trust = levenberg.judge(
-            trust, loss.reshape(-1).to(field.dtype), group["control"], group["acceptance"], chance
-        )
+        trust = Trust.of(state)
+        accepted, _, trust = _method_of(group).judge(trust, loss.reshape(-1).to(field.dtype), state["step"])
         state.update(trust.state())
         field.copy_(torch.where(per_voxel(accepted, field), field, old))
 
 
+def _method_of(group: dict[str, Any]) -> Method:
+    names = ("control", "acceptance", "smooth_residual", "window", "seed")
+    return make_method("lm", *(group[name] for name in names))
+
+
 def _of_every_pair(trust: Trust, pairs: int) -> Trust:
     """A state that is one for all pairs, ``(1,)``, as one of every pair, ``(B,)``."""
-    return Trust(**{name: value.expand(pairs) for name, value in trust.state().items()})
+    return Trust.of({name: value.expand(pairs) for name, value in trust.state().items()})
 
 
 def _check_group(group: dict[str, Any]) -> None:
     check_number("step", group["step"], 0, exclusive=True)
     check_number("damping", group["damping"], 0, exclusive=True)
     check_number("smooth_gradient", group["smooth_gradient"], 0)
-    check_number("smooth_residual", group["smooth_residual"], 0)
     check_number("repair_every", group["repair_every"], 0)
     if group["repair_every"] != int(group["repair_every"]):
         raise ValueError(f"repair_every must be a whole number of steps, got {group['repair_every']}")
     check_number("lr", group["lr"], 0)
-    check_control(group["control"], group["acceptance"], group["window"])
+    _method_of(group)
     for field in group["params"]:
         if field.dim() not in (4, 5) or field.shape[1] != field.dim() - 2 or min(field.shape) < 1:
             raise ValueError(

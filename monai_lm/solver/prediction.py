@@ -11,8 +11,8 @@ from torch import Tensor
 from monai_lm.fields.sampling import warp
 from monai_lm.fields.topology import folded_cells
 from monai_lm.similarity import Similarity
-from monai_lm.solver.levenberg import per_voxel
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
+from monai_lm.solver.trust import per_voxel
 
 __all__ = ["believed"]
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from monai_lm.fields.smoothing import gaussian_smooth
 from monai_lm.kernels.devices import widest_float
 
-__all__ = ["Level", "automatic_scales", "make_level", "move_field", "shrink"]
+__all__ = ["SHORTEST", "Level", "make_level", "move_field", "shrink"]
 
-_COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
-_SHORTEST = 8  # voxels; axes are not shrunk below this
+SHORTEST = 8  # voxels; axes are not shrunk below this
 _SLAB = 2**20  # voxels of a field that are moved together
 
 
@@ -56,25 +55,14 @@ def make_level(size: Sequence[int], spacing: Sequence[float], scale: float) -> L
     for length, edge in zip(size, spacing, strict=True):
         factor = max(1.0, scale * finest / edge)
         voxels = length if factor == 1 else min(length, 2 * math.ceil(length / factor / 2 - 1e-9))
-        if voxels < min(length, _SHORTEST):
-            voxels = min(length, _SHORTEST)
+        if voxels < min(length, SHORTEST):
+            voxels = min(length, SHORTEST)
             factor = length / voxels
         shape.append(voxels)
         factors.append(factor)
     edges = [edge * factor for edge, factor in zip(spacing, factors, strict=True)]
     unit = min(edges)
     return Level(scale, tuple(shape), tuple(factors), tuple(unit / e for e in edges))
-
-
-def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
-    """Scales for images of this size: from the identity as coarse as the images allow, from a prediction two levels."""
-    scales = []
-    for scale in (2, 1) if predicted else (8, 4, 2, 1):
-        level = make_level(size, spacing, scale)
-        shrunk = [new for new, old in zip(level.size, size, strict=True) if new < old]
-        if scale == 1 or (shrunk and min(shrunk) >= (_COARSEST if scale > 2 else _SHORTEST)):
-            scales.append(scale)
-    return tuple(scales)
 
 
 def shrink(image: Tensor, level: Level) -> Tensor:

@@ -7,8 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from operator import index
 from typing import SupportsIndex
 
 import torch
@@ -21,21 +19,20 @@ from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.weighted import Weighted, with_weight
-from monai_lm.solver.checks import (
-    check_control,
-    check_field,
-    check_images,
-    check_mask,
-    check_number,
-    check_spacing,
-    per_level,
-    plain,
-)
+from monai_lm.solver.acceptance import Acceptance
+from monai_lm.solver.checks import check_field, check_images, check_mask, check_number, check_spacing, plain
+from monai_lm.solver.damping import Damping
+from monai_lm.solver.descent import Descent
+from monai_lm.solver.engine import Engine
 from monai_lm.solver.memory import MODES, automatic_mode, halved
+from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
-from monai_lm.solver.pyramid import Level, automatic_scales, make_level
+from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record, RefinementResult
-from monai_lm.solver.run import LevelRun, Settings
+from monai_lm.solver.run import Problem, Settings, descend, engine_of
+from monai_lm.solver.schedule import Stage, make_schedule
+from monai_lm.solver.smoothing import Smoothing
 
 __all__ = ["check_keywords", "refine"]
 
@@ -55,11 +52,12 @@ def refine(
     iterations: str | int | Sequence[int] = "auto",
     step: float = 0.5,
     damping: float | Sequence[float] = (0.1, 0.1, 0.3, 1.0),
-    control: str = "simple",
-    acceptance: str = "always",
+    descent: str | Descent = "lm",
+    control: str | Damping = "simple",
+    acceptance: str | Acceptance = "always",
     window: int = 1,
     smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
-    smooth_residual: float = 0.5,
+    smooth_residual: float | Smoothing = 0.5,
     spacing: Sequence[float] | None = None,
     seconds: float | None = None,
     tolerance: float = 0.005,
@@ -90,12 +88,15 @@ def refine(
         step: largest displacement per iteration, in voxels of the level's finest axis.
         damping: δ, the initial damping relative to the typical squared gradient. A sequence gives it per level, coarse
             to fine, aligned at the finest level, here and below.
-        control: ``"simple"`` or ``"trust_region"``, see :func:`monai_lm.solver.levenberg.judge`.
-        acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``.
+        descent: ``"lm"``, or a :class:`~monai_lm.solver.descent.Descent`.
+        control: rule for the damping: ``"simple"``, ``"trust_region"`` or ``"constant"``, or a
+            :class:`~monai_lm.solver.damping.Damping`.
+        acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``, or an
+            :class:`~monai_lm.solver.acceptance.Acceptance`.
         window: width in voxels, odd, of the window that the Hessian is averaged over; 1 is the factored method.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         smooth_residual: standard deviation of the elastic smoothing of the residual, in voxels of every axis: it keeps
-            what the grid can resolve, also across thick slices.
+            what the grid can resolve, also across thick slices. Or a :class:`~monai_lm.solver.smoothing.Smoothing`.
         spacing: voxel edge per axis, in millimetres; steps and ``smooth_gradient`` are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
             returned when it is spent. Making sure that the result has no folds comes on top.
@@ -136,13 +137,14 @@ def refine(
         ddf = plain("ddf", ddf)
         check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
     edges = check_spacing(spacing, n)
-    levels = _levels(scales, size, edges, ddf is not None)
-    counts = _iterations(iterations, [level.scale for level in levels])
-    dampings = per_level("damping", damping, len(levels), 0, exclusive=True)
-    sigmas = per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
-    _check_settings(step, smooth_residual, tolerance, seconds, control, acceptance, window)
+    stages = make_schedule(scales, iterations, damping, smooth_gradient, size, edges, ddf is not None)
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
+    method = make_method(descent, control, acceptance, smooth_residual, window, int(seed))
+    check_number("step", step, 0, exclusive=True)
+    check_number("tolerance", tolerance, 0)
+    if seconds is not None:
+        check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
     measure = get_similarity(similarity)
     if mask is not None:
@@ -151,21 +153,21 @@ def refine(
     if memory == "auto":
         memory = automatic_mode(fixed)
     settings = Settings(
-        measure, step, control, acceptance, window, smooth_residual, tolerance, seed, memory, deadline
-    )  # fmt: skip
-    stages = list(zip(levels, counts, dampings, sigmas, strict=True))
-    finest = make_level(size, edges, 1)
+        similarity=measure, method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline
+    )
+    finest = replace(stages[-1], level=make_level(size, edges, 1))
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(fixed.device.type, enabled=False),
         kernels_.using(kernels),
-        tqdm(total=sum(counts), desc="refine", unit="it", disable=not progress) as bar,
+        tqdm(total=sum(stage.iterations for stage in stages), desc="refine", unit="it", disable=not progress) as bar,
     ):
 
         def run(how: Settings) -> RefinementResult:
             bar.reset()
-            return _coarse_to_fine(fixed, moving, mask, ddf, stages, finest, how, bar, started)
+            record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
+            return _coarse_to_fine((fixed, moving, mask), ddf, [*stages, finest], how, record, bar)
 
         return _as_memory_allows(run, settings, fixed)
 
@@ -196,42 +198,40 @@ def _as_memory_allows(
 
 
 def _coarse_to_fine(
-    fixed: Tensor,
-    moving: Tensor,
-    mask: Tensor | None,
+    images: tuple[Tensor, Tensor, Tensor | None],
     ddf: Tensor | None,
-    stages: list[tuple[Level, int, float, float]],
-    finest: Level,
+    stages: list[Stage],
     settings: Settings,
+    record: Record,
     bar: tqdm,
-    started: float,
-    level_run: type[LevelRun] = LevelRun,
 ) -> RefinementResult:
-    """Run the stages (level, iterations, damping, smoothing of the gradient) and end on the grid of the images."""
-    fixed, moving = _normal(fixed), _normal(moving)
+    """Run the stages; the last one has the grid of the images, where nothing is left to be done but to finish."""
+    (fixed, moving), mask = (_normal(image) for image in images[:2]), images[2]
     constant = _constant(fixed, moving)
     fixed = fixed if mask is None else with_weight(fixed, mask)
     if settings.memory == "half":
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
     repaired = used = None
+    *stages, finest = stages
     if ddf is not None:
-        edges = [1 / unit for unit in finest.unit]
-        start, used = believed(ddf, fixed, moving, settings.similarity, finest, edges)
+        edges = [1 / unit for unit in finest.level.unit]
+        start, used = believed(ddf, fixed, moving, settings.similarity, finest.level, edges)
         repaired = repair(start, goal=_GOAL, deadline=settings.deadline)
         del start
-    given_up: list[tuple[Level, Tensor]] = []  # the level before: a list, so that the next one can let go of it
-    record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
-    for level, count, delta, sigma in stages:
-        run = level_run(level, fixed, moving, repaired, given_up, finest, settings, sigma)
-        loss = run.iterate(delta, count, record, bar)
-        if level is not stages[-1][0] or level.factor != finest.factor:
-            given_up = [(level, run.engine.residual)]
-            del run  # and all that the level keeps
-    if level.factor != finest.factor:
-        run = level_run(finest, fixed, moving, repaired, given_up, finest, settings, sigma)
-        loss = run.engine.loss(run.engine.residual)
-    return _finish(run, loss, ddf, used, constant, record, started)
+    problem = Problem(fixed, moving, repaired)
+    residual: Residual | None = None
+    engine: Engine | None = None
+    for stage in stages:
+        engine = None  # all that the level before keeps, its residual aside
+        engine = engine_of(stage, finest, problem, residual, settings)
+        residual, loss = engine.residual, descend(engine, stage, settings, record, bar)
+    if stages[-1].level.factor != finest.level.factor:
+        engine = None
+        engine = engine_of(finest, finest, problem, residual, settings)
+        loss = engine.loss(engine.residual.field)
+    assert engine is not None  # for mypy: there is a stage
+    return _finish(engine, loss, ddf, used, constant, record)
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -252,22 +252,20 @@ def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
 
 
 def _finish(
-    run: LevelRun,
+    engine: Engine,
     loss: Tensor,
     predicted: Tensor | None,
     used: Tensor | None,
     constant: Tensor,
     record: Record,
-    started: float,
 ) -> RefinementResult:
     """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction."""
-    engine = run.engine
     initial = engine.loss(None)
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
         warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=6)
     better = (loss <= initial) & ~constant
-    rounded = engine.residual.dtype == torch.half
+    rounded = engine.residual.field.dtype == torch.half
     ddf = engine.displacement(better)
     if rounded:  # what was rounded may fold
         repair_in_place(ddf)
@@ -284,62 +282,6 @@ def _finish(
         final_loss=torch.where(better, loss, initial) / engine.voxels,
         predicted_folds=folds,
         repair_shift=shift,
-        seconds=time.perf_counter() - started,
+        seconds=record.elapsed(),
         prediction_used=used,
     )
-
-
-def _levels(
-    scales: str | Sequence[float], size: Sequence[int], spacing: Sequence[float], predicted: bool
-) -> list[Level]:
-    if isinstance(scales, str):
-        if scales != "auto":
-            raise ValueError(f"scales must be 'auto' or a sequence of numbers, got {scales!r}")
-        scales = automatic_scales(size, spacing, predicted)
-    try:
-        values = [*scales]
-    except TypeError as error:
-        raise TypeError(f"scales must be 'auto' or a sequence of numbers, got {type(scales).__name__}") from error
-    for value in values:
-        check_number("scales", value, 1)
-    if not values or any(a <= b for a, b in pairwise(values)):
-        raise ValueError(f"scales must be strictly decreasing and not empty, got {tuple(values)}")
-    return [make_level(size, spacing, value) for value in values]
-
-
-def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> list[int]:
-    if isinstance(iterations, str):
-        if iterations != "auto":
-            raise ValueError(f"iterations must be 'auto', a number or a sequence, got {iterations!r}")
-        return [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
-    if isinstance(iterations, bool):
-        raise TypeError(f"iterations must be 'auto', a whole number or a sequence of them, got {iterations!r}")
-    try:
-        counts = [index(i) for i in ([iterations] * len(scales) if isinstance(iterations, int) else iterations)]
-    except TypeError as error:
-        expected = "'auto', a whole number or a sequence of them"
-        raise TypeError(f"iterations must be {expected}, got {iterations!r}") from error
-    if len(counts) != len(scales):
-        raise ValueError(
-            f"iterations must have one number per level, {len(scales)} for scales {scales}, got {len(counts)}"
-        )
-    for count in counts:
-        check_number("iterations", count, 0)
-    return counts
-
-
-def _check_settings(
-    step: float,
-    smooth_residual: float,
-    tolerance: float,
-    seconds: float | None,
-    control: str,
-    acceptance: str,
-    window: int,
-) -> None:
-    check_number("step", step, 0, exclusive=True)
-    check_number("smooth_residual", smooth_residual, 0)
-    check_number("tolerance", tolerance, 0)
-    if seconds is not None:
-        check_number("seconds", seconds, 0, exclusive=True)
-    check_control(control, acceptance, window)

@@ -62,6 +62,10 @@ class Record:
         self._levels.append((level, *units))
         self._values.append(values)
 
+    def elapsed(self) -> float:
+        """Seconds since the call."""
+        return self._watch.elapsed()
+
     def history(self) -> list[list[Iteration]]:
         """Per pair, its iterations."""
         if not self._values:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.descents import refine_with
+from benchmarks.descents import keywords
+from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
+from monai_lm.kernels.reference import eulerian_gradient
 from monai_lm.similarity import MSE
-from monai_lm.solver.levenberg import eulerian_gradient
 
 
 @pytest.fixture
@@ -26,13 +27,13 @@ def test_the_first_step_is_that_of_the_formula(descent, pair):
     fixed, moving = pair
     derivative = MSE().loss_and_derivative(moving, fixed)[1]
     step = STEPS[descent](gaussian_smooth(eulerian_gradient(derivative, moving), 1.0))
-    result = refine_with(descent, fixed, moving, scales=(1,), iterations=(1,), step=0.1, similarity="mse")
+    result = refine(fixed, moving, scales=(1,), iterations=(1,), similarity="mse", **keywords(descent, 0.1))
     torch.testing.assert_close(result.ddf, gaussian_smooth(step, 0.5), rtol=0, atol=5e-4)
     assert float(step.abs().max()) > 0.05
 
 
 @pytest.mark.parametrize("descent", STEPS)
 def test_they_register(descent, pair):
-    result = refine_with(descent, *pair, scales=(2, 1), iterations=(30, 20), step=0.2)
+    result = refine(*pair, scales=(2, 1), iterations=(30, 20), **keywords(descent, 0.2))
     assert float(result.final_loss) < 0.5 * float(result.initial_loss)
     assert fold_count(result.ddf).tolist() == [0]

@@ -90,12 +90,12 @@ def test_warp_compiles_as_one_graph(smooth_field):
 
 def test_the_engine_does_not_look_again():
     """What an iteration calls is not what is wrapped: a look would wait for a GPU."""
-    from monai_lm import inferers
-    from monai_lm.solver import engine, levenberg, optimizer, refinement
+    from monai_lm.inferers import inferer as inferers
+    from monai_lm.solver import descent, engine, optimizer, refinement, residual
     from monai_lm.training import module, supervision
 
     wrapped = {name for name in fields.__all__ if hasattr(getattr(fields, name), "__wrapped__")}
     assert wrapped == {"compose", "integrate", "repair", "sample_points", "warp"}
-    for part in (engine, inferers, levenberg, optimizer, refinement, module, supervision):
+    for part in (engine, inferers, descent, optimizer, refinement, residual, module, supervision):
         for name in wrapped & set(vars(part)):
             assert not hasattr(vars(part)[name], "__wrapped__"), (part.__name__, name)

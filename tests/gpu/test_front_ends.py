@@ -202,7 +202,7 @@ def test_a_device_with_too_little_memory_ends_with_a_sentence(pair, tmp_path, mo
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("monai_lm.solver.run.LevelRun.iterate", exhausted)
+    monkeypatch.setattr("monai_lm.solver.refinement.descend", exhausted)
     words = ["refine", "--fixed", str(fixed), "--moving", str(moving), "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["monai-lm", *words, "--device", "cuda:1", "--report", "false"])
     with pytest.raises(SystemExit) as ended, pytest.warns(UserWarning, match="trying 'half'"):

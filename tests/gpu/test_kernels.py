@@ -8,12 +8,14 @@ from torch import Tensor
 
 from monai_lm import fields
 from monai_lm.fields.topology import folded_cells
-from monai_lm.kernels.reference import box_sum
+from monai_lm.kernels.reference import box_sum, eulerian_gradient
 from monai_lm.similarity import LNCC, MSE, NCC
 from monai_lm.similarity.weighted import Weighted, with_weight
-from monai_lm.solver import levenberg
-from monai_lm.solver.levenberg import Trust
+from monai_lm.solver.descent import LM, WindowedLM, pull_back
+from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import make_level, move_field, shrink
+from monai_lm.solver.smoothing import Elastic
+from monai_lm.solver.trust import Trust, initial_trust
 
 SIZES = {2: (33, 28), 3: (21, 18, 23)}
 
@@ -34,7 +36,7 @@ class Inputs(NamedTuple):
 
     @property
     def trust(self):
-        return levenberg.initial_trust(self.ddf, self.ddf.new_tensor([2.0, 3.0]), 1.0)
+        return initial_trust(self.ddf, self.ddf.new_tensor([2.0, 3.0]), 1.0)
 
     def compared(self, measure):
         return measure.loss_and_derivative(self.image, self.other)
@@ -47,7 +49,7 @@ class Inputs(NamedTuple):
 
     def judged(self):
         trust = self.trust
-        return levenberg.judge(trust, 0.5 * trust.loss, "simple", "always", 0)[2]
+        return Method().judge(trust, 0.5 * trust.loss, 1)[2]
 
 
 KERNELS = {
@@ -70,11 +72,11 @@ KERNELS = {
     "NCC": lambda x: x.compared(NCC()),
     "LNCC, weighted": lambda x: x.compared_within(LNCC()),
     "MSE, weighted": lambda x: x.compared_within(MSE()),
-    "eulerian gradient": lambda x: levenberg.eulerian_gradient(x.image, x.other),
-    "pull back": lambda x: levenberg.pull_back(x.ddf, x.step),
+    "eulerian gradient": lambda x: eulerian_gradient(x.image, x.other),
+    "pull back": lambda x: pull_back(x.ddf, x.step),
     "initial trust": lambda x: x.trust.damping,
-    "direction": lambda x: levenberg.direction(x.ddf, x.trust, 0.5),
-    "direction, window 3": lambda x: levenberg.direction(x.ddf, x.trust, 0.5, window=3),
+    "direction": lambda x: LM().direction(x.ddf, x.trust, [1.0] * x.ddf.shape[1], 0.5),
+    "direction, window 3": lambda x: WindowedLM(3).direction(x.ddf, x.trust, [1.0] * x.ddf.shape[1], 0.5),
     "advance": lambda x: advanced(x),
     "judge": lambda x: x.judged(),
     "shrink": lambda x: shrink(x.image, x.levels[1]),
@@ -85,7 +87,7 @@ KERNELS = {
 def advanced(x):
     """The residual after a step that is composed into it, and smoothed."""
     moved, out = fields.compose(x.ddf, x.step), x.ddf.clone()
-    levenberg.relax(moved, x.trust, [0.5] * x.ddf.shape[1], out)
+    Elastic(0.5).relax(moved, x.trust.length, out)
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm import refine
-from monai_lm.solver.levenberg import relax
+from monai_lm.solver.smoothing import Elastic
 from tests.gpu.pretend import Pretend, label
 
 CPU = torch.device("cpu")
@@ -113,24 +113,26 @@ def test_waits_are_counted(pretend, waiting, count):
 def test_a_wait_is_told_with_file_and_line(pretend, monkeypatch):
     """A wait that is planted in the package: every elastic smoothing reads a number."""
 
-    def reading(moved, *args):
-        assert float(moved.sum()) is not None
-        relax(moved, *args)
+    relax = Elastic.relax
 
-    monkeypatch.setattr("monai_lm.solver.levenberg.relax", reading)
+    def reading(self, moved, *args):
+        assert float(moved.sum()) is not None
+        relax(self, moved, *args)
+
+    monkeypatch.setattr(Elastic, "relax", reading)
     fixed = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to("cuda:1")
     pretend.waits.clear()
     refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4, tolerance=0)
     places = {where: count for (what, where), count in pretend.waits.items() if what == "_local_scalar_dense"}
     assert max(places.values()) == 4
-    assert max(places, key=places.get).startswith("engine.py:")
+    assert max(places, key=places.get).startswith("solver/engine.py:")
 
 
 @pytest.mark.usefixtures("pretend")
 def test_a_tensor_left_on_the_cpu_is_found_in_the_package(monkeypatch):
-    monkeypatch.setattr("monai_lm.solver.levenberg.relax", lambda moved, *_: moved + torch.zeros(moved.shape))
+    monkeypatch.setattr(Elastic, "relax", lambda _, moved, *__: moved + torch.zeros(moved.shape))
     fixed = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to("cuda:1")
-    with pytest.raises(RuntimeError, match=r"found cpu, cuda:1 in add at \w+\.py:\d+"):
+    with pytest.raises(RuntimeError, match=r"found cpu, cuda:1 in add at solver/\w+\.py:\d+"):
         refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4)
 
 

@@ -7,9 +7,10 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 import monai_lm
 from monai_lm import refine
 from monai_lm.fields import compose, fold_count, warp
+from monai_lm.solver import refinement, run
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.memory import MODES
-from monai_lm.solver.run import LevelRun
+from monai_lm.solver.residual import Residual
 
 SIZES = {2: (36, 32), 3: (17, 16, 14)}
 SETTINGS = {"scales": (2, 1), "iterations": (8, 6), "tolerance": 0.0}
@@ -98,24 +99,23 @@ def test_the_optimizer_works_where_its_field_is(device, pair):
     assert composed.device == device
 
 
-class _Silent(Engine):
-    """Waiting for the device is an error inside the iterations."""
-
-    def advance(self, *args, **kwargs):
-        torch.cuda.set_sync_debug_mode("error")
-        return super().advance(*args, **kwargs)
-
-    def settle(self, better):
-        torch.cuda.set_sync_debug_mode("default")
-        super().settle(better)
-
-
 @pytest.mark.parametrize("variant", [{}, {"control": "trust_region"}, {"window": 3}, {"similarity": "mse"}], ids=str)
 def test_the_host_never_waits_inside_the_iterations(variant, device, pair, monkeypatch):
     """Nine of them: after ten it looks whether to stop. Everything between the first step and the last."""
     if device.type != "cuda":
         pytest.skip("only CUDA can say that nobody waited")
-    monkeypatch.setattr(LevelRun, "engine_type", _Silent)
+    advance, settle = Engine.advance, Residual.settle
+
+    def silent(self, *args):
+        torch.cuda.set_sync_debug_mode("error")
+        return advance(self, *args)
+
+    def loud(self, better):
+        torch.cuda.set_sync_debug_mode("default")
+        settle(self, better)
+
+    monkeypatch.setattr(Engine, "advance", silent)
+    monkeypatch.setattr(Residual, "settle", loud)
     try:
         refine(*moved(pair(3), device), **SETTINGS | {"iterations": 9} | variant)
     finally:
@@ -162,14 +162,12 @@ def test_an_exhausted_device_goes_down_to_half_precision(device, smooth_image):
 
 
 def test_half_precision_is_tried_when_memory_runs_out(device, pair, monkeypatch):
-    whole = LevelRun.iterate
-
-    def iterate(self, *args):
-        if self.settings.memory == "full":
+    def iterate(engine, stage, settings, *args):
+        if settings.memory == "full":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, *args)
+        return run.descend(engine, stage, settings, *args)
 
-    monkeypatch.setattr(LevelRun, "iterate", iterate)
+    monkeypatch.setattr(refinement, "descend", iterate)
     given = moved(pair(3), device)
     with pytest.warns(UserWarning, match="ran out of memory, trying 'half'"):
         result = refine(*given, **SETTINGS, memory="full")

@@ -9,15 +9,12 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm.solver.checks import (
-    check_control,
     check_field,
     check_images,
     check_number,
     check_spacing,
-    per_level,
     plain,
 )
-from monai_lm.solver.levenberg import ACCEPTANCES, CONTROLS
 
 CPU = torch.device("cpu")
 
@@ -174,26 +171,6 @@ def test_numpy_numbers_pass(value):
     assert check_number("step", value, 0) is None
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("acceptance", ACCEPTANCES)
-@pytest.mark.parametrize("window", [1, 3, 5])
-def test_known_controls_pass(control, acceptance, window):
-    assert check_control(control, acceptance, window) is None
-
-
-def test_unknown_controls_are_refused():
-    with refusal(ValueError, f"control must be one of {CONTROLS}, got 'adam'"):
-        check_control("adam", ACCEPTANCES[0], 1)
-    with refusal(ValueError, f"acceptance must be one of {ACCEPTANCES}, got None"):
-        check_control(CONTROLS[0], None, 1)
-
-
-@pytest.mark.parametrize("window", [0, -1, 2, 3.0, "3", None])
-def test_a_window_that_is_not_odd_is_refused(window):
-    with refusal(ValueError, f"window must be an odd number of voxels, got {window!r}"):
-        check_control(CONTROLS[0], ACCEPTANCES[0], window)
-
-
 def test_spacing_defaults_to_ones():
     assert check_spacing(None, 2) == (1.0, 1.0)
     assert check_spacing(None, 3) == (1.0, 1.0, 1.0)
@@ -218,44 +195,6 @@ def test_bad_spacing_is_refused(spacing):
 def test_spacing_that_is_no_sequence_of_numbers_is_refused_by_name(spacing):
     with pytest.raises((TypeError, ValueError), match="spacing must be 3 positive numbers, one per axis, got"):
         check_spacing(spacing, 3)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(2, [2.0, 2.0, 2.0]), (0.5, [0.5, 0.5, 0.5]), ((3, 2, 1), [3.0, 2.0, 1.0]), ([4, 3, 2, 1], [3.0, 2.0, 1.0])],
-)
-def test_a_setting_is_spread_over_the_levels_from_the_fine_end(value, expected):
-    assert per_level("damping", value, 3, 0, exclusive=True) == expected
-
-
-def test_too_few_values_for_the_levels_are_refused():
-    with refusal(ValueError, "damping must be one number or at least one per level (3), got 2"):
-        per_level("damping", [1, 2], 3, 0, exclusive=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ([1, 0, 1], "damping must be greater than 0, got 0"),
-        (-1, "damping must be greater than 0, got -1"),
-        ([-1, 1, 1, 1], "damping must be greater than 0, got -1"),
-    ],
-)
-def test_values_of_levels_out_of_range_are_refused(value, message):
-    with refusal(ValueError, message):
-        per_level("damping", value, 3, 0, exclusive=True)
-
-
-@pytest.mark.parametrize("value", [[1, "a", 1], "abc", True])
-def test_values_of_levels_that_are_no_numbers_are_refused(value):
-    with pytest.raises(TypeError, match=r"damping must be a number, got (str|bool)"):
-        per_level("damping", value, 3, 0, exclusive=True)
-
-
-@pytest.mark.parametrize("value", [None, object()], ids=["None", "object"])
-def test_a_setting_that_is_neither_number_nor_sequence_is_refused_by_name(value):
-    with pytest.raises(TypeError, match="damping must be"):
-        per_level("damping", value, 3, 0, exclusive=True)
 
 
 def test_a_volume_without_its_channel_axis_is_told():

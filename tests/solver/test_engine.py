@@ -1,15 +1,23 @@
 """The passes over a level: what they compute, what they share memory for, what comes back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from monai_lm.fields import compose, gaussian_smooth, warp
+from monai_lm.kernels.reference import eulerian_gradient
 from monai_lm.similarity import LNCC, MSE, NCC, Combined
 from monai_lm.similarity.base import normalized
-from monai_lm.solver import levenberg
+from monai_lm.solver.acceptance import Always, Descent, Metropolis
+from monai_lm.solver.damping import Simple, TrustRegion
+from monai_lm.solver.descent import LM, WindowedLM, expected_decrease
 from monai_lm.solver.engine import Engine
-from monai_lm.solver.levenberg import initial_trust
+from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.residual import Residual
+from monai_lm.solver.smoothing import Elastic
+from monai_lm.solver.trust import initial_trust
 
 SIZE = (30, 9, 10)
 SPACING = (1.0, 1.0, 2.0)
@@ -25,9 +33,12 @@ def build(random_tensor):
         fixed, moving = (gaussian_smooth(random_tensor((2, channels, *SIZE), s).float(), 1.0) + 3 for s in (0, 1))
         prediction, residual = (8 * gaussian_smooth(random_tensor((2, 3, *SIZE), s).float(), 3.0) for s in (2, 3))
         level = make_level(SIZE, SPACING, 1)
-        return Engine(
-            level, fixed, moving, prediction, residual.to(dtype), measure, 1.0, 0.5, 0.5, window, control
-        ), fixed
+        method = Method(
+            LM() if window == 1 else WindowedLM(window), TrustRegion() if control else Simple(), Metropolis()
+        )
+        start = Residual(2, level, fixed.device, dtype)
+        start.field = residual.to(dtype)
+        return Engine(fixed, moving, prediction, start, measure, method, 1.0, 0.5), fixed
 
     return make
 
@@ -39,8 +50,8 @@ def run(engine, steps=3):
         loss = engine.evaluate()
         trust = initial_trust(engine.gradient, loss, 1.0, engine.unit)
         better = torch.tensor([True, False])
-        out += [loss, trust.damping, engine.advance(trust, better, keep=True)]
-    return [*out, engine.residual, engine.best, engine.kept]
+        out += [loss, trust.damping, engine.advance(trust, better)]
+    return [*out, engine.residual.field, engine.residual._best, engine.residual._previous]
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -66,59 +77,71 @@ def test_half_precision_is_near(measure, build):
 
 
 @pytest.mark.parametrize("control", [False, True])
-def test_a_step_is_that_of_the_levenberg_functions(control, build):
+def test_a_step_is_that_of_the_parts(control, build):
     engine, fixed = build(MSE(), control)
-    start, prediction = engine.residual.clone(), engine.prediction
+    start, prediction = engine.residual.field.clone(), engine.prediction
     of_fixed, of_moving = MSE().ranges(fixed, engine.moving)
     warped = normalized(warp(engine.moving, compose(prediction, start)), of_moving)
     loss, derivative = MSE().evaluate(warped, MSE().ranged_reference(fixed, of_fixed))
-    gradient = levenberg.eulerian_gradient(derivative, warped)
-    unit = torch.tensor(engine.unit).view(1, -1, 1, 1, 1)
+    gradient = eulerian_gradient(derivative, warped)
     assert engine.unit == pytest.approx([1, 1, 0.5], rel=0.2)
     smooth = gaussian_smooth(gradient, engine.sigma)
-    trust = levenberg.initial_trust(smooth, loss, 1.0, engine.unit)
-    v = levenberg.direction(smooth * unit, trust, 0.5) * unit
+    trust = initial_trust(smooth, loss, 1.0, engine.unit)
+    v = LM().direction(smooth, trust, engine.unit, 0.5)
     torch.testing.assert_close(engine.evaluate(), loss)
-    expected = engine.advance(trust, None, keep=False)
+    expected = engine.advance(trust, torch.tensor([True, True]))
     if control:
-        torch.testing.assert_close(expected, levenberg.expected_decrease(gradient, v))
+        torch.testing.assert_close(expected, expected_decrease(gradient, v))
     else:
         assert expected.isnan().all()
     relaxed = start.clone()
-    levenberg.relax(compose(start, v), trust, engine.elastic, relaxed)
-    torch.testing.assert_close(engine.residual, relaxed, atol=1e-5, rtol=0)
+    Elastic(0.5).relax(compose(start, v), trust.length, relaxed)
+    torch.testing.assert_close(engine.residual.field, relaxed, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.half])
-def test_best_and_kept_residuals_come_back(dtype, build):
+def test_a_step_can_be_taken_back(dtype, build):
     engine, _ = build(MSE(), dtype=dtype)
-    start = engine.residual.clone()
+    start, residual = engine.residual.field.clone(), engine.residual
     trust = initial_trust(engine.gradient, engine.evaluate(), 1.0, engine.unit)
-    engine.advance(trust, torch.tensor([True, True]), keep=True)
-    moved = engine.residual.clone()
+    engine.advance(trust, torch.tensor([True, True]))
+    moved = residual.field.clone()
     assert (moved - start).abs().amax((1, 2, 3, 4)).min() > 0.1
     engine.retract(torch.tensor([True, False]))
-    assert torch.equal(engine.residual, torch.stack([moved[0], start[1]]))
-    engine.settle(torch.tensor([False, True]))
-    assert torch.equal(engine.residual, start)
+    assert torch.equal(residual.field, torch.stack([moved[0], start[1]]))
+    residual.settle(torch.tensor([False, True]))
+    assert torch.equal(residual.field, start)
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "best", "previous"), [(Always(), True, False), (Descent(), False, True), (Metropolis(), True, True)]
+)
+def test_no_more_is_kept_than_the_acceptance_needs(acceptance, best, previous, build):
+    engine, _ = build(MSE())
+    engine.method = replace(engine.method, acceptance=acceptance)
+    trust = initial_trust(engine.gradient, engine.evaluate(), 1.0, engine.unit)
+    engine.advance(trust, torch.tensor([True, True]))
+    assert (engine.residual._best is not None, engine.residual._previous is not None) == (best, previous)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.half])
 def test_displacement_composes_for_the_better_pairs_only(dtype, build):
     engine, _ = build(MSE(), dtype=dtype)
-    residual, prediction = engine.residual.float().clone(), engine.prediction
+    residual, prediction = engine.residual.field.float().clone(), engine.prediction
     ddf = engine.displacement(torch.tensor([True, False]))
     assert ddf.dtype == torch.float32
     torch.testing.assert_close(ddf[0], compose(prediction, residual)[0])
     assert torch.equal(ddf[1], prediction[1])
-    assert ddf is engine.residual  # in whose place it is
+    assert ddf is engine.residual.field  # in whose place it is
 
 
-def test_gradients_are_smoothed_in_space_and_the_residual_on_its_grid():
+def test_gradients_are_smoothed_in_space_and_the_residual_on_its_grid(build):
     """Thick slices would be left to themselves, and fold against each other, were the residual smoothed in space."""
-    level, shape = make_level((12, 12, 6), (1.0, 1.0, 5.0), 1), (1, 1, 12, 12, 6)
-    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-    residual = torch.zeros(1, 3, *shape[2:])
-    engine = Engine(level, *images, None, residual, LNCC(), 1.0, 0.5, 0.5, 1, False)
-    assert engine.sigma == pytest.approx((1.0, 1.0, 0.2))
-    assert engine.elastic == [0.5, 0.5, 0.5]
+    engine, _ = build(MSE())
+    assert engine.sigma == pytest.approx((1.0, 1.0, 0.5), rel=0.2)
+    moved, out = torch.zeros(1, 3, *SIZE), torch.zeros(1, 3, *SIZE)
+    moved[0, 0, 15, 4, 5] = 1.0
+    engine.method.smoothing.relax(moved, torch.ones(1), out)
+    around = [out[0, 0, 16, 4, 5], out[0, 0, 15, 5, 5], out[0, 0, 15, 4, 6]]
+    assert float(around[0]) > 0.05
+    assert all(torch.equal(value, around[0]) for value in around)

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from monai_lm import FactoredLM, refine
 from monai_lm.fields import compose, fold_count, gaussian_smooth, warp
+from monai_lm.kernels.reference import eulerian_gradient
 from monai_lm.similarity import LNCC
 from monai_lm.similarity.base import normalized
-from monai_lm.solver.levenberg import ACCEPTANCES, CONTROLS, eulerian_gradient
+from monai_lm.solver.acceptance import ACCEPTANCES
 
 SHAPES = [(24, 22), (14, 13, 12)]
+
+CONTROLS = ("simple", "trust_region")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -284,7 +287,7 @@ def test_the_state_is_a_few_scalars_per_pair(shape, acceptance):
     for _ in range(3):
         optimizer.step(squares(fixed, moving, field, per_pair=True))
     for state in (optimizer.state[field], optimizer.state_dict()["state"][0]):
-        assert sorted(state) == ["damping", "decrease", "expected", "loss", "reference", "step"]
+        assert sorted(state) == ["damping", "expected", "loss", "memory", "reference", "step"]
         assert all(v.numel() <= 2 if isinstance(v, Tensor) else isinstance(v, int) for v in state.values())
         assert state["step"] == 3
 
@@ -502,7 +505,11 @@ def test_parameters_that_are_no_fields(parameter, message):
         ({"smooth_residual": -1}, ValueError, "smooth_residual must be (finite and )?at least 0, got -1"),
         ({"lr": -1.0}, ValueError, "lr must be (finite and )?at least 0, got -1.0"),
         ({"repair_every": -1}, ValueError, "repair_every must be (finite and )?at least 0, got -1"),
-        ({"control": "adam"}, ValueError, r"control must be one of \('simple', 'trust_region'\), got 'adam'"),
+        (
+            {"control": "adam"},
+            ValueError,
+            r"control must be one of \('simple', 'trust_region', 'constant'\) or a Damping, got 'adam'",
+        ),
         ({"acceptance": "never"}, ValueError, r"acceptance must be one of .*got 'never'"),
         ({"window": 2}, ValueError, "window must be an odd number of voxels, got 2"),
         ({"window": -1}, ValueError, "window must be an odd number of voxels, got -1"),

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from monai_lm.solver import pyramid
-from monai_lm.solver.pyramid import Level, automatic_scales, make_level, move_field, shrink
+from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
+
+
+def half(image):
+    """The image at half resolution."""
+    size = image.shape[2:]
+    return shrink(image, make_level(size, (1.0,) * len(size), 2))
 
 
 @pytest.mark.parametrize(
@@ -69,47 +75,6 @@ def test_a_level_does_not_depend_on_the_unit_of_the_spacing(factor):
     level = make_level((60, 50, 14), [s * factor for s in (0.8, 0.9, 5.0)], 4)
     assert level.size == expected.size
     assert level.unit == pytest.approx(expected.unit)
-
-
-@pytest.mark.parametrize(
-    ("size", "predicted", "expected"),
-    [
-        ((64, 64, 64), False, (4, 2, 1)),
-        ((176, 224, 176), False, (8, 4, 2, 1)),
-        ((256, 256), False, (8, 4, 2, 1)),
-        ((40, 56, 40), False, (2, 1)),
-        ((12, 12, 12), False, (2, 1)),
-        ((4, 4), False, (1,)),
-        ((4, 5, 3), False, (1,)),
-        ((2, 2, 2), False, (1,)),
-        ((64, 64, 64), True, (2, 1)),
-        ((176, 224, 176), True, (2, 1)),
-        ((256, 256), True, (2, 1)),
-        ((4, 4), True, (1,)),
-        ((4, 5, 3), True, (1,)),
-    ],
-)
-def test_automatic_scales(size, predicted, expected):
-    assert automatic_scales(size, (1.0,) * len(size), predicted) == expected
-
-
-@pytest.mark.parametrize("slices", [7, 10, 15])
-def test_thick_slices_do_not_keep_the_plane_from_coarse_levels(slices):
-    """Only axes that are fine enough shrink, so a few slices that are never shrunk must not forbid coarse levels."""
-    size, spacing = (256, 256, slices), (1.0, 1.0, 10.0)
-    assert make_level(size, spacing, 8).size == (32, 32, slices)
-    assert automatic_scales(size, spacing, predicted=False) == (8, 4, 2, 1)
-    assert automatic_scales(size, spacing, predicted=True) == (2, 1)
-
-
-def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
-    assert automatic_scales((20, 64, 64), (4, 1, 1), False) == automatic_scales((64, 64, 20), (1, 1, 4), False)
-
-
-def half(image):
-    """The image at half resolution."""
-    size = image.shape[2:]
-    return shrink(image, make_level(size, (1.0,) * len(size), 2))
 
 
 @pytest.mark.parametrize("size", [(32, 28), (16, 19, 9)])

@@ -16,11 +16,14 @@ from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, repair, warp
 from monai_lm.similarity import LNCC, MSE, NCC, Similarity
 from monai_lm.similarity.base import normalized
-from monai_lm.solver.levenberg import ACCEPTANCES, CONTROLS
-from monai_lm.solver.pyramid import automatic_scales, make_level
+from monai_lm.solver.acceptance import ACCEPTANCES
+from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.schedule import automatic_scales
 
 SHAPES = [(32, 30), (16, 18, 17)]
 FLAT = (32, 30)
+
+CONTROLS = ("simple", "trust_region")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -845,11 +848,15 @@ BAD_SETTINGS = [
     ({"window": 2}, ValueError, "window must be an odd number of voxels, got 2"),
     ({"window": 0}, ValueError, "window must be an odd number of voxels, got 0"),
     ({"window": 3.0}, ValueError, "window must be an odd number of voxels, got 3.0"),
-    ({"control": "adam"}, ValueError, r"control must be one of \('simple', 'trust_region'\), got 'adam'"),
+    (
+        {"control": "adam"},
+        ValueError,
+        r"control must be one of \('simple', 'trust_region', 'constant'\) or a Damping, got 'adam'",
+    ),
     (
         {"acceptance": "sometimes"},
         ValueError,
-        r"acceptance must be one of \('always', 'descent', 'metropolis'\), got 'so",
+        r"acceptance must be one of \('always', 'descent', 'metropolis'\) or a Acceptance, got 'so",
     ),
     ({"spacing": (1, 1, 1)}, ValueError, r"spacing must be 2 positive numbers, one per axis, got \(1, 1, 1\)"),
     ({"spacing": (1, 0)}, ValueError, r"spacing must be 2 positive numbers, one per axis, got \(1, 0\)"),

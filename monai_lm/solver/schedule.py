@@ -1,0 +1,130 @@
+"""The schedule of a refinement: which levels, how many iterations, and what changes from level to level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
+
+from monai_lm.solver.checks import check_number
+from monai_lm.solver.pyramid import SHORTEST, Level, make_level
+
+__all__ = ["Stage", "automatic_scales", "make_schedule"]
+
+_COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level of a schedule.
+
+    Attributes:
+        level: its grid.
+        iterations: the most there.
+        damping: δ, the initial damping relative to the typical squared gradient.
+        smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
+    """
+
+    level: Level
+    iterations: int
+    damping: float
+    smooth_gradient: float
+
+
+def make_schedule(
+    scales: str | Sequence[float],
+    iterations: str | int | Sequence[int],
+    damping: float | Sequence[float],
+    smooth_gradient: float | Sequence[float],
+    size: Sequence[int],
+    spacing: Sequence[float],
+    predicted: bool,
+) -> list[Stage]:
+    """The stages, coarse to fine, of arguments of :func:`monai_lm.refine`.
+
+    Args:
+        scales: as for ``refine``.
+        iterations: as for ``refine``.
+        damping: as for ``refine``.
+        smooth_gradient: as for ``refine``.
+        size: voxels per axis of the images.
+        spacing: voxel edge per axis.
+        predicted: whether there is a prediction.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range, or fewer values than levels.
+    """
+    levels = _levels(scales, size, spacing, predicted)
+    counts = _iterations(iterations, [level.scale for level in levels])
+    dampings = _per_level("damping", damping, len(levels), 0, exclusive=True)
+    sigmas = _per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
+    return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, strict=True)]
+
+
+def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
+    """Scales for images of this size: from the identity as coarse as the images allow, from a prediction two levels."""
+    scales = []
+    for scale in (2, 1) if predicted else (8, 4, 2, 1):
+        level = make_level(size, spacing, scale)
+        shrunk = [new for new, old in zip(level.size, size, strict=True) if new < old]
+        if scale == 1 or (shrunk and min(shrunk) >= (_COARSEST if scale > 2 else SHORTEST)):
+            scales.append(scale)
+    return tuple(scales)
+
+
+def _levels(
+    scales: str | Sequence[float], size: Sequence[int], spacing: Sequence[float], predicted: bool
+) -> list[Level]:
+    if isinstance(scales, str):
+        if scales != "auto":
+            raise ValueError(f"scales must be 'auto' or a sequence of numbers, got {scales!r}")
+        scales = automatic_scales(size, spacing, predicted)
+    try:
+        values = [*scales]
+    except TypeError as error:
+        raise TypeError(f"scales must be 'auto' or a sequence of numbers, got {type(scales).__name__}") from error
+    for value in values:
+        check_number("scales", value, 1)
+    if not values or any(a <= b for a, b in pairwise(values)):
+        raise ValueError(f"scales must be strictly decreasing and not empty, got {tuple(values)}")
+    return [make_level(size, spacing, value) for value in values]
+
+
+def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> list[int]:
+    if isinstance(iterations, str):
+        if iterations != "auto":
+            raise ValueError(f"iterations must be 'auto', a number or a sequence, got {iterations!r}")
+        return [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
+    if isinstance(iterations, bool):
+        raise TypeError(f"iterations must be 'auto', a whole number or a sequence of them, got {iterations!r}")
+    try:
+        counts = [index(i) for i in ([iterations] * len(scales) if isinstance(iterations, int) else iterations)]
+    except TypeError as error:
+        expected = "'auto', a whole number or a sequence of them"
+        raise TypeError(f"iterations must be {expected}, got {iterations!r}") from error
+    if len(counts) != len(scales):
+        raise ValueError(
+            f"iterations must have one number per level, {len(scales)} for scales {scales}, got {len(counts)}"
+        )
+    for count in counts:
+        check_number("iterations", count, 0)
+    return counts
+
+
+def _per_level(name: str, value: float | Sequence[float], levels: int, minimum: float, exclusive: bool) -> list[float]:
+    """Spread a setting over the levels, coarse to fine; of a longer sequence the fine end is used.
+
+    Raises:
+        ValueError: a value out of range, or fewer values than levels.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        check_number(name, value, minimum, exclusive)
+        return [float(value)] * levels
+    values = list(value)
+    for v in values:
+        check_number(name, v, minimum, exclusive)
+    if len(values) < levels:
+        raise ValueError(f"{name} must be one number or at least one per level ({levels}), got {len(values)}")
+    return [float(v) for v in values[len(values) - levels :]]

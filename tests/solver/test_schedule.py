@@ -1,0 +1,90 @@
+"""Which levels there are, and what holds for each of them."""
+
+import re
+
+import pytest
+
+from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.schedule import automatic_scales, make_schedule
+
+
+def refusal(kind, message):
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+def dampings(value, scales=(4, 2, 1)):
+    """δ of every level."""
+    return [stage.damping for stage in make_schedule(scales, "auto", value, 1.0, (64, 64), (1.0, 1.0), False)]
+
+
+@pytest.mark.parametrize(
+    ("size", "predicted", "expected"),
+    [
+        ((64, 64, 64), False, (4, 2, 1)),
+        ((176, 224, 176), False, (8, 4, 2, 1)),
+        ((256, 256), False, (8, 4, 2, 1)),
+        ((40, 56, 40), False, (2, 1)),
+        ((12, 12, 12), False, (2, 1)),
+        ((4, 4), False, (1,)),
+        ((4, 5, 3), False, (1,)),
+        ((2, 2, 2), False, (1,)),
+        ((64, 64, 64), True, (2, 1)),
+        ((176, 224, 176), True, (2, 1)),
+        ((256, 256), True, (2, 1)),
+        ((4, 4), True, (1,)),
+        ((4, 5, 3), True, (1,)),
+    ],
+)
+def test_automatic_scales(size, predicted, expected):
+    assert automatic_scales(size, (1.0,) * len(size), predicted) == expected
+
+
+@pytest.mark.parametrize("slices", [7, 10, 15])
+def test_thick_slices_do_not_keep_the_plane_from_coarse_levels(slices):
+    """Only axes that are fine enough shrink, so a few slices that are never shrunk must not forbid coarse levels."""
+    size, spacing = (256, 256, slices), (1.0, 1.0, 10.0)
+    assert make_level(size, spacing, 8).size == (32, 32, slices)
+    assert automatic_scales(size, spacing, predicted=False) == (8, 4, 2, 1)
+    assert automatic_scales(size, spacing, predicted=True) == (2, 1)
+
+
+def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
+    assert automatic_scales((20, 64, 64), (4, 1, 1), False) == automatic_scales((64, 64, 20), (1, 1, 4), False)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(2, [2.0, 2.0, 2.0]), (0.5, [0.5, 0.5, 0.5]), ((3, 2, 1), [3.0, 2.0, 1.0]), ([4, 3, 2, 1], [3.0, 2.0, 1.0])],
+)
+def test_a_setting_is_spread_over_the_levels_from_the_fine_end(value, expected):
+    assert dampings(value) == expected
+
+
+def test_too_few_values_for_the_levels_are_refused():
+    with refusal(ValueError, "damping must be one number or at least one per level (3), got 2"):
+        dampings([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, 0, 1], "damping must be greater than 0, got 0"),
+        (-1, "damping must be greater than 0, got -1"),
+        ([-1, 1, 1, 1], "damping must be greater than 0, got -1"),
+    ],
+)
+def test_values_of_levels_out_of_range_are_refused(value, message):
+    with refusal(ValueError, message):
+        dampings(value)
+
+
+@pytest.mark.parametrize("value", [[1, "a", 1], "abc", True])
+def test_values_of_levels_that_are_no_numbers_are_refused(value):
+    with pytest.raises(TypeError, match=r"damping must be a number, got (str|bool)"):
+        dampings(value)
+
+
+@pytest.mark.parametrize("value", [None, object()], ids=["None", "object"])
+def test_a_setting_that_is_neither_number_nor_sequence_is_refused_by_name(value):
+    with pytest.raises(TypeError, match="damping must be"):
+        dampings(value)
