@@ -77,7 +77,7 @@ def ablation(
     device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
-    """Every setting on every data set, with the automatic schedule; the last line of the README's claim of one setting.
+    """Every setting on every data set, with the automatic schedule; the table is in ``docs/results.md``.
 
     Columns: Dice on hippocampus from a network and on 2 mm brains from the identity; error in mm on the demo's example;
     error in voxels on brains at 2 mm and hippocampi under known warps of 15 and 10 voxels, with another contrast and

@@ -1,23 +1,112 @@
-"""The lines of the documentation that make a field of another package's: run as printed, against known maps."""
+"""The documentation: its snippets run as printed, its names can be imported, its links lead somewhere."""
 
+import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_lm.fields import resample, warp
+from monai_lm.apps.demo import endpoint_error
+from monai_lm.fields import fold_count, resample, warp
 
-PAGE = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "bundles").glob("*/docs/README.md")),
+]
+PAGE_IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 SIZE = (7, 9, 8)
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """``run_page(name)``: the names that the Python blocks of a page leave, run one after the other."""
+    pytest.importorskip("nilearn", reason="the snippets start with the demo's brain, which needs nilearn")
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        names = {}
+        for block in python_blocks(ROOT / name):
+            exec(compile(block, name, "exec"), names)
+        return names
+
+    return run
+
+
+def test_the_readmes_snippets_refine_the_same_field_from_tensors_and_from_files(run_page, tmp_path):
+    names = run_page("README.md")
+    example, result = names["example"], names["result"]
+    assert endpoint_error(example, result.ddf)[0] < 0.9 * endpoint_error(example, example.prediction)[0]
+    assert int(fold_count(result.ddf)) == 0
+    torch.testing.assert_close(torch.as_tensor(names["data"]["ddf"])[None], result.ddf, rtol=0, atol=0.05)
+    assert [path.name for path in (tmp_path / "fields").iterdir()] == ["fixed_ddf.nii.gz"]
+
+
+def test_the_snippets_on_usage_refine(run_page):
+    names = run_page("docs/usage.md")
+    example = names["example"]
+    start = endpoint_error(example, example.prediction)[0]
+    for ddf in (names["result"].ddf, names["ddf"], names["matched"], names["refined"]):
+        assert endpoint_error(example, ddf)[0] < 0.97 * start
+
+
+def exists(dotted):
+    """Whether there is an object of this dotted name."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_names_of_the_package_can_be_imported(page):
+    wanted = set(re.findall(r"\bmonai_lm(?:\.[A-Za-z_]\w*)+", page.read_text()))
+    for block in python_blocks(page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "monai_lm":
+                wanted |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert [name for name in sorted(wanted) if not exists(name)] == []
+
+
+def anchors(path):
+    """What a heading is called in a link."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_links_lead_to_files_and_headings(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        headed = target.suffix == ".md" and target.name != "api.md"  # the API's headings come from docstrings
+        if not target.exists() or (anchor and headed and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
 
 
 @pytest.fixture(scope="module")
 def printed():
-    """The functions of the page, by name."""
+    """The functions of the page on networks, by name."""
     names = {"torch": torch}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+    for block in python_blocks(ROOT / "docs" / "networks.md"):
         if "def " in block:
             exec(block, names)
     return names

@@ -18,7 +18,7 @@ say("loaded")
 started = time.perf_counter()
 settings = {"optimizer": "Adam", "optimizer_lr": 0.5}  # its recommended ones
 if job.get("optimizer") == "levenberg":
-    # initial damping chosen on a validation pair at 4 and 2 mm, see docs/performance.md
+    # initial damping chosen on a validation pair at 4 and 2 mm, see docs/results.md
     damping = {"lambda_init": 30.0}
     settings = {"optimizer": "levenberg", "optimizer_lr": 0.75, "reduction": "sum", "optimizer_params": damping}
 settings |= {"cc_kernel_size": 7, "smooth_warp_sigma": 0.5, "smooth_grad_sigma": 1.0, "tolerance": 0}

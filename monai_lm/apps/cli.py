@@ -70,7 +70,7 @@ def refine(
         iterations: most iterations per level, or auto.
         step: largest displacement per iteration, in voxels.
         seconds: time budget.
-        memory: auto, full, low or half.
+        memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
@@ -123,7 +123,7 @@ def cohort(
         iterations: most iterations per level, or auto.
         step: largest displacement per iteration, in voxels.
         seconds: time budget of a pair.
-        memory: auto, full, low or half.
+        memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.

@@ -1,7 +1,7 @@
 """What speaks for or against a field beside the loss: how far the images explain each other, and how hard it pulls.
 
 The bounds are from real pairs and from nonsense, noise and an image the wrong way round, in place of the moving image;
-``docs/method.md`` has the table and the command that makes it.
+``docs/results.md`` has the table and the command that makes it.
 """
 
 from __future__ import annotations
