@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from monai_lm.fields import warp
+from monai_lm.fields.metrics import compare_labels
 
 
 def mean_dice(fixed_label: Tensor, moving_label: Tensor, ddf: Tensor | None = None) -> float:
-    """Mean Dice over the labels that both maps have, after warping ``moving_label`` (nearest neighbour)."""
-    moved = moving_label if ddf is None else warp(moving_label.float(), ddf, mode="nearest")
-    a, b = fixed_label.flatten().long(), moved.flatten().long()
-    size = int(max(a.max(), moving_label.max())) + 1
-    count_a, count_b = torch.bincount(a, minlength=size), torch.bincount(b, minlength=size)
-    both = torch.bincount(a[a == b], minlength=size)
-    present = (count_a > 0) & (torch.bincount(moving_label.flatten().long(), minlength=size) > 0)
-    present[0] = False
-    return float((2 * both[present] / (count_a + count_b)[present]).mean())
+    """Mean Dice after warping ``moving_label`` (nearest neighbour), as ``monai_lm.fields.metrics`` has it."""
+    moved = moving_label.float() if ddf is None else warp(moving_label.float(), ddf, mode="nearest")
+    return float(compare_labels(moved, fixed_label)["dice"])
 
 
 def paired_bootstrap(difference: list[float], seed: int = 0) -> tuple[float, float, float]:

@@ -63,7 +63,7 @@ def supervision(minutes: float = 4.0, labels: bool = True, device: str = "cpu", 
         result = judge.validate(module, data.val_dataloader(), verbose=False)[0]
         row = {"supervision": name, "steps": steps} | {k: float(v) for k, v in result.items()}
         print(
-            f"{name:<14}{steps:7d}{row['val_dice']:8.4f}{row['val_dice_refined']:9.4f}{row['val_folds']:9.1f}",
+            f"{name:<14}{steps:7d}{row['val_dice_before']:8.4f}{row['val_dice_after']:9.4f}{row['val_folds_before']:9.1f}",
             flush=True,
         )
         if json_file:

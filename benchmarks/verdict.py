@@ -71,11 +71,11 @@ def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> d
         result = monai_lm.refine(fixed, moving, spacing=spacing)
     found = evidence_of(fixed, warp(moving, result.ddf), result.ddf)
     out = {"agreement_before": agreement(fixed, moving), **vars(found), "seconds": result.seconds}
-    out |= {"loss_before": float(result.initial_loss), "loss": float(result.final_loss)}
+    out |= {"loss_before": float(result.initial_loss), "loss_after": float(result.final_loss)}
     if kind == "real":
         moved = warp(labels[1], result.ddf, mode="nearest")
         dice = [float(compare_labels(label, labels[0])["dice"]) for label in (labels[1], moved)]
-        out |= {"dice_before": dice[0], "dice": dice[1]}
+        out |= {"dice_before": dice[0], "dice_after": dice[1]}
     return out
 
 
@@ -91,7 +91,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 continue
             dice = "–"
             if kind == "real":
-                dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice"))
+                dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice_after"))
             cells = [f"{_mean(found, 'agreement_before')} → {_range(found, 'agreement')}"]
             cells += [_range(found, "sdlogj"), _range(found, "extremes"), f"{sum(map(_doubted, found))}"]
             print(f"| {name} | {kind} | {len(found)} | {dice} | {' | '.join(cells)} |")

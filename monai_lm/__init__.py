@@ -21,3 +21,8 @@ def __getattr__(name: str) -> Any:
     from monai_lm.inferers import RegistrationInferer
 
     return RegistrationInferer
+
+
+def __dir__() -> list[str]:
+    """What the package has, the inferer before it is imported too."""
+    return sorted({*globals(), *__all__})

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from monai_lm.apps.bundle import RegistrationBundle
-from monai_lm.fields import compose, fold_count, sample_points
+from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
-from monai_lm.fields.metrics import compare_labels, sd_log_jacobian
+from monai_lm.fields.metrics import measure
 from monai_lm.fields.space import (
     fixed_to_moving,
     from_space,
@@ -101,9 +101,9 @@ def refine_pair(
         command: recorded as what was called.
 
     Returns:
-        What ``metrics.json`` holds: the metrics, before (``…_before``) and after; the ``verdict`` of the report
-        (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; and ``provenance``: inputs with their
-        digests, settings, versions.
+        What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
+        report (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; and ``provenance``: inputs with
+        their digests, settings, versions.
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is false.
@@ -145,9 +145,10 @@ def refine_pair(
     if result.unused:
         start = torch.zeros_like(start)
     before, after = _measure(start, pair), _measure(result.ddf, pair)
-    metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()} | after
+    metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()}
+    metrics |= {f"{key}_after": value for key, value in after.items()}
     metrics |= {
-        "loss_before": float(result.initial_loss), "loss": float(result.final_loss), "seconds": result.seconds,
+        "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
         "prediction_used": None if result.prediction_used is None else not result.unused,
     }  # fmt: skip
@@ -238,14 +239,13 @@ def _case(
 
 def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
     """Metrics of a field on the fixed grid, with the affine after it."""
-    out = {"folds": float(fold_count(ddf)), "sdlogj": float(sd_log_jacobian(ddf))}
+    labels = distances = None
     if pair.labels:
-        label, fixed = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
-        spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
-        out |= {key: float(value) for key, value in compare_labels(label, fixed, [spacing]).items()}
+        labels = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
     if pair.points:
-        out["tre"] = _landmark_error(ddf, pair)
-    return out
+        distances = ddf.new_tensor([[_landmark_error(ddf, pair)]], dtype=widest_float(ddf.device))
+    spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
+    return {key: float(value) for key, value in measure(ddf, labels, distances, [spacing]).items()}
 
 
 def _landmark_error(ddf: Tensor, pair: Pair) -> float:

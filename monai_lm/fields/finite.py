@@ -1,18 +1,21 @@
-"""No NaN in what a function of fields is given: it would become an index, or a field of zeros, without a word."""
+"""Checks of numbers and fields: a NaN would become an index, or a field of zeros, without a word."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import ParamSpec, TypeVar
+from numbers import Real
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from monai_lm.fields.sampling import recorded
 
-__all__ = ["check_finite", "checked"]
+__all__ = ["check_finite", "check_number", "checked"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,6 +27,18 @@ def check_finite(name: str, tensor: Tensor) -> None:
     bad = int(sum((~torch.isfinite(slab)).sum() for slab in slabs))  # slab by slab: a field is large
     if bad:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+
+
+def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
+    """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    bound = f"{'greater than' if exclusive else 'at least'} {minimum}"
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+    if not (number > minimum if exclusive else number >= minimum):
+        raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:

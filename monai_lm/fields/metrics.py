@@ -33,6 +33,7 @@ __all__ = [
     "compare_labels",
     "inverse_consistency",
     "label_overlap",
+    "measure",
     "sd_log_jacobian",
     "target_registration_error",
 ]
@@ -170,9 +171,9 @@ def _around(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
 def compare_labels(
     warped: Tensor, fixed: Tensor, spacings: Sequence[Sequence[float]] | None = None
 ) -> dict[str, Tensor]:
-    """``dice`` of label maps ``(B, 1, *S)``, and, given the spacing of every pair, ``hd95`` in millimetres, ``(B,)``.
+    """``dice`` of label maps ``(B, 1, *S)``, and, given the spacing of every pair, ``hd95_mm``, ``(B,)``.
 
-    Means over the labels above 0 that either map of the pair has; ``hd95`` over those that both have, so that two
+    Means over the labels above 0 that either map of the pair has; ``hd95_mm`` over those that both have, so that two
     fields are compared on other labels where one of them loses a structure. NaN where there is no label.
     """
     pairs = [
@@ -181,11 +182,39 @@ def compare_labels(
     ]
     out = {"dice": [list(dice.values()) for dice, _ in pairs]}
     if spacings is not None:
-        out["hd95"] = [list(hd95.values()) for _, hd95 in pairs]
+        out["hd95_mm"] = [list(hd95.values()) for _, hd95 in pairs]
     return {
         name: torch.stack([torch.tensor(v, dtype=torch.float32).nanmean() for v in values]).to(warped.device)
         for name, values in out.items()
     }
+
+
+def measure(
+    ddf: Tensor,
+    labels: tuple[Tensor, Tensor] | None = None,
+    distances: Tensor | None = None,
+    spacings: Sequence[Sequence[float]] | None = None,
+) -> dict[str, Tensor]:
+    """What a field is worth, ``(B,)`` each: one vocabulary for every table, log and file.
+
+    Where two fields are compared, ``_before`` is appended for the one before the refinement, ``_after`` for the other.
+
+    Args:
+        ddf: ``(B, n, *S)`` in voxels.
+        labels: label maps ``(B, 1, *S)``, the warped one and that of the fixed image.
+        distances: ``(B, N)`` of every landmark to its counterpart, in millimetres; NaN where there is none.
+        spacings: voxel edges of every pair, for surface distances; ``None`` leaves them out.
+
+    Returns:
+        ``folds``, folded cells; ``sdlogj``; ``dice`` and ``hd95_mm`` with labels, see :func:`compare_labels`;
+        ``tre_mm``, the mean distance, with landmarks.
+    """
+    out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
+    if labels is not None:
+        out |= compare_labels(*labels, spacings)
+    if distances is not None:
+        out["tre_mm"] = distances.nanmean(1)
+    return out
 
 
 class _FieldMetric(CumulativeIterationMetric):

@@ -10,6 +10,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from monai_lm import kernels
 from monai_lm.kernels.reference import flat_index, interpolate, positions, take
@@ -20,8 +21,10 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether autograd records what is computed of these tensors, or a compiler traces it."""
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    """Whether autograd records what is computed of these tensors, backward or forward, or a compiler traces it."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def warp(

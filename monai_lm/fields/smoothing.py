@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from monai_lm import kernels
+from monai_lm.fields.finite import check_number
 from monai_lm.fields.sampling import recorded
 from monai_lm.kernels.reference import smoothed
 
@@ -25,12 +26,16 @@ def gaussian_smooth(x: Tensor, sigma: float | Sequence[float]) -> Tensor:
         ``(B, C, *S)``.
 
     Raises:
-        ValueError: another number of standard deviations than axes.
+        ValueError: neither 2D nor 3D, or standard deviations that are not one or one per axis, finite and not negative.
     """
     n = x.dim() - 2
+    if n not in (2, 3):
+        raise ValueError(f"x must be (B, C, *S), 2D or 3D, got shape {tuple(x.shape)}")
     sigmas = [float(sigma)] * n if isinstance(sigma, int | float) else [float(s) for s in sigma]
     if len(sigmas) != n:
         raise ValueError(f"sigma must be one number or one per axis ({n}), got {len(sigmas)}")
+    for value in sigmas:
+        check_number("sigma", value, 0)
     if recorded(x):
         return smoothed(x, sigmas)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -59,6 +59,7 @@ def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) 
         margin: smallest determinant that still counts as folded; 0 is the definition.
         outer: ``(B, n, *M)`` field that is applied after ``ddf``: the cells of the composed map are looked at.
     """
+    _check(ddf, outer)
     folded = torch.empty(len(ddf), *(s + 1 for s in ddf.shape[2:]), dtype=torch.bool, device=ddf.device)
     kernels.unfolded(ddf.contiguous(), None if outer is None else outer.contiguous(), margin, folded)
     return folded
@@ -73,7 +74,20 @@ def fold_count(ddf: Tensor) -> Tensor:
     Returns:
         ``(B,)`` int64; cells at a NaN count. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
     """
-    return kernels.unfolded(ddf.contiguous(), None, 0.0, None)
+    _check(ddf, None)
+    return kernels.unfolded(ddf.detach().contiguous(), None, 0.0, None)
+
+
+def _check(ddf: Tensor, outer: Tensor | None) -> None:
+    """ValueError for what is no field, or an outer one that does not fit: kernels read what they are told is there."""
+    for name, field in (("ddf", ddf), ("outer", outer)):
+        if field is not None and (field.dim() not in (4, 5) or field.shape[1] != field.dim() - 2):
+            raise ValueError(f"{name} must be (B, n, *S) with n = len(S) = 2 or 3, got shape {tuple(field.shape)}")
+    if outer is not None and (outer.shape[:2] != ddf.shape[:2] or min(outer.shape[2:]) < 2):
+        raise ValueError(
+            f"outer must be (B, n, *M) for a field {tuple(ddf.shape)}, every axis at least 2 voxels long, "
+            f"got shape {tuple(outer.shape)}"
+        )
 
 
 def repair(
@@ -102,15 +116,16 @@ def repair(
         goal: what determinants are brought above, once one is at the margin.
 
     Returns:
-        ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded.
+        ``(B, n, *S)``; ``ddf`` itself (the same tensor) if nothing folded, else a field that autograd knows nothing of.
 
     Raises:
-        ValueError: from ``monai_lm.fields``, a field that is not finite.
+        ValueError: shapes that do not fit; from ``monai_lm.fields``, a field that is not finite.
     """
+    _check(ddf, outer)
     pairs = _folded_pairs(ddf, outer, margin)
     if not pairs:
         return ddf
-    out = ddf.clone(memory_format=torch.contiguous_format)
+    out = ddf.detach().clone(memory_format=torch.contiguous_format)
     _repair_pairs(out, pairs, outer, max(margin, goal), rounds, deadline)
     return out
 

@@ -1,8 +1,13 @@
-"""Reading and writing fields by the name of a format, and telling the format of a file."""
+"""Reading and writing fields by the name of a format, and telling the format of a file.
+
+To add a format, give its functions a name in ``_TABLE``; ``tests/io/test_formats.py`` holds every one there to the same
+laws.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +21,76 @@ from monai_lm.io.voxel import VOXELS, read_learn2reg_ddf, read_voxel_ddf, write_
 
 __all__ = ["FORMATS", "READABLE", "check_grid", "file_suffix", "guess_format", "read_ddf", "write_ddf"]
 
-FORMATS = ("itk", "fsl", "voxel", "learn2reg")
+
+@dataclass(frozen=True)
+class Grids:
+    """What a file may need to be told of the grids that its field leads from and to.
+
+    Attributes:
+        size: voxel counts of the fixed grid, for Learn2Reg's half resolution.
+        moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid, for files in millimetres; default: the fixed.
+        moving_size: its voxel counts, for FSL's files; default: those of the field.
+        relative: whether FSL's file holds displacements; default: a guess.
+    """
+
+    size: Sequence[int] | None = None
+    moving_affine: np.ndarray | None = None
+    moving_size: Sequence[int] | None = None
+    relative: bool | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How fields of a format are read and written.
+
+    Attributes:
+        read: makes ``(n, *S)`` in voxels, and the affine of the grid or ``None``, of a path.
+        write: writes a field ``(n, *S)`` in voxels on the grid of an affine to a path; ``None``: it is read only.
+        suffix: of its files.
+        planes: whether it holds fields in 2D.
+        check_grid: raises for a grid that it cannot hold; see :func:`check_grid`.
+    """
+
+    read: Callable[[str | Path, Grids], tuple[np.ndarray, np.ndarray | None]]
+    write: Callable[[str | Path, np.ndarray, np.ndarray, Grids], None] | None = None
+    suffix: str = ".nii.gz"
+    planes: bool = True
+    check_grid: Callable[[str, np.ndarray, int], None] | None = None
+
+
+def _millimetres(name: str) -> Format:
+    return Format(lambda path, grids: read_millimetre_ddf(path, name, grids.moving_affine))
+
+
+_TABLE = {
+    "itk": Format(
+        lambda path, grids: read_itk_ddf(path, grids.moving_affine),
+        lambda path, ddf, affine, grids: write_itk_ddf(path, ddf, affine, grids.moving_affine),
+        check_grid=check_itk_grid,
+    ),
+    "fsl": Format(
+        lambda path, grids: read_fsl_ddf(path, grids.moving_affine, grids.moving_size, grids.relative),
+        lambda path, ddf, affine, grids: write_fsl_ddf(path, ddf, affine, grids.moving_affine, grids.moving_size),
+        planes=False,
+    ),
+    "voxel": Format(
+        lambda path, _: read_voxel_ddf(path),
+        lambda path, ddf, affine, _: write_voxel_ddf(path, ddf, affine),
+    ),
+    "learn2reg": Format(
+        lambda path, grids: (read_learn2reg_ddf(path, grids.size), None),
+        lambda path, ddf, _, __: write_learn2reg_ddf(path, ddf),
+        suffix=".npz",
+        planes=False,
+    ),
+    "niftyreg": Format(lambda path, grids: read_niftyreg_ddf(path, grids.moving_affine)),
+    **{name: _millimetres(name) for name in ("ras", "lps", "positions")},
+}
+
+FORMATS = tuple(name for name, found in _TABLE.items() if found.write)
 """What fields are written in."""
 
-READABLE = (*FORMATS, "niftyreg", "ras", "lps", "positions")
+READABLE = tuple(_TABLE)
 """What fields are read from: besides, NiftyReg's, and millimetres that do not say what they are."""
 
 
@@ -82,17 +153,7 @@ def read_ddf(
     if file_format == "auto":
         file_format = guess_format(path)
     _check_format(file_format, READABLE)
-    if file_format == "itk":
-        return read_itk_ddf(path, moving_affine)
-    if file_format == "fsl":
-        return read_fsl_ddf(path, moving_affine, moving_size, relative)
-    if file_format == "voxel":
-        return read_voxel_ddf(path)
-    if file_format == "niftyreg":
-        return read_niftyreg_ddf(path, moving_affine)
-    if file_format == "learn2reg":
-        return read_learn2reg_ddf(path, size), None
-    return read_millimetre_ddf(path, file_format, moving_affine)
+    return _TABLE[file_format].read(path, Grids(size, moving_affine, moving_size, relative))
 
 
 def write_ddf(
@@ -118,28 +179,25 @@ def write_ddf(
         ValueError: an unknown format, or a field that it cannot hold, see the writers.
     """
     _check_format(file_format)
-    if file_format == "itk":
-        write_itk_ddf(path, ddf, affine, moving_affine)
-    elif file_format == "fsl":
-        write_fsl_ddf(path, ddf, affine, moving_affine, moving_size)
-    elif file_format == "voxel":
-        write_voxel_ddf(path, ddf, affine)
-    else:
-        write_learn2reg_ddf(path, ddf)
+    write = _TABLE[file_format].write
+    assert write is not None  # for mypy: it is one of FORMATS
+    write(path, ddf, affine, Grids(None, moving_affine, moving_size))
 
 
 def check_grid(file_format: str, name: str, affine: np.ndarray, axes: int) -> None:
     """ValueError if a format cannot hold fields on a grid, named for the message, with that affine and 2 or 3 axes."""
-    if file_format == "itk":
-        check_itk_grid(name, affine, axes)
+    check = _TABLE[file_format].check_grid
+    if check is not None:
+        check(name, affine, axes)
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:
-    """``.npz`` for Learn2Reg's files, else ``.nii.gz``; ValueError for an unknown format, or one not for 2D."""
+    """What files of a format end in; ValueError for an unknown format, or one not for 2D."""
     _check_format(file_format)
-    if axes == 2 and file_format in ("fsl", "learn2reg"):
-        raise ValueError(f"file_format must be 'itk' or 'voxel' for 2D fields, got {file_format!r}")
-    return ".npz" if file_format == "learn2reg" else ".nii.gz"
+    if axes == 2 and not _TABLE[file_format].planes:
+        fit = " or ".join(repr(name) for name in FORMATS if _TABLE[name].planes)
+        raise ValueError(f"file_format must be {fit} for 2D fields, got {file_format!r}")
+    return _TABLE[file_format].suffix
 
 
 def _check_format(file_format: str, known: tuple[str, ...] = FORMATS) -> None:

@@ -87,7 +87,7 @@ def build(anew: bool = False) -> Path:
         return shipped
     folders = list(cache_folders())
     for folder in folders:
-        if _trusted(folder) and (folder / name).is_file() and not anew:
+        if _trusted(folder) and _whole(folder / name) and not anew:
             return folder / name
     reasons = []
     for folder in folders:
@@ -98,6 +98,9 @@ def build(anew: bool = False) -> Path:
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as place:  # so that nobody sees half a file
                 made = compile_library(Path(place) / name, capability())
+                digest = Path(place) / "digest"
+                digest.write_text(_digest(made))
+                digest.replace(_digest_file(folder / name))
                 made.replace(folder / name)
             return folder / name
         except OSError as error:
@@ -127,6 +130,22 @@ def compile_library(to: Path, instructions: str) -> Path:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise BuildError(f"{compiler}: {last[0]}")
     return to
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library in a cache is what was compiled: loading one that was cut off kills the process."""
+    try:
+        return _digest_file(library).read_text() == _digest(library)
+    except OSError:
+        return False
 
 
 def _trusted(folder: Path) -> bool:

@@ -153,6 +153,12 @@ INLINE float bfloat_value(uint16_t h) {
   return v.f;
 }
 
+INLINE uint16_t bfloat_bits(float f) {  // to the nearest, ties to even
+  union { float f; uint32_t u; } v = {f};
+  const uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1)) >> 16;
+  return (uint16_t)((v.u & 0x7fffffffu) > 0x7f800000u ? v.u >> 16 | 0x40u : rounded);
+}
+
 INLINE void *at(const Array *a, int64_t pair, int64_t channel) {
   const int64_t volume = a->size[0] * a->size[1] * a->size[2];
   return (char *)a->data + BYTES[a->type] * (pair * a->pair + channel * volume);
@@ -167,8 +173,12 @@ static __attribute__((noinline)) const float *widened(const uint16_t *h, int typ
   return buffer;
 }
 
-static __attribute__((noinline)) void narrowed(uint16_t *h, int64_t Z, const float *values) {
-  SIMD for (int64_t z = 0; z < Z; z++) h[z] = half_bits(values[z]);
+static __attribute__((noinline)) void narrowed(uint16_t *h, int type, int64_t Z, const float *values) {
+  if (type == HALF) {
+    SIMD for (int64_t z = 0; z < Z; z++) h[z] = half_bits(values[z]);
+  } else {
+    SIMD for (int64_t z = 0; z < Z; z++) h[z] = bfloat_bits(values[z]);
+  }
 }
 
 // A row of Z values from the element `first` on, as it is or widened into a buffer.
@@ -178,7 +188,7 @@ INLINE const float *row(const void *data, int type, int64_t first, int64_t Z, fl
 }
 
 INLINE void put(void *data, int type, int64_t first, int64_t Z, const float *values) {
-  if (type != FLOAT) narrowed((uint16_t *)data + first, Z, values);
+  if (type != FLOAT) narrowed((uint16_t *)data + first, type, Z, values);
   else if ((float *)data + first != values) memcpy((float *)data + first, values, Z * sizeof(float));
 }
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ __all__ = ["available", "choose", "why_not"]
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOST = 2**31 - 1
 """Voxels of a volume: what an index in 32 bits reaches."""
+
+_SYMBOLS = {"elastic": "smooth"}
+"""Kernels whose function in C has another name."""
 
 _PER_THREAD = 2**13
 """Values that are worth a thread."""
@@ -37,11 +41,17 @@ def _library() -> ctypes.CDLL | str:
     """The compiled kernels, or why there are none."""
     try:
         try:
-            library = ctypes.CDLL(str(build()))
-        except OSError:  # what was found is broken, or for another system
-            library = ctypes.CDLL(str(build(anew=True)))
-    except (BuildError, OSError) as error:
+            return _loaded(build())
+        except (OSError, AttributeError):  # what was found is broken, or for another system
+            return _loaded(build(anew=True))
+    except (BuildError, OSError, AttributeError) as error:
         return str(error)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name in set(__all__) - {"available", "choose", "why_not"}:  # an AttributeError if it has not all of them
+        getattr(library, _SYMBOLS.get(name, name))
     for name in ("sample", "compose", "smooth"):
         getattr(library, name).restype = None
     return library
@@ -120,7 +130,7 @@ def _threads(volume: Tensor) -> int:
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that hands over to the reference of the same name where the C kernels cannot serve its arguments."""
     name = function.__name__
-    plain, symbol = getattr(reference, name), "smooth" if name == "elastic" else name
+    plain, symbol = getattr(reference, name), _SYMBOLS.get(name, name)
 
     def call(*args: Any) -> Any:
         library = available(*(a for a in args if isinstance(a, Tensor) and a.dim() > 3 and a.dtype != torch.bool))

@@ -538,7 +538,7 @@ def unfolded(ddf: Tensor, outer: Tensor | None, margin: float, out: Tensor | Non
         folded |= ~(determinant > margin)
     if out is not None:
         out.copy_(folded)
-    return torch.stack([torch.count_nonzero(cells) for cells in folded])
+    return torch.count_nonzero(folded.flatten(1), dim=1)
 
 
 def mend(ddf: Tensor, outer: Tensor | None, folded: Tensor, sigma: float, margin: float) -> Tensor:

@@ -11,9 +11,10 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_lm.fields import warp
+from monai_lm.fields.finite import check_number
 from monai_lm.fields.metrics import target_registration_error
 from monai_lm.fields.space import check_affine, spacing_of
-from monai_lm.solver.checks import check_field, check_images, check_mask, check_number, plain
+from monai_lm.solver.checks import check_field, check_images, check_mask, plain
 from monai_lm.solver.result import RefinementResult
 
 __all__ = ["Case", "checked_case"]

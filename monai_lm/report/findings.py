@@ -119,10 +119,10 @@ class Assessment:
     headline: str
 
     def values(self) -> dict[str, Any]:
-        """What ``metrics.json`` keeps: ``agreement`` before and after, ``extremes``, ``verdict`` and ``remarks``."""
+        """What ``metrics.json`` keeps: agreement before and after, extremes, verdict and remarks."""
         return {
-            "agreement_before": self.agreement_before, "agreement": self.evidence.agreement,
-            "extremes": self.evidence.extremes, "verdict": self.state, "headline": self.headline,
+            "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
+            "extremes_after": self.evidence.extremes, "verdict": self.state, "headline": self.headline,
             "remarks": self.remarks,
         }  # fmt: skip
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_lm.fields.finite import check_number
 from monai_lm.similarity.base import Range, Similarity
 from monai_lm.similarity.lookup import get_similarity
-from monai_lm.solver.checks import check_number
 
 __all__ = ["Combined"]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +17,6 @@ __all__ = [
     "check_finite",
     "check_images",
     "check_mask",
-    "check_number",
     "check_spacing",
     "plain",
 ]
@@ -90,18 +87,6 @@ def check_mask(mask: Tensor, fixed: Tensor) -> None:
         raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
 
 
-def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:
-    """A finite real number ``>= minimum`` (``>`` if ``exclusive``)."""
-    if isinstance(value, bool) or not isinstance(value, Real | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    bound = f"{'greater than' if exclusive else 'at least'} {minimum}"
-    number = float(value)
-    if math.isinf(number):
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")
-    if not (number > minimum if exclusive else number >= minimum):
-        raise ValueError(f"{name} must be {bound}, got {value}")
-
-
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
     """``n`` positive edge lengths; ones if ``None``."""
     if spacing is None:
@@ -113,4 +98,6 @@ def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:
         raise ValueError(message) from error
     if len(values) != n or not all(0 < s < math.inf for s in values):
         raise ValueError(message)
+    if max(values) > 1e6 * min(values):
+        raise ValueError(f"spacing must not differ by more than a factor of a million between axes, got {spacing}")
     return values

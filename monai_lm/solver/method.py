@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm.fields.finite import check_number
 from monai_lm.solver.acceptance import ACCEPTANCES, Acceptance, Always
-from monai_lm.solver.checks import check_number
 from monai_lm.solver.damping import DAMPINGS, Damping, Simple
 from monai_lm.solver.descent import DESCENTS, LM, Descent
 from monai_lm.solver.smoothing import Elastic, Smoothing

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from monai_lm.fields.finite import check_number
 from monai_lm.fields.smoothing import gaussian_smooth
 from monai_lm.fields.topology import repair
 from monai_lm.solver.acceptance import Acceptance
-from monai_lm.solver.checks import check_number, check_spacing
+from monai_lm.solver.checks import check_spacing
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import expected_decrease, pull_back
 from monai_lm.solver.method import Method, make_method

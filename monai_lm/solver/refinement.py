@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 
 from monai_lm import kernels as kernels_
 from monai_lm.fields.algebra import lengths
+from monai_lm.fields.finite import check_number
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.weighted import Weighted, with_weight
 from monai_lm.solver.acceptance import Acceptance
-from monai_lm.solver.checks import check_field, check_images, check_mask, check_number, check_spacing, plain
+from monai_lm.solver.checks import check_field, check_images, check_mask, check_spacing, plain
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
 
-from monai_lm.solver.checks import check_number
+from monai_lm.fields.finite import check_number
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
 __all__ = ["Stage", "automatic_scales", "make_schedule"]

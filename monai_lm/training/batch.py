@@ -9,10 +9,10 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_lm.fields import fold_count, warp
-from monai_lm.fields.metrics import compare_labels, sd_log_jacobian, target_registration_error
+from monai_lm.fields import warp
+from monai_lm.fields.metrics import measure, target_registration_error
 
-__all__ = ["images_of", "labels_of", "measure", "spacing_of", "tensor_of"]
+__all__ = ["images_of", "labels_of", "measure_batch", "spacing_of", "tensor_of"]
 
 
 def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
@@ -49,20 +49,16 @@ def spacing_of(image: Any, pair: int = 0) -> tuple[float, ...]:
     return tuple(float(length) for length in torch.linalg.vector_norm(affine[:n, :n].cpu().double(), dim=0))
 
 
-def measure(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:
-    """Metrics of a field ``(B, n, *S)`` in voxels, ``(B,)`` each.
+def measure_batch(batch: Mapping[str, Any], ddf: Tensor, surfaces: bool = False) -> dict[str, Tensor]:
+    """What a field ``(B, n, *S)`` in voxels is worth, ``(B,)`` each; see :func:`monai_lm.fields.metrics.measure`.
 
-    ``folds`` (folded cells) and ``sdlogj`` always; ``dice`` and, with ``surfaces``, ``hd95`` where there are label
-    maps, see :func:`compare_labels`; ``tre`` (mm), mean over the landmarks, where there are some.
+    Labels and landmarks count where a batch has them; surface distances are for those who ask for ``surfaces``.
     """
-    out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
+    spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
+    labels = distances = None
     if "fixed_label" in batch and "moving_label" in batch:
-        warped = warp(labels_of(batch, "moving_label"), ddf, mode="nearest")
-        spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
-        out |= compare_labels(warped, labels_of(batch, "fixed_label"), spacings if surfaces else None)
+        labels = warp(labels_of(batch, "moving_label"), ddf, mode="nearest"), labels_of(batch, "fixed_label")
     if "fixed_points" in batch and "moving_points" in batch:
-        fixed_points, moving_points = (tensor_of(batch, key) for key in ("fixed_points", "moving_points"))
-        spacings = [spacing_of(batch["fixed"], pair) for pair in range(len(ddf))]
-        errors = target_registration_error(ddf, fixed_points, moving_points, ddf.new_tensor(spacings))
-        out["tre"] = errors.nanmean(1)
-    return out
+        fixed, moving = (tensor_of(batch, key) for key in ("fixed_points", "moving_points"))
+        distances = target_registration_error(ddf, fixed, moving, ddf.new_tensor(spacings))
+    return measure(ddf, labels, distances, spacings if surfaces else None)

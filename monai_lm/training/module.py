@@ -18,7 +18,7 @@ from monai_lm.fields.sampling import sample_points, warp
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.result import RefinementResult
-from monai_lm.training.batch import images_of, measure, tensor_of
+from monai_lm.training.batch import images_of, measure_batch, tensor_of
 from monai_lm.training.supervision import Distillation, through_refinement
 
 __all__ = ["RegistrationModule"]
@@ -155,7 +155,7 @@ class RegistrationModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the metrics of the network's own field and, if the module refines, those of the refined one.
 
-        The names of the latter end in ``_refined``; see :func:`~monai_lm.training.batch.measure`.
+        Their names end in ``_before`` and ``_after``; see :func:`~monai_lm.fields.metrics.measure`.
         """
         self._evaluate("val", batch)
 
@@ -196,10 +196,10 @@ class RegistrationModule(pl.LightningModule):
         images = images_of(batch)
         moving, fixed = images.split(1, 1)
         predicted, result = self._fields(images)
-        for suffix, ddf in (("", predicted), ("_refined", None if result is None else result.ddf)):
+        for suffix, ddf in (("_before", predicted), ("_after", None if result is None else result.ddf)):
             if ddf is None:
                 continue
-            metrics = measure(batch, ddf, surfaces)
+            metrics = measure_batch(batch, ddf, surfaces)
             if self.similarity is not None:
                 metrics["similarity"] = self._dissimilarity(fixed, moving, ddf)
             for name, values in metrics.items():

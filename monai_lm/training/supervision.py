@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_lm.fields.finite import check_number
 from monai_lm.fields.sampling import warp
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.kernels.reference import spatial_gradient
-from monai_lm.solver.checks import check_number
 
 __all__ = ["Distillation", "through_refinement"]
 

@@ -22,7 +22,7 @@ from monai_lm.io.datalist import FILES, Entry, raise_all
 from monai_lm.io.nifti import label_type, replacing, save_nifti, write_table
 from monai_lm.io.outputs import as_json, check_outputs
 from monai_lm.io.provenance import NEUTRAL, Recipe, describe, settings_of, weights_digest
-from monai_lm.training.batch import labels_of, measure, tensor_of
+from monai_lm.training.batch import labels_of, measure_batch, tensor_of
 from monai_lm.training.data import PairDataModule
 
 __all__ = ["FieldWriter"]
@@ -32,8 +32,8 @@ class FieldWriter(BasePredictionWriter):
     """Write field, warped image, warped labels and metrics of every pair that ``Trainer.predict`` refines.
 
     Of a pair ``NAME`` these are ``NAME_ddf.nii.gz`` (ITK's convention), ``NAME_warped.nii.gz``,
-    ``NAME_warped_label.nii.gz`` and, when the others are complete, ``NAME.json`` with the metrics before (``…``) and
-    after refinement (``…_refined``) and what they were made of. Every file is whole or not there. A pair that is
+    ``NAME_warped_label.nii.gz`` and, when the others are complete, ``NAME.json`` with the metrics before (``…_before``)
+    and after refinement (``…_after``) and what they were made of. Every file is whole or not there. A pair that is
     complete is not computed again if the pairs come from a :class:`~monai_lm.training.PairDataModule` and files,
     network and settings are the same; where they are not, nothing is predicted. At the end ``metrics.csv`` has a row
     per complete pair of the data module, or else of the folder, in the order of their names. Several processes share
@@ -123,18 +123,18 @@ class FieldWriter(BasePredictionWriter):
     ) -> None:
         """Write the pairs of a batch."""
         ddf, refined = prediction["ddf"], "history" in prediction
-        before = measure(batch, prediction["predicted"], surfaces=True)
-        after = measure(batch, ddf, surfaces=True) if refined else {}
+        before = measure_batch(batch, prediction["predicted"], surfaces=True)
+        after = measure_batch(batch, ddf, surfaces=True) if refined else {}
         for pair, name in enumerate(batch["name"]):
             self._start(name)
             self._write_files(name, batch, ddf, pair)
             row: dict[str, Any] = {"name": name} | {k: self._pairs.get(name, {}).get(k) for k in ("fixed", "moving")}
-            row |= {key: float(value[pair]) for key, value in before.items()}
-            row |= {f"{key}_refined": float(value[pair]) for key, value in after.items()}
+            row |= {f"{key}_before": float(value[pair]) for key, value in before.items()}
+            row |= {f"{key}_after": float(value[pair]) for key, value in after.items()}
             if refined:
                 row |= {
-                    "loss": float(prediction["initial_loss"][pair]),
-                    "loss_refined": float(prediction["final_loss"][pair]),
+                    "loss_before": float(prediction["initial_loss"][pair]),
+                    "loss_after": float(prediction["final_loss"][pair]),
                     "repair_shift": float(prediction["repair_shift"][pair]),
                     "prediction_used": bool(prediction["prediction_used"][pair]),
                     "iterations": len(prediction["history"][pair]),

@@ -121,7 +121,7 @@ def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pai
     expected = np.reshape(np.add(SHIFT, (2, 0, 3)), (3, 1, 1, 1))
     np.testing.assert_allclose(shifted, np.broadcast_to(expected, shifted.shape), atol=1e-4)
     torch.save({"shift": torch.zeros(3)}, bundle / "models" / "model.pt")
-    assert commands.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss"] < 1e-9
+    assert commands.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss_after"] < 1e-9
 
 
 def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
@@ -176,7 +176,7 @@ def test_the_command_registers_and_measures(bundle, pair, tmp_path, monkeypatch,
     arguments = ["refine", *options, f"--bundle={bundle}", f"--output_dir={tmp_path / 'out'}", "--report=false"]
     monkeypatch.setattr("sys.argv", ["monai-lm", *arguments, "--json=true"])
     cli.main()
-    assert json.loads(capsys.readouterr().out)["folds"] == 0
+    assert json.loads(capsys.readouterr().out)["folds_after"] == 0
 
 
 def test_images_that_a_bundle_cannot_take_are_refused_and_stop_no_cohort(bundle, pair, tmp_path):

@@ -66,8 +66,8 @@ def test_every_pair_is_what_refining_it_alone_gives(cohort, tmp_path):
     ]
     fields = [nib.load(folder / "ddf.nii.gz").get_fdata() for folder in (tmp_path / "alone", tmp_path / "out/i1__i2")]
     np.testing.assert_array_equal(*fields)
-    assert float(table(tmp_path / "out")[0]["dice"]) == rows[0]["dice"] > rows[0]["dice_before"]
-    assert table(tmp_path / "out")[2]["dice"] == ""
+    assert float(table(tmp_path / "out")[0]["dice_after"]) == rows[0]["dice_after"] > rows[0]["dice_before"]
+    assert table(tmp_path / "out")[2]["dice_after"] == ""
 
 
 def test_an_interrupted_cohort_goes_on_where_it_stopped(cohort, tmp_path):
@@ -175,7 +175,7 @@ def test_what_another_pair_left_is_not_taken_for_a_pairs(namesakes):
     alone = refine_pair(
         namesakes / "s2/t1.nii.gz", namesakes / "s3/t1.nii.gz", namesakes / "alone", report=False, settings=SETTINGS
     )
-    assert [row["loss"] for row in rows] == [alone["loss"], json.loads(kept)["loss"]]
+    assert [row["loss_after"] for row in rows] == [alone["loss_after"], json.loads(kept)["loss_after"]]
 
 
 @pytest.mark.parametrize(

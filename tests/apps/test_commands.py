@@ -65,9 +65,9 @@ def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
     spoilt = np.where(world[..., 0] < 18, nib.load(pair["fixed"]).get_fdata(), 5 * np.cos(world[..., 1]))
     pair["fixed"] = _save(tmp_path / "spoilt.nii.gz", spoilt.astype(np.float32), FIXED)
     masked, plain = (_refine(pair, tmp_path / n, mask=m) for n, m in (("masked", near), ("plain", None)))
-    assert masked["tre"] < 0.3 * masked["tre_before"]
-    assert masked["tre"] < plain["tre"]
-    assert masked["loss"] < plain["loss"]
+    assert masked["tre_mm_after"] < 0.3 * masked["tre_mm_before"]
+    assert masked["tre_mm_after"] < plain["tre_mm_after"]
+    assert masked["loss_after"] < plain["loss_after"]
     elsewhere = _save(tmp_path / "elsewhere.nii.gz", np.ones((18, 17, 14), np.uint8), np.diag([1.5, 1.5, 2.5, 1]))
     with pytest.raises(ValueError, match=r"elsewhere.nii.gz must lie on the grid of its image"):
         _refine(pair, tmp_path / "no", mask=elsewhere)
@@ -76,10 +76,10 @@ def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
 
 def test_two_grids_are_registered_in_the_world(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
-    assert metrics["tre_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)
-    assert metrics["tre"] < 0.12 * metrics["tre_before"]
-    assert metrics["dice"] > 0.85 > 0.75 > metrics["dice_before"]
-    assert metrics["folds"] == 0
+    assert metrics["tre_mm_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)
+    assert metrics["tre_mm_after"] < 0.12 * metrics["tre_mm_before"]
+    assert metrics["dice_after"] > 0.85 > 0.75 > metrics["dice_before"]
+    assert metrics["folds_after"] == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     warped = nib.load(tmp_path / "out" / "warped.nii.gz")
     np.testing.assert_allclose(warped.affine, FIXED)
@@ -105,7 +105,7 @@ def test_an_initial_affine_is_part_of_what_is_written(pair, tmp_path):
     affine[:3, 3] = pair["shift"]
     np.savetxt(tmp_path / "affine.txt", affine)
     metrics = _refine(pair, tmp_path / "out", affine=tmp_path / "affine.txt", settings=QUICK | {"iterations": 0})
-    assert metrics["tre"] == pytest.approx(0, abs=1e-4)
+    assert metrics["tre_mm_after"] == pytest.approx(0, abs=1e-4)
     vectors = nib.load(tmp_path / "out" / "ddf.nii.gz").get_fdata()[:, :, :, 0]
     np.testing.assert_allclose(vectors, np.broadcast_to(pair["shift"] * [-1, -1, 1], vectors.shape), atol=1e-4)
     back = nib.load(tmp_path / "out" / "inverse.nii.gz")
@@ -119,9 +119,9 @@ def test_a_prediction_is_refined_from_where_it_is(pair, tmp_path):
         pair, tmp_path / "second", ddf=tmp_path / "first" / "ddf.nii.gz", settings=QUICK | {"iterations": 0}
     )
     first = json.loads((tmp_path / "first" / "metrics.json").read_text())
-    for key in ("tre", "dice", "sdlogj", "loss"):
+    for key in ("tre_mm_after", "dice_after", "sdlogj_after", "loss_after"):
         assert again[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5)
-        assert again["tre_before"] == pytest.approx(first["tre"], rel=1e-3)
+        assert again["tre_mm_before"] == pytest.approx(first["tre_mm_after"], rel=1e-3)
 
 
 def test_the_inverse_leads_back(pair, tmp_path):
@@ -178,7 +178,7 @@ def test_how_the_moving_image_is_stored_does_not_matter(pair, tmp_path):
             field, pair["fixed"], moving, points=(tmp_path / "fp.csv", tmp_path / "mp.csv")
         )
         missed = commands.invert_field(field, tmp_path / f"i{number}.nii.gz", moving).missed
-        found.append([*read_points(output).ravel(), metrics["tre"], missed])
+        found.append([*read_points(output).ravel(), metrics["tre_mm"], missed])
     np.testing.assert_allclose(found[1:], found[:1] * 2, atol=2e-3)
 
 
@@ -187,7 +187,7 @@ def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
     again = commands.evaluate_field(
         tmp_path / "out" / "ddf.nii.gz", pair["fixed"], pair["moving"], pair["labels"], pair["points"]
     )
-    assert again == pytest.approx({k: metrics[k] for k in again}, rel=1e-3, abs=1e-4)
+    assert again == pytest.approx({k: metrics[f"{k}_after"] for k in again}, rel=1e-3, abs=1e-4)
 
 
 def test_composed_fields_do_one_after_the_other(tmp_path):
@@ -295,7 +295,7 @@ def test_two_dimensions_work_too(tmp_path):
     fixed = _save(tmp_path / "f.nii.gz", image[1:, :, None], np.eye(4))
     moving = _save(tmp_path / "m.nii.gz", image[:-1, :, None], np.eye(4))
     metrics = commands.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
-    assert metrics["loss"] < 0.2 * metrics["loss_before"]
+    assert metrics["loss_after"] < 0.2 * metrics["loss_before"]
     for file_format in ("fsl", "learn2reg"):
         with pytest.raises(
             ValueError, match=f"file_format must be 'itk' or 'voxel' for 2D fields, got '{file_format}'"
@@ -349,7 +349,7 @@ def test_labels_beyond_single_precision_keep_their_values(pair, tmp_path):
     )
     assert np.unique(warped).tolist() == names.tolist()
     dice = [2 * ((warped == n) & (fixed == n)).sum() / ((warped == n).sum() + (fixed == n).sum()) for n in names[1:]]
-    assert metrics["dice"] == pytest.approx(np.mean(dice), rel=1e-5)
+    assert metrics["dice_after"] == pytest.approx(np.mean(dice), rel=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(f"Dice of label {name}" in page for name in names[1:])
     commands.apply_field(tmp_path / "out" / "ddf.nii.gz", pair["labels"][1], tmp_path / "again.nii.gz", label=True)
@@ -375,7 +375,7 @@ def test_a_plane_stored_along_any_axis_is_registered_and_stays_in_its_place(tmp_
         assert not (tmp_path / "out").exists()
     form = "itk" if axis == 2 else "voxel"
     metrics = commands.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
-    assert metrics["loss"] < 0.2 * metrics["loss_before"]
+    assert metrics["loss_after"] < 0.2 * metrics["loss_before"]
     for name in ("ddf", "inverse", "warped"):
         np.testing.assert_allclose(nib.load(tmp_path / "out" / f"{name}.nii.gz").affine, affine[:, order], atol=1e-6)
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
@@ -393,8 +393,8 @@ def test_the_report_is_written_beside_the_fields(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 3})
     page = (tmp_path / "out" / "report.html").read_text()
     assert "moving.nii.gz onto fixed.nii.gz" in page
-    assert f"<td>{metrics['tre']:.2f}</td>" in page
-    assert f"<td>{metrics['sdlogj']:.3f}</td>" in page
+    assert f"<td>{metrics['tre_mm_after']:.2f}</td>" in page
+    assert f"<td>{metrics['sdlogj_after']:.3f}</td>" in page
 
 
 def test_the_report_has_what_metrics_json_has_with_an_affine_too(pair, tmp_path):
@@ -407,8 +407,8 @@ def test_the_report_has_what_metrics_json_has_with_an_affine_too(pair, tmp_path)
         settings=QUICK | {"iterations": 3},
     )  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
-    for name, key, digits in (("mean Dice", "dice", 3), ("TRE, mm", "tre", 2), ("SD of log Jacobian", "sdlogj", 3)):
-        values = [f"<td>{metrics[k]:.{digits}f}</td>" for k in (f"{key}_before", key)]
+    for name, key, digits in (("mean Dice", "dice", 3), ("TRE, mm", "tre_mm", 2), ("SD of log Jacobian", "sdlogj", 3)):
+        values = [f"<td>{metrics[k]:.{digits}f}</td>" for k in (f"{key}_before", f"{key}_after")]
         assert f'<th scope="row">{name}</th>{values[0]}{values[1]}' in page
     assert '<th scope="col">affine only</th>' in page
     assert "not registered" not in page
@@ -422,7 +422,7 @@ def test_metrics_json_says_what_it_is_of_and_what_to_think_of_it(pair, tmp_path)
     metrics = _refine(pair, tmp_path / "out", settings=QUICK | {"step": 0.25})
     assert metrics["verdict"] in ("good", "check")
     assert metrics["headline"].startswith("The field has no folds")
-    assert metrics["agreement"] > metrics["agreement_before"]
+    assert metrics["agreement_after"] > metrics["agreement_before"]
     made_of = metrics["provenance"]
     assert made_of["settings"]["step"] == made_of["refine"]["step"] == 0.25
     assert made_of["torch"] == torch.__version__
@@ -439,7 +439,7 @@ def test_noise_for_an_image_is_doubted(pair, tmp_path):
         pair | {"moving": _save(tmp_path / "noise.nii.gz", noise, MOVING)}, tmp_path / "out", labels=None, points=None,
         settings={},
     )  # fmt: skip
-    assert metrics["loss"] < metrics["loss_before"]  # similarity alone would be content
+    assert metrics["loss_after"] < metrics["loss_before"]  # similarity alone would be content
     assert metrics["verdict"] == "check"
     assert {"extreme", "rough"} <= set(metrics["remarks"])
 

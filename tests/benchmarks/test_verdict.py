@@ -6,7 +6,7 @@ from benchmarks.verdict import verdict
 
 
 def row(kind, agreement, sdlogj, extremes):
-    more = {"dice_before": 0.5, "dice": 0.8} if kind == "real" else {}
+    more = {"dice_before": 0.5, "dice_after": 0.8} if kind == "real" else {}
     return {"set": "a", "kind": kind, "agreement_before": 0.4, "agreement": agreement, "sdlogj": sdlogj,
             "extremes": extremes, **more}  # fmt: skip
 

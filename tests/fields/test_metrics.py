@@ -152,7 +152,7 @@ def test_means_are_over_the_labels_of_each_pair(labels):
     for pair in range(2):
         dice, hd95 = label_overlap(labels[0][pair, 0], labels[1][pair, 0], SPACING)
         assert float(out["dice"][pair]) == pytest.approx(np.mean(list(dice.values())))
-        assert float(out["hd95"][pair]) == pytest.approx(np.nanmean(list(hd95.values())))
+        assert float(out["hd95_mm"][pair]) == pytest.approx(np.nanmean(list(hd95.values())))
     nothing = torch.zeros(1, 1, 4, 4)
     assert compare_labels(nothing, nothing)["dice"].isnan().all()
 

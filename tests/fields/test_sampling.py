@@ -226,3 +226,12 @@ def test_nearest_is_differentiable_in_the_image(padding_mode):
     ddf[:, 0] = 1.0
     warp(image, ddf, "nearest", padding_mode).sum().backward()
     assert image.grad[0, 0, :, 0].tolist() == ([0, 1, 1, 2] if padding_mode == "border" else [0, 1, 1, 1])
+
+
+def test_forward_derivatives_are_those_of_backward(random_tensor):
+    image, ddf, tangent = (random_tensor((1, c, 9, 8), seed) for seed, c in enumerate((1, 2, 2)))
+    _, forward = torch.func.jvp(lambda d: warp(image, d).sum(), (ddf,), (tangent,))
+    leaf = ddf.clone().requires_grad_()
+    warp(image, leaf).sum().backward()
+    assert float(forward) == pytest.approx(float((leaf.grad * tangent).sum()), rel=1e-9)
+    assert abs(float(forward)) > 0.1

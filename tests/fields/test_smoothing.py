@@ -145,3 +145,17 @@ def test_inverse_window_counts_are_one_over_the_box_sum_of_ones(size, radius):
     assert counts.shape == (1, 1, *size)
     assert counts.dtype == torch.float64
     torch.testing.assert_close((counts * box_sum(ones, radius)), ones, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sigma", "message"),
+    [
+        ((1, 1, 8, 8, 8, 8), 1.0, "x must be"),
+        ((1, 1, 8), 1.0, "x must be"),
+        ((1, 1, 8, 8), -1.0, "sigma must be at least 0"),
+        ((1, 1, 8, 8), (1.0, float("nan")), "sigma must be at least 0"),
+    ],
+)
+def test_what_cannot_be_smoothed_is_refused(shape, sigma, message):
+    with pytest.raises(ValueError, match=message):
+        gaussian_smooth(torch.zeros(shape), sigma)

@@ -338,3 +338,44 @@ def test_repair_is_equivariant_to_flips_and_transposition(size, random_tensor, f
     repaired = repair(field)
     torch.testing.assert_close(repair(flip_field(field, 1)), flip_field(repaired, 1), rtol=0, atol=1e-9)
     torch.testing.assert_close(repair(transpose_field(field)), transpose_field(repaired), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_field_in_half_precision_is_repaired_as_the_wide_one_is(dtype, random_tensor):
+    folded = (1.5 * random_tensor((1, 3, 12, 11, 10), 3)).to(dtype)
+    wide, narrow = repair(folded.float()), repair(folded)
+    assert int(fold_count(narrow)) == 0
+    assert float((narrow.float() - wide).abs().mean()) < 0.2 * float((wide - folded.float()).abs().mean())
+
+
+@pytest.mark.parametrize(
+    ("ddf", "outer", "message"),
+    [
+        ((1, 2, 6, 7, 8), None, r"ddf must be \(B, n, \*S\) with n = len\(S\) = 2 or 3, got shape \(1, 2, 6, 7, 8\)"),
+        ((1, 1, 6, 7), None, "ddf must be"),
+        ((1, 3, 6, 7, 8, 9), None, "ddf must be"),
+        ((5, 3, 8, 8, 8), (1, 3, 8, 8, 8), r"outer must be \(B, n, \*M\) for a field \(5, 3, 8, 8, 8\)"),
+        ((1, 3, 8, 8, 8), (1, 2, 8, 8), "outer must be"),
+        ((1, 3, 8, 8, 8), (1, 3, 1, 8, 8), "every axis at least 2 voxels long"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(ddf, outer, message, random_tensor):
+    given = random_tensor(ddf, 0, torch.float32), None if outer is None else torch.zeros(outer)
+    with pytest.raises(ValueError, match=message):
+        repair(*given)
+    with pytest.raises(ValueError, match=message):
+        folded_cells(given[0], 0.0, given[1])
+    if outer is None:
+        with pytest.raises(ValueError, match=message):
+            fold_count(given[0])
+
+
+def test_autograd_knows_nothing_of_a_repair(random_tensor):
+    folded = (2 * random_tensor((1, 2, 12, 11), 0, torch.float32)).requires_grad_()
+    assert not repair(folded).requires_grad
+    whole = torch.zeros(1, 2, 12, 11, requires_grad=True)
+    assert repair(whole) is whole
+
+
+def test_no_pairs_have_no_folds():
+    assert fold_count(torch.zeros(0, 3, 8, 8, 8)).shape == (0,)

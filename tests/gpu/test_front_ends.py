@@ -16,7 +16,7 @@ from monai_lm.apps import cli, commands
 from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.fields.topology import jacobian_determinant
 from monai_lm.training import RegistrationModule
-from monai_lm.training.batch import measure
+from monai_lm.training.batch import measure_batch
 from monai_lm.transforms import InvertDDF, RefineDDF, WarpImage, WarpPoints
 
 SIZE = (17, 16, 14)
@@ -124,8 +124,8 @@ def test_the_module_measures_where_the_batch_is(any_device, pair):
     batch |= {"fixed_points": points, "moving_points": points + 1}
     module = RegistrationModule(HalfOfTheWay(ddf), prediction="displacement", labels=3, refine=SETTINGS, keypoints=1.0)
     there = {k: v.to(any_device) for k, v in batch.items()}
-    expected = measure(batch, ddf, surfaces=True)
-    out = measure(there, ddf.to(any_device), surfaces=True)
+    expected = measure_batch(batch, ddf, surfaces=True)
+    out = measure_batch(there, ddf.to(any_device), surfaces=True)
     assert {v.device for v in out.values()} == {any_device}
     assert 0 < float(expected["dice"]) < 1
     same(out, expected)
@@ -175,14 +175,18 @@ def test_the_command_line_s_work_stays_on_the_device(any_device, pair, tmp_path)
             fixed, moving, out, affine=tmp_path / "affine.txt", labels=(fixed_label, moving_label), points=points,
             device=name, report=False, settings=SETTINGS,
         )  # fmt: skip
-        assert json.loads((out / "metrics.json").read_text())["dice"] == pytest.approx(values["dice"])
+        assert json.loads((out / "metrics.json").read_text())["dice_after"] == pytest.approx(values["dice_after"])
         commands.invert_field(out / "ddf.nii.gz", out / "back.nii.gz", device=name)
         commands.apply_field(out / "ddf.nii.gz", moving, out / "again.nii.gz", device=name)
         commands.apply_field(out / "ddf.nii.gz", points[0], out / "moved.csv", device=name)
         written = {n: nib.load(out / f"{n}.nii.gz").get_fdata() for n in ("ddf", "inverse", "warped", "back", "again")}
         written["moved"] = np.loadtxt(out / "moved.csv", delimiter=",", skiprows=1)
         measured = commands.evaluate_field(out / "ddf.nii.gz", fixed, moving, points=points, device=name)
-        results[name] = written | measured | {k: values[k] for k in ("dice", "hd95", "tre", "folds", "sdlogj")}
+        results[name] = (
+            written
+            | measured
+            | {k: values[k] for k in ("dice_after", "hd95_mm_after", "tre_mm_after", "folds_after", "sdlogj_after")}
+        )
     same(results[str(any_device)], results["cpu"], 2e-3)
     assert np.abs(results["cpu"]["ddf"]).max() > 0.5
 

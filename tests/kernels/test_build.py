@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 def test_kernels_are_compiled_once_and_then_found(cache, monkeypatch):
     made = build.build()
     assert made.parent == cache
-    assert sorted(p.name for p in cache.iterdir()) == [made.name]  # nothing half made is left
+    assert {p.name for p in cache.iterdir()} == {made.name, build._digest_file(made).name}  # nothing half made is left
     monkeypatch.setenv("CC", "no-such-compiler")
     assert build.build() == made
 
@@ -55,7 +55,8 @@ def test_two_that_compile_at_the_same_time_do_not_see_each_others_half_files(cac
     with ThreadPoolExecutor(3) as threads:
         made = set(threads.map(lambda _: build.build(), range(3)))
     assert len(made) == 1
-    assert [p.name for p in cache.iterdir()] == [made.pop().name]
+    library = made.pop()
+    assert {p.name for p in cache.iterdir()} == {library.name, build._digest_file(library).name}
 
 
 def test_other_source_other_flags_other_file(tmp_path, monkeypatch):
@@ -104,6 +105,30 @@ def test_a_cache_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "cache_folders", lambda: iter([blocked / "cache"]))
     with pytest.raises(build.BuildError, match=r"nowhere to write to: .*file"):
         build.build()
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", [0, 1, 4096, 20000, "other"])
+def test_a_library_that_is_not_what_was_compiled_is_compiled_anew(content, cache):
+    """One that was cut off would end the process with SIGBUS when it is loaded, and every later one."""
+    made = build.build()
+    whole = made.read_bytes()
+    made.write_bytes(b"\x7fELF" + whole[5:] if content == "other" else whole[:content])
+    assert build.build() == made
+    assert made.read_bytes() == whole
+    build._digest_file(made).unlink()
+    assert build.build() == made
+    assert sorted(f.suffix for f in cache.iterdir()) == sorted([made.suffix, ".sha256"])
+
+
+@needs_compiler
+def test_a_chosen_library_without_the_kernels_gives_way_to_plain_pytorch(tmp_path):
+    source, library = tmp_path / "x.c", tmp_path / "x.so"
+    source.write_text("int x;")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    told = refined(tmp_path / "a", MONAI_LM_KERNELS=str(library))
+    assert "undefined symbol" in told[0] or "symbol not found" in told[0]
+    assert told[3].count("plain PyTorch is used") == 1
 
 
 def test_where_kernels_are_kept(monkeypatch):

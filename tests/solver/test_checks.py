@@ -8,10 +8,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from monai_lm.fields.finite import check_number
 from monai_lm.solver.checks import (
     check_field,
     check_images,
-    check_number,
     check_spacing,
     plain,
 )

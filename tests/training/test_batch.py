@@ -6,7 +6,7 @@ from monai.data import MetaTensor
 
 from monai_lm.fields import fold_count
 from monai_lm.fields.metrics import sd_log_jacobian
-from monai_lm.training.batch import images_of, measure, spacing_of, tensor_of
+from monai_lm.training.batch import images_of, measure_batch, spacing_of, tensor_of
 
 
 def test_a_known_shift_is_measured_as_what_it_is():
@@ -18,18 +18,18 @@ def test_a_known_shift_is_measured_as_what_it_is():
     points = torch.tensor([[[4.0, 3.0], [7.0, 6.0]]])
     batch = {"fixed": image, "moving": moving, "fixed_label": fixed, "moving_label": moving}
     batch |= {"fixed_points": points, "moving_points": points + torch.tensor([2.0, 0.0])}
-    before, after = measure(batch, torch.zeros_like(ddf), surfaces=True), measure(batch, ddf, surfaces=True)
+    before, after = measure_batch(batch, torch.zeros_like(ddf), surfaces=True), measure_batch(batch, ddf, surfaces=True)
     assert float(before["dice"]) == pytest.approx(0.5)
-    assert float(before["hd95"]) == pytest.approx(6.0)
-    assert float(before["tre"]) == pytest.approx(6.0)
+    assert float(before["hd95_mm"]) == pytest.approx(6.0)
+    assert float(before["tre_mm"]) == pytest.approx(6.0)
     assert {key: float(value) for key, value in after.items()} == {
-        "folds": 0, "sdlogj": 0, "dice": 1, "hd95": 0, "tre": 0,
+        "folds": 0, "sdlogj": 0, "dice": 1, "hd95_mm": 0, "tre_mm": 0,
     }  # fmt: skip
 
 
 def test_only_what_there_is_is_measured():
     ddf = torch.randn(2, 2, 7, 6, generator=torch.Generator().manual_seed(0))
-    out = measure({"fixed": torch.zeros(2, 1, 7, 6)}, ddf)
+    out = measure_batch({"fixed": torch.zeros(2, 1, 7, 6)}, ddf)
     assert set(out) == {"folds", "sdlogj"}
     torch.testing.assert_close(out["folds"], fold_count(ddf).float())
     torch.testing.assert_close(out["sdlogj"], sd_log_jacobian(ddf))

@@ -55,7 +55,7 @@ def test_fit_then_predict_from_the_checkpoint(config, tmp_path):
         assert a.equal(b)
     rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
     assert len(rows) == 2
-    assert all(float(row["loss_refined"]) < float(row["loss"]) for row in rows)
+    assert all(float(row["loss_after"]) < float(row["loss_before"]) for row in rows)
 
 
 def test_a_wrong_setting_is_named(config, capsys):

@@ -45,9 +45,9 @@ def test_training_improves_the_validation_similarity(tmp_path, labels):
     before = trainer.validate(module, loader, verbose=False)[0]
     trainer.fit(module, loader)
     after = trainer.validate(module, loader, verbose=False)[0]
-    assert after["val_similarity"] < 0.8 * before["val_similarity"]
+    assert after["val_similarity_before"] < 0.8 * before["val_similarity_before"]
     if labels:
-        assert after["val_dice"] > before["val_dice"]
+        assert after["val_dice_before"] > before["val_dice_before"]
 
 
 def test_predict_refines_in_inference_mode(tmp_path):
@@ -74,15 +74,15 @@ def test_validation_logs_the_gain_of_refinement(tmp_path):
     pairs = _pairs(3, labels=True)
     module = RegistrationModule(_network(), labels=2, refine={"scales": (2, 1)})
     logged = _trainer(tmp_path).validate(module, DataLoader(pairs, batch_size=2), verbose=False)[0]
-    assert logged["val_similarity_refined"] < 0.2 * logged["val_similarity"]
-    assert logged["val_dice_refined"] > max(0.95, logged["val_dice"])
-    assert logged["val_folds_refined"] == 0
+    assert logged["val_similarity_after"] < 0.2 * logged["val_similarity_before"]
+    assert logged["val_dice_after"] > max(0.95, logged["val_dice_before"])
+    assert logged["val_folds_after"] == 0
     fields = _trainer(tmp_path).predict(module, DataLoader(pairs, batch_size=1))
     losses = [
         float(LNCC()(warp(pair["moving"][None], out["ddf"]), pair["fixed"][None])) / pair["fixed"].numel()
         for pair, out in zip(pairs, fields, strict=True)
     ]
-    assert logged["val_similarity_refined"] == pytest.approx(sum(losses) / 3, rel=1e-3)
+    assert logged["val_similarity_after"] == pytest.approx(sum(losses) / 3, rel=1e-3)
 
 
 def test_test_measures_surfaces_and_landmarks(tmp_path):
@@ -91,10 +91,10 @@ def test_test_measures_surfaces_and_landmarks(tmp_path):
     pairs = [{**p, "fixed_points": points, "moving_points": points + shift} for p in _pairs(2, labels=True)]
     module = RegistrationModule(_Still(), refine={"scales": (2, 1)})
     logged = _trainer(tmp_path).test(module, DataLoader(pairs), verbose=False)[0]
-    assert logged["test_tre"] == pytest.approx(2.0)
-    assert logged["test_tre_refined"] < 0.2
-    assert logged["test_hd95_refined"] < logged["test_hd95"]
-    assert (logged["test_sdlogj"], logged["test_folds"]) == (0, 0)
+    assert logged["test_tre_mm_before"] == pytest.approx(2.0)
+    assert logged["test_tre_mm_after"] < 0.2
+    assert logged["test_hd95_mm_after"] < logged["test_hd95_mm_before"]
+    assert (logged["test_sdlogj_before"], logged["test_folds_before"]) == (0, 0)
 
 
 class _Still(torch.nn.Module):
@@ -161,8 +161,8 @@ def test_precision_and_accumulation_train_and_refine(tmp_path, precision):
     before = trainer.validate(module, loader, verbose=False)[0]
     trainer.fit(module, loader)
     after = trainer.validate(module, loader, verbose=False)[0]
-    assert after["val_similarity"] < before["val_similarity"]
-    assert after["val_similarity_refined"] < after["val_similarity"]
+    assert after["val_similarity_before"] < before["val_similarity_before"]
+    assert after["val_similarity_after"] < after["val_similarity_before"]
 
 
 def test_optimizer_and_scheduler_are_those_given(tmp_path):

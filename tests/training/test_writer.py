@@ -51,9 +51,9 @@ def test_files_hold_what_was_predicted(tmp_path, data, network, trainer):
         warped = nib.load(tmp_path / f"{name}_warped_label.nii.gz").get_fdata()
         fixed = batch["fixed_label"][0, 0].numpy()
         dice = [2 * ((warped == k) & (fixed == k)).sum() / ((warped == k).sum() + (fixed == k).sum()) for k in (1, 2)]
-        assert float(row["dice_refined"]) == pytest.approx(np.mean(dice), abs=1e-6)
-        assert float(row["folds_refined"]) == int(fold_count(output["ddf"])) == 0
-        assert float(row["loss_refined"]) < float(row["loss"])
+        assert float(row["dice_after"]) == pytest.approx(np.mean(dice), abs=1e-6)
+        assert float(row["folds_after"]) == int(fold_count(output["ddf"])) == 0
+        assert float(row["loss_after"]) < float(row["loss_before"])
 
 
 def test_labels_that_float32_would_merge_keep_their_values(tmp_path, cohort, network, trainer):
@@ -73,7 +73,7 @@ def test_labels_that_float32_would_merge_keep_their_values(tmp_path, cohort, net
         trainer(callbacks=[FieldWriter(tmp_path / folder)]).predict(RegistrationModule(network, refine=None), data)
         rows[folder] = _rows(tmp_path / folder)[0]
     assert rows["large"] == rows["plain"]
-    assert 0 < float(rows["plain"]["dice"]) < 1
+    assert 0 < float(rows["plain"]["dice_before"]) < 1
     plain, large = (nib.load(tmp_path / folder / "pair_warped_label.nii.gz") for folder in ("plain", "large"))
     np.testing.assert_array_equal(np.asarray(large.dataobj), names[np.asarray(plain.dataobj)])
     assert large.get_data_dtype() == np.uint32
@@ -182,8 +182,8 @@ def test_a_folder_that_is_a_file_is_found_before_the_work(tmp_path, data, networ
 def test_without_refinement_the_network_is_written(tmp_path, data, network, trainer):
     trainer(callbacks=[FieldWriter(tmp_path)], limit_predict_batches=1).predict(RegistrationModule(network), data())
     (row,) = _rows(tmp_path)
-    assert "dice" in row
-    assert "dice_refined" not in row
+    assert "dice_before" in row
+    assert "dice_after" not in row
 
 
 @pytest.mark.parametrize("name", ["../x", ".hidden", "a/b"])
