@@ -74,7 +74,7 @@ def refine(
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
     """
@@ -127,7 +127,7 @@ def cohort(
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[demo]').
+        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         overwrite: do pairs again that are complete, and replace what other files or settings left.
     """
     settings = {

@@ -97,16 +97,17 @@ READABLE = tuple(_TABLE)
 def guess_format(path: str | Path) -> str:
     """Tell the format of a file of a field by what it says of itself.
 
-    ``.npz`` is Learn2Reg's. A NIfTI file is NiftyReg's or in voxels if the name of its intent says so, FSL's if it has
+    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the name of its intent says so, FSL's if it has
     one of FNIRT's intents, ITK's if it has five dimensions and one of the vector intents (1006, 1007). All others need
     to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither ``.npz`` nor NIfTI, of another shape, or does not say what it is.
+        ValueError: it has no format's suffix, is of another shape, or does not say what it is.
     """
-    if Path(path).suffix == ".npz":
-        return "learn2reg"
+    by_suffix = {found.suffix: name for name, found in _TABLE.items() if found.suffix != ".nii.gz"}
+    if Path(path).suffix in by_suffix:
+        return by_suffix[Path(path).suffix]
     image = open_nifti(path)
     shape, intent, name = image.shape, int(image.header["intent_code"]), image.header["intent_name"].item()
     if is_niftyreg(image.header):

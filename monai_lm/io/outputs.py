@@ -31,7 +31,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib, in the demo extra: pip install 'monai_lm[demo]'") from error
+        raise ImportError("pictures need matplotlib, in the report extra: pip install 'monai_lm[report]'") from error
     return Figure
 
 
@@ -70,7 +70,8 @@ def check_outputs(folder: Path, names: Sequence[str], overwrite: bool, argument:
 
 def check_field_output(output: Path, file_format: str, overwrite: bool) -> None:
     """As :func:`check_outputs`, for one file of a field, whose suffix must be that of its format."""
-    suffixes = (".npz",) if file_suffix(file_format) == ".npz" else (".nii", ".nii.gz")
+    suffix = file_suffix(file_format)
+    suffixes = (".nii", ".nii.gz") if suffix == ".nii.gz" else (suffix,)
     if not output.name.endswith(suffixes):
         raise ValueError(f"output must end in {' or '.join(suffixes)} for {file_format} fields, got {output.name!r}")
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")

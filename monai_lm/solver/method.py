@@ -70,11 +70,13 @@ def make_method(
     """The method of arguments of :func:`monai_lm.refine`: names, or the objects they stand for.
 
     Raises:
-        TypeError: an argument that is neither.
-        ValueError: an unknown name, or a number out of range.
+        TypeError: ``smooth_residual`` is neither a number nor a :class:`Smoothing`.
+        ValueError: an unknown name, anything else in its place, or a number out of range.
     """
     if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of voxels, got {window!r}")
+    if isinstance(smooth_residual, str):
+        raise TypeError(f"smooth_residual must be a number or a Smoothing, got {type(smooth_residual).__name__}")
     if not isinstance(smooth_residual, Smoothing):
         check_number("smooth_residual", smooth_residual, 0)
         smooth_residual = Elastic(smooth_residual)

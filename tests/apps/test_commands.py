@@ -340,7 +340,7 @@ def test_labels_beyond_single_precision_keep_their_values(pair, tmp_path):
         scene = nib.load(pair[image])
         kinds = np.digitize(scene.get_fdata(), (-0.8, -0.2, 0.3, 0.9))
         nib.save(nib.Nifti1Image(names[kinds].astype(np.uint32), scene.affine), label)
-    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    pytest.importorskip("matplotlib", reason="the report extra is not installed")
     metrics = _refine(pair, tmp_path / "out", report=True)
     written = nib.load(tmp_path / "out" / "warped_label.nii.gz")
     assert written.get_data_dtype() == np.uint32
@@ -389,7 +389,7 @@ def test_a_plane_stored_along_any_axis_is_registered_and_stays_in_its_place(tmp_
 
 
 def test_the_report_is_written_beside_the_fields(pair, tmp_path):
-    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    pytest.importorskip("matplotlib", reason="the report extra is not installed")
     metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 3})
     page = (tmp_path / "out" / "report.html").read_text()
     assert "moving.nii.gz onto fixed.nii.gz" in page
@@ -398,7 +398,7 @@ def test_the_report_is_written_beside_the_fields(pair, tmp_path):
 
 
 def test_the_report_has_what_metrics_json_has_with_an_affine_too(pair, tmp_path):
-    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    pytest.importorskip("matplotlib", reason="the report extra is not installed")
     affine = np.eye(4)
     affine[:3, 3] = pair["shift"] * 0.5
     np.savetxt(tmp_path / "affine.txt", affine)

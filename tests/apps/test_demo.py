@@ -52,5 +52,5 @@ def test_what_the_demo_lacks_is_found_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
         run_demo(tmp_path / "file", progress=False)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib.*monai_lm\[demo\]"):
+    with pytest.raises(ImportError, match=r"matplotlib.*monai_lm\[report\]"):
         run_demo(tmp_path / "out", progress=False)

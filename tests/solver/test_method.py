@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_is_a_rise_and_never_the_reference(loss, contr
         accepted, _, new = judge(
             trust_of(2.0, loss=10.0, expected=1.0, memory=5.0), loss, control, acceptance, chance=0.0
         )
-        assert bool(accepted) == (acceptance == "always")
+        assert bool(accepted) == (not ACCEPTANCES[acceptance](0).may_reject)
         assert float(new.damping) == pytest.approx(3.0)
         assert float(new.loss) == 10
         assert float(new.memory) == 5
@@ -170,7 +170,8 @@ def test_names_stand_for_the_parts():
         ("window", 2, "window must be an odd number of voxels, got 2"),
         ("window", True, "window must be an odd number"),
         ("window", 3.0, "window must be an odd number"),
-        ("smooth_residual", -1, "smooth_residual"),
+        ("smooth_residual", -1, "smooth_residual must be at least 0"),
+        ("smooth_residual", "elastic", "smooth_residual must be a number or a Smoothing, got str"),
     ],
 )
 def test_what_is_neither_name_nor_part_is_refused(argument, value, message):
