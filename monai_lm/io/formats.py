@@ -97,9 +97,10 @@ READABLE = tuple(_TABLE)
 def guess_format(path: str | Path) -> str:
     """Tell the format of a file of a field by what it says of itself.
 
-    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the name of its intent says so, FSL's if it has
-    one of FNIRT's intents, ITK's if it has five dimensions and one of the vector intents (1006, 1007). All others need
-    to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in millimetres of any system.
+    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the
+    name of its intent says so, FSL's if it has one of FNIRT's intents, ITK's if it has five dimensions and one of the
+    vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in
+    millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
