@@ -9,6 +9,7 @@
 // C11 with pthreads; no other headers, no OpenMP library (`omp simd` is a hint to the compiler).
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -43,6 +44,25 @@ INLINE float positive(float v) { return v > 0.0f ? v : 0.0f; }
 
 typedef void Work(void *task, int64_t item);
 
+static _Thread_local jmp_buf *escape;  // where an item without memory ends; what it had is lost, which is little
+
+static int done(Work *work, void *task, int64_t item) {
+  jmp_buf here;
+  if (setjmp(here)) return 0;
+  escape = &here;
+  work(task, item);
+  return 1;
+}
+
+static void *given(void *memory, int64_t bytes) {
+  if (!memory && bytes) longjmp(*escape, 1);
+  return memory;
+}
+
+// Memory for an item of work.
+static void *get(int64_t bytes) { return given(malloc(bytes), bytes); }
+static void *get_zeros(int64_t bytes) { return given(calloc(bytes, 1), bytes); }
+
 static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;
 static struct {
   pthread_mutex_t lock;
@@ -52,11 +72,12 @@ static struct {
   Work *work;
   void *task;
   int64_t items;
-  atomic_llong next;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, 0, 0};
+  atomic_llong next, failed;
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 
 static void take_items(Work *work, void *task, int64_t items) {
-  for (int64_t item; (item = atomic_fetch_add(&pool.next, 1)) < items;) work(task, item);
+  for (int64_t item; (item = atomic_fetch_add(&pool.next, 1)) < items;)
+    if (!done(work, task, item)) atomic_fetch_add(&pool.failed, 1);
 }
 
 static void *worker(void *number) {
@@ -97,11 +118,13 @@ static void start_workers(int count) {
   }
 }
 
-static void parallel(int64_t items, int threads, Work *work, void *task) {
+// How many items had no memory.
+static int64_t parallel(int64_t items, int threads, Work *work, void *task) {
   if (threads > items) threads = (int)items;
   if (threads < 2 || pthread_mutex_trylock(&owner)) {  // somebody else's threads are at work: this one does it all
-    for (int64_t item = 0; item < items; item++) work(task, item);
-    return;
+    int64_t failed = 0;
+    for (int64_t item = 0; item < items; item++) failed += !done(work, task, item);
+    return failed;
   }
   pthread_mutex_lock(&pool.lock);
   start_workers(threads - 1);
@@ -110,6 +133,7 @@ static void parallel(int64_t items, int threads, Work *work, void *task) {
   pool.task = task;
   pool.items = items;
   atomic_store(&pool.next, 0);
+  atomic_store(&pool.failed, 0);
   pool.job++;
   pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.lock);
@@ -118,7 +142,9 @@ static void parallel(int64_t items, int threads, Work *work, void *task) {
   while (pool.running) pthread_cond_wait(&pool.done, &pool.lock);
   pool.wanted = 0;
   pthread_mutex_unlock(&pool.lock);
+  const int64_t failed = atomic_load(&pool.failed);
   pthread_mutex_unlock(&owner);
+  return failed;
 }
 
 // Cut [0, size) into parts of about `length`, at least as many as threads; how many, and where the part starts.
@@ -308,7 +334,7 @@ static void sample_rows(void *task, int64_t item) {
   const int n = t->n;
   const int64_t Y = t->out->size[1], Z = t->out->size[2], rows = t->out->size[0] * Y, items = row_items(t->out);
   const int64_t pair = item / items, first = item % items * ROWS_AT_A_TIME;
-  float *memory = malloc(sizeof(float) * Z * 10);
+  float *memory = get(sizeof(float) * Z * 10);
   Places p, q;
   float *buffer = cut_places(&q, cut_places(&p, memory, Z), Z), *out = buffer + Z;
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
@@ -333,10 +359,10 @@ static void sample_rows(void *task, int64_t item) {
   free(memory);
 }
 
-EXPORT void sample(const Array *image, const Array *ddf, const Array *outer, const float *shift, const float *factor,
+EXPORT int sample(const Array *image, const Array *ddf, const Array *outer, const float *shift, const float *factor,
                    const Array *out, int64_t pairs, int n, int threads) {
   Sample task = {image, ddf, outer, out, shift, factor, n};
-  parallel(pairs * row_items(out), threads, sample_rows, &task);
+  return parallel(pairs * row_items(out), threads, sample_rows, &task) > 0;
 }
 
 typedef struct {
@@ -349,7 +375,7 @@ static void compose_rows(void *task, int64_t item) {
   const int n = t->n;
   const int64_t Y = t->out->size[1], Z = t->out->size[2], rows = t->out->size[0] * Y, items = row_items(t->out);
   const int64_t pair = item / items, first = item % items * ROWS_AT_A_TIME;
-  float *memory = malloc(sizeof(float) * Z * 8), *to[3];
+  float *memory = get(sizeof(float) * Z * 8), *to[3];
   Places p;
   float *buffer = cut_places(&p, memory, Z);
   for (int c = 0; c < 3; c++) to[c] = buffer + (c + 1) * Z;
@@ -362,9 +388,9 @@ static void compose_rows(void *task, int64_t item) {
   free(memory);
 }
 
-EXPORT void compose(const Array *outer, const Array *inner, const Array *out, int64_t pairs, int n, int threads) {
+EXPORT int compose(const Array *outer, const Array *inner, const Array *out, int64_t pairs, int n, int threads) {
   Compose task = {outer, inner, out, n};
-  parallel(pairs * row_items(out), threads, compose_rows, &task);
+  return parallel(pairs * row_items(out), threads, compose_rows, &task) > 0;
 }
 
 // --- filters
@@ -427,8 +453,8 @@ static void smooth_slab(void *task, int64_t item) {
   void *to = at(t->out, pair, channel);
   const int64_t y0 = part_start(Y, t->parts, part), y1 = part_start(Y, t->parts, part + 1);
   const int type = t->x->type;
-  float *memory = malloc(sizeof(float) * ((ring + 2) * Z + 2 * rz + (type == FLOAT ? 1 : 2 * rx + 1) * Z));
-  const float **pointers = malloc(sizeof(float *) * 2 * (rx + ry + rz + 1));
+  float *memory = get(sizeof(float) * ((ring + 2) * Z + 2 * rz + (type == FLOAT ? 1 : 2 * rx + 1) * Z));
+  const float **pointers = get(sizeof(float *) * 2 * (rx + ry + rz + 1));
   float *sums = memory, *padded = memory + ring * Z, *out = padded + Z + 2 * rz, *wide = out + Z;
   for (int64_t x = part_start(X, t->slabs, slab); x < part_start(X, t->slabs, slab + 1); x++) {
     int64_t ready = most(0, y0 - ry);  // rows before it are summed along x
@@ -455,12 +481,12 @@ static void smooth_slab(void *task, int64_t item) {
 }
 
 // Weighted by `weight` per pair it is `elastic`, else `smooth`.
-EXPORT void smooth(const Array *x, const float *const *tap, const int *radius, const float *weight, const Array *out,
+EXPORT int smooth(const Array *x, const float *const *tap, const int *radius, const float *weight, const Array *out,
                    int64_t pairs, int threads) {
   Smooth task = {x, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, weight, 0, 1};
   task.slabs = part_count(x->size[0], 4);
   if (x->size[0] == 1) task.parts = part_count(x->size[1], 64);
-  parallel(pairs * x->channels * task.slabs * task.parts, threads, smooth_slab, &task);
+  return parallel(pairs * x->channels * task.slabs * task.parts, threads, smooth_slab, &task) > 0;
 }
 
 // --- similarity
@@ -580,7 +606,7 @@ static void lncc_slab(void *task, int64_t item) {
   const int itype = t->warped->type, ftype = t->fixed->type, wtype = weighted ? t->weight->type : FLOAT;
   const int64_t L = Z + 2 * r;
   const int64_t total = planes * PULLS * height * Z + 6 * ring * Z + 6 * Z + 6 * L + 3 * Z + 3 * planes * Z + 4 * Z;
-  float *memory = malloc(sizeof(float) * total), *free_memory = memory;
+  float *memory = get(sizeof(float) * total), *free_memory = memory;
   float *store = free_memory; free_memory += planes * PULLS * height * Z;
   float *ring_rows = free_memory; free_memory += 6 * ring * Z;
   float *sums[6], *padded[6], *wide[3];
@@ -589,7 +615,7 @@ static void lncc_slab(void *task, int64_t item) {
   for (int q = 0; q < 3; q++) wide[q] = free_memory, free_memory += planes * Z;
   float *zeros = free_memory, *level = zeros + Z, *inverse_z = level + Z, *out = inverse_z + Z;
   for (int64_t z = 0; z < Z; z++) zeros[z] = 0, level[z] = shift, inverse_z[z] = 1.0f / (float)sums_in(z, r, Z);
-  const float **is = malloc(sizeof(float *) * (3 * planes + ring)), **js = is + planes, **ws = js + planes;
+  const float **is = get(sizeof(float *) * (3 * planes + ring)), **js = is + planes, **ws = js + planes;
   const float **rows = ws + planes;
   for (int64_t p = x0 - rx; p < x1 + rx; p++) {
     if (p >= 0 && p < X) {  // the pulls of plane p
@@ -671,10 +697,10 @@ EXPORT int lncc(const Array *warped, const Array *fixed, const float *shift, con
   const int64_t busy = pairs * warped->channels >= threads ? 1 : threads;
   task.parts = part_count(Y, most(12 * radius, 48));
   task.slabs = X == 1 ? 1 : most(part_count(X, most(12 * radius, 24)), least(busy, X / (4 * radius + 4)));
-  parallel(pairs * warped->channels * task.slabs * task.parts, threads, lncc_slab, &task);
+  const int64_t failed = parallel(pairs * warped->channels * task.slabs * task.parts, threads, lncc_slab, &task);
   add_up(&task, pairs, loss);
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 static void mse_rows(void *task, int64_t item) {
@@ -684,7 +710,7 @@ static void mse_rows(void *task, int64_t item) {
   const int64_t pair = volume / channels, channel = volume % channels;
   const float shift = t->shift ? t->shift[volume] : 0.0f, factor = t->factor ? t->factor[volume] : 1.0f;
   const float share = 2.0f / (float)channels;
-  float *memory = malloc(sizeof(float) * Z * 4), *wide[3] = {memory + Z, memory + 2 * Z, memory + 3 * Z};
+  float *memory = get(sizeof(float) * Z * 4), *wide[3] = {memory + Z, memory + 2 * Z, memory + 3 * Z};
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
     const float *i = row(at(t->warped, pair, channel), t->warped->type, r * Z, Z, wide[0]);
     const float *j = row(at(t->fixed, pair, channel), t->fixed->type, r * Z, Z, wide[1]);
@@ -706,10 +732,10 @@ EXPORT int mse(const Array *warped, const Array *fixed, const float *shift, cons
   Compare task = {warped, fixed, weight, out, shift, factor, 0, 0, 1, 1, NULL};
   task.lines = malloc(sizeof(double) * pairs * warped->channels * warped->size[0] * warped->size[1]);
   if (!task.lines) return 1;
-  parallel(pairs * warped->channels * row_items(out), threads, mse_rows, &task);
+  const int64_t failed = parallel(pairs * warped->channels * row_items(out), threads, mse_rows, &task);
   add_up(&task, pairs, loss);
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 enum { SIX = 6 };
@@ -720,7 +746,7 @@ static void six_sums(void *task, int64_t item) {
   const int64_t volume = item / items, first = item % items * ROWS_AT_A_TIME, channels = t->warped->channels;
   const int64_t pair = volume / channels, channel = volume % channels;
   const float shift = t->shift ? t->shift[volume] : 0.0f, factor = t->factor ? t->factor[volume] : 1.0f;
-  float *memory = malloc(sizeof(float) * Z * 3), *wide[3] = {memory, memory + Z, memory + 2 * Z};
+  float *memory = get(sizeof(float) * Z * 3), *wide[3] = {memory, memory + Z, memory + 2 * Z};
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
     const float *is = row(at(t->warped, pair, channel), t->warped->type, r * Z, Z, wide[0]);
     const float *js = row(at(t->fixed, pair, channel), t->fixed->type, r * Z, Z, wide[1]);
@@ -748,7 +774,7 @@ static void pull_rows(void *task, int64_t item) {
   const int64_t volume = item / items, first = item % items * ROWS_AT_A_TIME, channels = t->out->channels;
   const int64_t pair = volume / channels, channel = volume % channels;
   const float *line = pull->line + 3 * volume;
-  float *memory = malloc(sizeof(float) * Z * 4), *wide[3] = {memory + Z, memory + 2 * Z, memory + 3 * Z};
+  float *memory = get(sizeof(float) * Z * 4), *wide[3] = {memory + Z, memory + 2 * Z, memory + 3 * Z};
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
     const float *i = row(at(t->warped, pair, channel), t->warped->type, r * Z, Z, wide[0]);
     const float *j = row(at(t->fixed, pair, channel), t->fixed->type, r * Z, Z, wide[1]);
@@ -767,7 +793,7 @@ EXPORT int ncc(const Array *warped, const Array *fixed, const float *shift, cons
   task.lines = malloc(sizeof(double) * volumes * rows * SIX);
   float *line = malloc(sizeof(float) * volumes * 3);
   if (!task.lines || !line) return free(task.lines), free(line), 1;
-  parallel(volumes * row_items(warped), threads, six_sums, &task);
+  int64_t failed = parallel(volumes * row_items(warped), threads, six_sums, &task);
   for (int64_t pair = 0; pair < pairs; pair++) loss[pair] = 0;
   for (int64_t volume = 0; volume < volumes; volume++) {
     double s[SIX] = {0};
@@ -784,10 +810,10 @@ EXPORT int ncc(const Array *warped, const Array *fixed, const float *shift, cons
     line[3 * volume + 2] = (float)(scale * (f * o + mj - slope * mi));
   }
   Pull pull = {&task, line};
-  parallel(volumes * row_items(out), threads, pull_rows, &pull);
+  failed += parallel(volumes * row_items(out), threads, pull_rows, &pull);
   free(line);
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 // --- gradient
@@ -806,8 +832,7 @@ static void save_around(void *task, int64_t item) {
   const int64_t X = t->out->size[0], P = t->out->size[1] * t->out->size[2];
   const int64_t slab = item % t->slabs, pair = item / t->slabs, reach = t->ahead + 1;
   const int64_t x0 = part_start(X, t->slabs, slab), x1 = part_start(X, t->slabs, slab + 1);
-  float *to = t->saved[item] = malloc(sizeof(float) * P * 4 * reach);
-  if (!to) return;
+  float *to = t->saved[item] = get(sizeof(float) * P * 4 * reach);
   const Array *images[2] = {t->warped, t->derivative};
   for (int64_t k = 0; k < 2 * reach; k++) {
     const int64_t x = k < reach ? x0 - reach + k : x1 + k - reach;
@@ -869,8 +894,8 @@ static void gradient_slab(void *task, int64_t item) {
   const int n = t->out->channels, rx = t->radius[0], ry = t->radius[1], rz = t->radius[2], ring = 2 * ry + 1;
   const int planes = rx + t->ahead + 1;
   const int64_t slab = item % t->slabs;
-  float *memory = malloc(sizeof(float) * ((3 * ring + 8) * Z + 2 * rz + 3 * planes * P));
-  const float **pointers = malloc(sizeof(float *) * 2 * (rx + ry + rz + 1));
+  float *memory = get(sizeof(float) * ((3 * ring + 8) * Z + 2 * rz + 3 * planes * P));
+  const float **pointers = get(sizeof(float *) * 2 * (rx + ry + rz + 1));
   float *sums = memory, *padded = sums + 3 * ring * Z, *out = padded + Z + 2 * rz, *wide = out + Z, *store = wide + 6 * Z;
   const Slab s = {t, item / t->slabs, part_start(X, t->slabs, slab), part_start(X, t->slabs, slab + 1), t->saved[item], wide};
   int64_t made = most(0, s.first - rx);  // planes before it are in the store
@@ -907,13 +932,12 @@ EXPORT int gradient(const Array *warped, const Array *derivative, const float *c
   Gradient task = {warped, derivative, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, shared, ahead, 1, 0};
   task.slabs = most(1, least(pairs >= threads ? 1 : threads, X / (2 * (ahead + 1))));
   task.saved = calloc(pairs * task.slabs, sizeof(float *));
-  int failed = !task.saved;
-  if (!failed && shared) parallel(pairs * task.slabs, threads, save_around, &task);
-  for (int64_t i = 0; !failed && shared && i < pairs * task.slabs; i++) failed = !task.saved[i];
-  if (!failed) parallel(pairs * task.slabs, threads, gradient_slab, &task);
+  int64_t failed = !task.saved;
+  if (!failed && shared) failed = parallel(pairs * task.slabs, threads, save_around, &task);
+  if (!failed) failed = parallel(pairs * task.slabs, threads, gradient_slab, &task);
   for (int64_t i = 0; task.saved && i < pairs * task.slabs; i++) free(task.saved[i]);
   free(task.saved);
-  return failed;
+  return failed > 0;
 }
 
 // --- the step
@@ -972,7 +996,7 @@ static void step_rows(void *task, int64_t item) {
     farthest = m[axis] > farthest ? m[axis] : farthest;
   }
   farthest *= t->radius[pair] * moves;
-  float *memory = calloc(Z * 23, sizeof(float)), *v[3], *to[3];
+  float *memory = get_zeros(Z * 23 * sizeof(float)), *v[3], *to[3];
   Places p;
   for (int c = 0; c < 3; c++) v[c] = memory + c * Z, to[c] = memory + (3 + c) * Z;
   float *wide = memory + 6 * Z, *buffer = cut_places(&p, wide + 9 * Z, Z);
@@ -1032,10 +1056,10 @@ EXPORT int step(const Array *smooth, const Array *residual, const float *unit, c
   Step task = {smooth, residual, warped, derivative, out, unit, radius, damping, NULL, n};
   const int64_t rows = out->size[0] * out->size[1];
   if (warped && !(task.lines = malloc(sizeof(double) * pairs * rows))) return 1;
-  parallel(pairs * row_items(out), threads, step_rows, &task);
+  const int64_t failed = parallel(pairs * row_items(out), threads, step_rows, &task);
   for (int64_t pair = 0; warped && pair < pairs; pair++) expected[pair] = summed(task.lines + pair * rows, rows);
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 // --- sums over a volume
@@ -1058,7 +1082,7 @@ static void image_rows(void *task, int64_t item) {
   const int64_t X = a->size[0], Y = a->size[1], Z = a->size[2], rows = X * Y, items = row_items(a);
   const int64_t volume = item / items, first = item % items * ROWS_AT_A_TIME;
   const void *image = at(a, volume / a->channels, volume % a->channels);
-  float *wide = malloc(sizeof(float) * Z * 2);
+  float *wide = get(sizeof(float) * Z * 2);
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
     const float *v = row(image, a->type, r * Z, Z, wide);
     float low = v[0], high = v[0], odd = 0;
@@ -1091,7 +1115,7 @@ EXPORT int image_sums(const Array *image, double *out, int64_t pairs, int thread
   const int64_t volumes = pairs * image->channels, rows = image->size[0] * image->size[1];
   Sums task = {image, NULL, malloc(sizeof(double) * volumes * rows * IMAGE_SUMS), 0};
   if (!task.lines) return 1;
-  parallel(volumes * row_items(image), threads, image_rows, &task);
+  const int64_t failed = parallel(volumes * row_items(image), threads, image_rows, &task);
   for (int64_t volume = 0; volume < volumes; volume++) {
     double *to = out + volume * IMAGE_SUMS, *line = task.lines + volume * rows * IMAGE_SUMS;
     memcpy(to, line, sizeof(double) * IMAGE_SUMS);
@@ -1102,7 +1126,7 @@ EXPORT int image_sums(const Array *image, double *out, int64_t pairs, int thread
     }
   }
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 static void gradient_rows(void *task, int64_t item) {
@@ -1111,7 +1135,7 @@ static void gradient_rows(void *task, int64_t item) {
   const int n = t->n;
   const int64_t Z = a->size[2], rows = a->size[0] * a->size[1], items = row_items(a);
   const int64_t pair = item / items, first = item % items * ROWS_AT_A_TIME;
-  float *wide = calloc(Z * 4, sizeof(float));
+  float *wide = get_zeros(Z * 4 * sizeof(float));
   for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
     const float *g[3] = {wide + 3 * Z, wide + 3 * Z, wide + 3 * Z};
     float m[3] = {0, 0, 0};
@@ -1135,7 +1159,7 @@ EXPORT int gradient_sums(const Array *gradient, const float *unit, double *out, 
   const int64_t rows = gradient->size[0] * gradient->size[1];
   Sums task = {gradient, unit, malloc(sizeof(double) * pairs * rows * GRADIENT_SUMS), n};
   if (!task.lines) return 1;
-  parallel(pairs * row_items(gradient), threads, gradient_rows, &task);
+  const int64_t failed = parallel(pairs * row_items(gradient), threads, gradient_rows, &task);
   for (int64_t pair = 0; pair < pairs; pair++) {
     double *to = out + pair * GRADIENT_SUMS, *line = task.lines + pair * rows * GRADIENT_SUMS;
     to[0] = to[1] = to[2] = 0;
@@ -1146,7 +1170,7 @@ EXPORT int gradient_sums(const Array *gradient, const float *unit, double *out, 
     to[0] = __builtin_sqrt(to[0]);
   }
   free(task.lines);
-  return 0;
+  return failed > 0;
 }
 
 // --- folds
@@ -1222,8 +1246,8 @@ static int64_t look(const Folds *t, int64_t pair, const int64_t *first, const in
   for (int a = 0; a < 3; a++) count[a] = a == 0 && n == 2 ? 1 : last[a] - first[a] + 1;
   const int64_t z0 = within(first[2] - 1, Z), z1 = within(last[2] - 1, Z), W = z1 - z0 + 1, L = count[2];
   const int64_t volume = count[0] * count[1] * L;
-  float *memory = malloc(sizeof(float) * (n * volume + 6 * W));
-  uint8_t *flags = malloc(L);
+  float *memory = get(sizeof(float) * (n * volume + 6 * W));
+  uint8_t *flags = get(L);
   Places p;
   float *spare = cut_places(&p, memory + n * volume, W), *buffer = spare + W, *make[3];
   for (int64_t i = 0; i < count[0]; i++) {
@@ -1285,13 +1309,13 @@ EXPORT int unfolded(const Array *ddf, const Array *outer, float margin, uint8_t 
   Folds task = {ddf, outer, margin, out, NULL, n, n == 3 ? part_count(ddf->size[0] + 1, 6) : 1};
   task.counts = malloc(sizeof(int64_t) * pairs * task.slabs);
   if (!task.counts) return 1;
-  parallel(pairs * task.slabs, threads, look_at_slab, &task);
+  const int64_t failed = parallel(pairs * task.slabs, threads, look_at_slab, &task);
   for (int64_t pair = 0; pair < pairs; pair++) {
     count[pair] = 0;
     for (int64_t i = 0; i < task.slabs; i++) count[pair] += task.counts[pair * task.slabs + i];
   }
   free(task.counts);
-  return 0;
+  return failed > 0;
 }
 
 // --- repair: one round, tile by tile, where there are folds
@@ -1395,8 +1419,8 @@ static int weigh(const Mend *t, int64_t pair, const Box *tile, float *weight, Bo
       any = memchr(flags_of(&t->folds, pair, x, y) + z0, 1, hi[2] + 1 - z0) != NULL;
   if (!any) return 0;
   const int64_t total = near[0] * near[1] * near[2];
-  uint16_t *marks = calloc(2 * total, sizeof(uint16_t)), *sums = marks + total;
-  uint8_t *own = calloc(1, (last[0] - first[0]) * (last[1] - first[1]) * (last[2] - first[2]));
+  uint16_t *marks = get_zeros(2 * total * sizeof(uint16_t)), *sums = marks + total;
+  uint8_t *own = get_zeros((last[0] - first[0]) * (last[1] - first[1]) * (last[2] - first[2]));
   const int64_t H = last[1] - first[1], D = last[2] - first[2];
   for (int64_t x = most(lo[0], 0); x < hi[0]; x++) {
     for (int64_t y = most(lo[1], 0); y < hi[1]; y++) {
@@ -1448,14 +1472,14 @@ static void smooth_tile(void *task, int64_t item) {
   const int64_t pair = tile_of(t, item, &tile);
   t->made[item] = NULL, t->smoothed[item] = 0;
   if (!near_folds(t, item)) return;
-  float *weight = malloc(sizeof(float) * box_size(&tile));
+  float *weight = get(sizeof(float) * box_size(&tile));
   if (weigh(t, pair, &tile, weight, box)) {
     const int64_t *first = box->first, *last = box->last, H = last[1] - first[1], D = last[2] - first[2];
     const int64_t whole_y = tile.last[1] - tile.first[1], whole_z = tile.last[2] - tile.first[2], count = box_size(box);
     const int64_t za = most(first[2] - rz, 0), zb = least(last[2] + rz, Z), W = zb - za;
-    float *made = malloc(sizeof(float) * n * count);
-    float *memory = malloc(sizeof(float) * ((ring + 1 + 2 * rx + 1) * W + D + 2 * rz + 2 * D));
-    const float **pointers = malloc(sizeof(float *) * 2 * (rx + ry + rz + 1));
+    float *made = get(sizeof(float) * n * count);
+    float *memory = get(sizeof(float) * ((ring + 1 + 2 * rx + 1) * W + D + 2 * rz + 2 * D));
+    const float **pointers = get(sizeof(float *) * 2 * (rx + ry + rz + 1));
     float *sums = memory, *wide = sums + ring * W, *across = wide + (2 * rx + 1) * W, *padded = across + W;
     float *out = padded + D + 2 * rz, *old = out + D;
     for (int c = 0; c < n; c++) {
@@ -1540,21 +1564,22 @@ EXPORT int mend(const Array *ddf, const Array *outer, uint8_t *folded, const flo
   task.marked = malloc(pairs * tiles);
   task.box = malloc(sizeof(Box) * pairs * tiles);
   task.made = calloc(pairs * tiles, sizeof(float *));
-  const int failed = !task.smoothed || !task.marked || !task.box || !task.made;
-  if (!failed) parallel(pairs * tiles, threads, mark_tile, &task);
-  if (!failed) parallel(pairs * tiles, threads, smooth_tile, &task);
-  if (!failed) parallel(pairs * tiles, threads, write_tile, &task);
-  if (!failed) parallel(pairs * tiles, threads, look_at_tile, &task);
+  int64_t failed = !task.smoothed || !task.marked || !task.box || !task.made;
+  if (!failed) failed = parallel(pairs * tiles, threads, mark_tile, &task);
+  if (!failed) failed = parallel(pairs * tiles, threads, smooth_tile, &task);
+  if (!failed) failed = parallel(pairs * tiles, threads, write_tile, &task);
+  if (!failed) failed = parallel(pairs * tiles, threads, look_at_tile, &task);
   for (int64_t pair = 0; pair < pairs && !failed; pair++) {
     int64_t bad = 0, voxels = 0;
     const uint8_t *flags = folded + pair * cells;
     for (int64_t i = 0; i < cells; i++) bad += flags[i];
-    for (int64_t i = pair * tiles; i < (pair + 1) * tiles; i++) voxels += task.smoothed[i], free(task.made[i]);
+    for (int64_t i = pair * tiles; i < (pair + 1) * tiles; i++) voxels += task.smoothed[i];
     out[2 * pair] = bad, out[2 * pair + 1] = voxels;
   }
+  for (int64_t i = 0; task.made && i < pairs * tiles; i++) free(task.made[i]);
   free(task.smoothed);
   free(task.marked);
   free(task.box);
   free(task.made);
-  return failed;
+  return failed > 0;
 }

@@ -52,8 +52,6 @@ def _loaded(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in set(__all__) - {"available", "choose", "why_not"}:  # an AttributeError if it has not all of them
         getattr(library, _SYMBOLS.get(name, name))
-    for name in ("sample", "compose", "smooth"):
-        getattr(library, name).restype = None
     return library
 
 
@@ -152,19 +150,21 @@ def sample(
 ) -> None:
     shift, factor = _floats(shift), _floats(factor)
     given = _array(image), _array(ddf), _array(outer), _address(shift), _address(factor)
-    run(*given, _array(out), c_int64(len(out)), out.dim() - 2, _threads(out))
+    _checked(run(*given, _array(out), c_int64(len(out)), out.dim() - 2, _threads(out)), "sample")
 
 
 @_kernel
 def compose(run: Any, outer: Tensor, inner: Tensor, out: Tensor) -> None:
-    run(_array(outer), _array(inner), _array(out), c_int64(len(out)), out.dim() - 2, _threads(out))
+    where = c_int64(len(out)), out.dim() - 2, _threads(out)
+    _checked(run(_array(outer), _array(inner), _array(out), *where), "compose")
 
 
 def _smoothed(run: Any, x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
     """One function in C is both filters: without a weight, the smooth values themselves."""
     taps, radii = _taps(tuple(sigma))
     weight = _floats(weight)
-    run(_array(x), taps, radii, _address(weight), _array(out), c_int64(len(x)), _threads(x))
+    where = _array(out), c_int64(len(x)), _threads(x)
+    _checked(run(_array(x), taps, radii, _address(weight), *where), "smooth")
 
 
 @_kernel

@@ -214,3 +214,30 @@ def test_threads_that_call_at_the_same_time_do_not_disturb_each_other():
     with ThreadPoolExecutor(6) as threads:
         for out, right in zip(threads.map(work, range(6)), expected, strict=True):
             assert torch.equal(out, right)
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space is Linux's")
+def test_a_kernel_without_memory_raises_and_the_next_call_works(tmp_path):
+    """In the middle of its work, on its threads: the process goes on."""
+    code = """
+import resource, torch
+from monai_lm import kernels
+from monai_lm.fields import fold_count
+torch.set_num_threads(2)
+field, small, blurred = torch.zeros(1, 3, 160, 160, 160), torch.ones(1, 3, 8, 8, 8), torch.empty(1, 3, 8, 8, 8)
+fold_count(small)
+fold_count(torch.zeros(1, 3, 40, 40, 40))  # its threads are there
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**19, used + 2**19))
+try:
+    print("counted", fold_count(field))
+except MemoryError as error:
+    print("MemoryError", error)
+kernels.smooth(small, [1.0] * 3, blurred)
+print(round(float(blurred.sum())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MemoryError no memory for the intermediate results of unfolded" in done.stdout
+    assert "1536" in done.stdout
