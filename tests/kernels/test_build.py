@@ -218,7 +218,7 @@ def test_threads_that_call_at_the_same_time_do_not_disturb_each_other():
 
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space is Linux's")
-def test_a_kernel_without_memory_raises_and_the_next_call_works(tmp_path):
+def test_a_kernel_without_memory_raises_and_the_next_call_works():
     """In the middle of its work, on its threads: the process goes on."""
     code = """
 import resource, torch
