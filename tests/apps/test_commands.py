@@ -446,7 +446,7 @@ def test_noise_for_an_image_is_doubted(pair, tmp_path):
 
 def test_a_plain_install_refines_and_says_that_there_is_no_report(pair, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match=r"no report is written: .*monai_lm\[demo\]"):
+    with pytest.warns(UserWarning, match=r"no report is written: .*monai_lm\[report\]"):
         metrics = _refine(pair, tmp_path / "out", report=True, settings=QUICK | {"iterations": 2})
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"ddf.nii.gz", "inverse.nii.gz", "metrics.json", "warped.nii.gz", "warped_label.nii.gz"}

@@ -256,7 +256,7 @@ def test_a_batch_and_broken_labels_are_refused(tmp_path, case):
 
 def test_missing_matplotlib_names_the_extra(tmp_path, case, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"monai_lm\[demo\]"):
+    with pytest.raises(ImportError, match=r"monai_lm\[report\]"):
         write_report(tmp_path / "r.html", **case)
 
 
