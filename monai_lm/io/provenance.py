@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 import monai_lm
 from monai_lm.similarity import Similarity
+from monai_lm.solver.acceptance import Acceptance
+from monai_lm.solver.damping import Damping
+from monai_lm.solver.descent import Descent
 from monai_lm.solver.refinement import refine
+from monai_lm.solver.smoothing import Smoothing
 
 __all__ = [
     "NEUTRAL",
@@ -114,8 +118,8 @@ def settings_of(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def describe(value: Any) -> Any:
     """A setting as JSON: numbers, text, lists and dictionaries as they are, anything else by its type and settings.
 
-    Of a similarity or a module these are its public attributes, and a digest of its weights; other objects and
-    functions are told by their names alone.
+    Of a similarity, a module or a part of the method these are its public attributes, and a digest of its weights;
+    other objects and functions are told by their names alone.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -133,7 +137,7 @@ def describe(value: Any) -> Any:
         return f"{type(value).__name__} {tuple(value.shape)} {_digest(torch.as_tensor(value))}"
     kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if not isinstance(value, Similarity | nn.Module):
+    if not isinstance(value, Similarity | nn.Module | Descent | Damping | Acceptance | Smoothing):
         return name
     out = {k: describe(v) for k, v in vars(value).items() if not k.startswith("_") and k != "training"}
     return {"type": name} | out | ({"weights": weights_digest(value)} if isinstance(value, nn.Module) else {})

@@ -10,6 +10,10 @@ import torch
 import monai_lm
 from monai_lm.io.provenance import Recipe, describe, file_record, pair_recipe, settings_of, weights_digest
 from monai_lm.similarity import LNCC
+from monai_lm.solver.acceptance import Metropolis
+from monai_lm.solver.damping import Simple
+from monai_lm.solver.descent import WindowedLM
+from monai_lm.solver.smoothing import Elastic
 
 
 @pytest.fixture
@@ -87,6 +91,13 @@ def test_defaults_that_are_given_are_no_change(files):
 
 def test_objects_are_told_by_what_they_are_set_to():
     assert describe(LNCC(3)) == describe(LNCC(3)) != describe(LNCC(2))
+    for one, same, other in (
+        (Elastic(0.5), Elastic(0.5), Elastic(0.7)),
+        (Simple(2.0), Simple(2.0), Simple(1.5)),
+        (Metropolis(1), Metropolis(1), Metropolis(2)),
+        (WindowedLM(3), WindowedLM(3), WindowedLM(5)),
+    ):
+        assert describe(one) == describe(same) != describe(other)
     assert describe({"a": (np.float32(0.5), np.int64(2), float("inf"), None)}) == {"a": [0.5, 2, "inf", None]}
     first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     assert describe(first) != describe(second)
