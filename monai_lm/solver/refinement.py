@@ -168,7 +168,7 @@ def refine(
         def run(how: Settings) -> RefinementResult:
             bar.reset()
             record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
-            return _coarse_to_fine((fixed, moving, mask), ddf, [*stages, finest], how, record, bar)
+            return _coarse_to_fine((fixed, moving, mask), ddf, stages, finest, how, record, bar)
 
         return _as_memory_allows(run, settings, fixed)
 
@@ -202,11 +202,12 @@ def _coarse_to_fine(
     images: tuple[Tensor, Tensor, Tensor | None],
     ddf: Tensor | None,
     stages: list[Stage],
+    finest: Stage,
     settings: Settings,
     record: Record,
     bar: tqdm,
 ) -> RefinementResult:
-    """Run the stages; the last one has the grid of the images, where nothing is left to be done but to finish."""
+    """Run the stages, and end on the finest one, which has the grid of the images."""
     (fixed, moving), mask = (_normal(image) for image in images[:2]), images[2]
     constant = _constant(fixed, moving)
     fixed = fixed if mask is None else with_weight(fixed, mask)
@@ -214,7 +215,6 @@ def _coarse_to_fine(
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
     repaired = used = None
-    *stages, finest = stages
     if ddf is not None:
         edges = [1 / unit for unit in finest.level.unit]
         start, used = believed(ddf, fixed, moving, settings.similarity, finest.level, edges)

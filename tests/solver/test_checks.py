@@ -189,6 +189,14 @@ def test_bad_spacing_is_refused(spacing):
         check_spacing(spacing, 3)
 
 
+@pytest.mark.parametrize("spacing", [(1e200, 1.0, 1.0), (1.0, 1e-7, 1.0)])
+def test_edges_that_differ_beyond_reason_are_refused(spacing):
+    """Their ratio would overflow where nobody can tell why."""
+    with refusal(ValueError, f"spacing must not differ by more than a factor of a million between axes, got {spacing}"):
+        check_spacing(spacing, 3)
+    assert check_spacing((1e5, 1.0, 1.0), 3) == (1e5, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     "spacing", [2.0, "abc", "123", (1, None, 1), object()], ids=["number", "text", "digits", "None", "object"]
 )
