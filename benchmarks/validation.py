@@ -24,8 +24,8 @@ from benchmarks.cases import SETS, Case
 from benchmarks.metrics import mean_dice
 from benchmarks.peers import work
 from monai_lm import kernels
-from monai_lm.fields import fold_count
-from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.fields import warp
+from monai_lm.fields.metrics import measure
 from monai_lm.io import read_ddf
 from monai_lm.solver.schedule import automatic_scales
 
@@ -51,10 +51,13 @@ def validation(
             on those of them that leave it four voxels of every axis.
         identity: leave predictions aside.
         settings: keyword arguments of ``monai_lm.refine``; default: none.
-        json_file: write one line per pair here, as it goes; pairs that stand in it are not run again.
+        json_file: write one line per pair here, as it goes; pairs that stand in it are not run again, and it must be of
+            the same settings.
         against: the ``json_file`` of another run; paired differences to it are printed, with standard errors.
     """
-    done = _read(json_file)
+    done, how = _read(json_file), {"identity": identity, "settings": settings or {}}
+    if other := [row["how"] for row in done.values() if row["how"] != how]:
+        raise SystemExit(f"json_file must hold a run with {how}, got one with {other[0]}")
     for name in sets:
         for number, case in enumerate(islice(SETS[name](), pairs)):
             for method in ("lm", *(("greedy",) if greedy else ())):
@@ -62,7 +65,7 @@ def validation(
                 if key not in done:
                     start = None if identity else case.ddf
                     found = _greedy(case) if method == "greedy" else _lm(case, start, settings or {})
-                    done[key] = {"set": name, "pair": number, "method": method, **found}
+                    done[key] = {"set": name, "pair": number, "method": method, "how": how, **found}
                     if json_file:
                         with Path(json_file).open("a") as file:
                             file.write(json.dumps(done[key]) + "\n")
@@ -91,8 +94,7 @@ def _lm(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[str,
         started = time.process_time()
         result = monai_lm.refine(case.fixed, case.moving, start, spacing=case.spacing, **settings)
         cpu = time.process_time() - started
-    before = mean_dice(*case.labels, start)
-    return {"before": before, **_measured(case, result.ddf, result.seconds), "cpu": cpu, "guard": spent[0] / cpu}
+    return {**_measured(case, start, result.ddf, result.seconds), "cpu": cpu, "guard": spent[0] / cpu}
 
 
 def _greedy(case: Case) -> dict[str, Any]:
@@ -106,14 +108,16 @@ def _greedy(case: Case) -> dict[str, Any]:
         counts = [100 if scale >= 4 else 50 if scale >= 2 else 25 for scale in scales]
         out = work("greedy", **paths, scales=scales, iterations=counts, threads=torch.get_num_threads())
         ddf = torch.from_numpy(read_ddf(paths["field"], "itk")[0])[None]
-    return {"before": mean_dice(*case.labels), **_measured(case, ddf, out.seconds)}
+    return _measured(case, None, ddf, out.seconds)
 
 
-def _measured(case: Case, ddf: Tensor, seconds: float) -> dict[str, Any]:
+def _measured(case: Case, start: Tensor | None, ddf: Tensor, seconds: float) -> dict[str, Any]:
+    """See :func:`monai_lm.fields.metrics.measure` for the names."""
+    fixed, moving = case.labels
+    values = measure(ddf, (warp(moving.float(), ddf, mode="nearest"), fixed))
     return {
-        "dice": mean_dice(*case.labels, ddf),
-        "sdlogj": float(sd_log_jacobian(ddf)),
-        "folds": int(fold_count(ddf)),
+        "dice_before": mean_dice(fixed, moving, start),
+        **{f"{name}_after": float(value) for name, value in values.items()},
         "seconds": seconds,
         "fingerprint": hashlib.sha256(ddf.numpy().tobytes()).hexdigest()[:12],
     }
@@ -127,14 +131,14 @@ def _read(path: str | None) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]], others: dict[tuple[str, int, str], dict[str, Any]]) -> None:
-    columns = ("before", "dice", "sdlogj", "folds", "seconds", "cpu", "guard")
+    columns = ("dice_before", "dice_after", "sdlogj_after", "folds_after", "seconds", "cpu", "guard")
     print("| set | method | pairs | " + " | ".join(columns) + " |\n|---|---|---|" + "---|" * len(columns))
     for name, method in dict.fromkeys((row["set"], row["method"]) for row in rows):
         found = [row for row in rows if (row["set"], row["method"]) == (name, method)]
         means = [f"{fmean(row[c] for row in found):.4g}" if c in found[0] else "–" for c in columns]
         print(f"| {name} | {method} | {len(found)} | " + " | ".join(means) + " |")
         both = [(row, others[key]) for row in found if (key := (name, row["pair"], method)) in others]
-        for column in ("dice", "sdlogj", "seconds") if both else ():
+        for column in ("dice_after", "sdlogj_after", "seconds") if both else ():
             gaps = [row[column] - other[column] for row, other in both]
             error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
             print(f"    {column}: {fmean(gaps):+.4g} (standard error {error:.2g}) against the other run")
