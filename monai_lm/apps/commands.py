@@ -140,21 +140,15 @@ def refine_pair(
         if bundle is None:
             result, used = refine(f.data.to(chosen), onto, predicted, weight, **keywords), settings_of(keywords)
         else:
-            start, result, used = _registered(bundle, pair, chosen, settings)
-            predicted = start
-    if result.unused:
-        start = torch.zeros_like(start)
-    before, after = _measure(start, pair), _measure(result.ddf, pair)
-    metrics: dict[str, Any] = {f"{key}_before": value for key, value in before.items()}
-    metrics |= {f"{key}_after": value for key, value in after.items()}
-    metrics |= {
+            predicted, result, used = _registered(bundle, pair, chosen, settings)
+    case = _case(pair, onto, result, predicted, used)
+    found = assess(case)
+    metrics = found.values() | {
         "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
         "prediction_used": None if result.prediction_used is None else not result.unused,
+        "provenance": provenance | {"refine": used},
     }  # fmt: skip
-    case = _case(pair, onto, result, predicted, used)
-    found = assess(case, surfaces=report)
-    metrics |= found.values() | {"provenance": provenance | {"refine": used}}
     (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
     with made(folder, names):  # half a result would be in the way of the next try
         _write_fields(folder, suffix, file_format, pair, result.ddf)

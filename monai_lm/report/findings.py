@@ -57,6 +57,15 @@ class FieldMetrics:
     folds: int
     displacement: float
 
+    def values(self) -> dict[str, float]:
+        """By the names of :func:`monai_lm.fields.metrics.measure`; NaN where labels have no value."""
+        out = {"folds": float(self.folds), "sdlogj": self.sdlogj}
+        found = {"tre_mm": self.tre}
+        if self.dice is not None:
+            found = {"dice": self.mean_dice, "hd95_mm": self.mean_hd95(self.surfaces)} | found
+            out |= dict.fromkeys(("dice", "hd95_mm"), float("nan"))
+        return out | {name: value for name, value in found.items() if value is not None}
+
     @property
     def mean_dice(self) -> float | None:
         """Mean over the labels."""
@@ -80,12 +89,12 @@ def centre_of_mass(image: Tensor) -> tuple[float, ...]:
     return tuple(inside.mean(0).tolist())
 
 
-def measure_field(case: Case, ddf: Tensor, surfaces: bool = True) -> FieldMetrics:
-    """All values of a field ``(1, n, *S)`` that the case has something for; ``surfaces``: Hausdorff distances, too."""
+def measure_field(case: Case, ddf: Tensor) -> FieldMetrics:
+    """All values of a field ``(1, n, *S)`` that the case has something for."""
     edges = torch.tensor(case.spacing).view(1, -1, *[1] * len(case.spacing))
     dice, hd95 = None, None
     if (warped := case.warped_label(ddf)) is not None and case.labels is not None:
-        dice, hd95 = label_overlap(warped[0, 0], case.labels[0][0, 0], case.spacing if surfaces else None)
+        dice, hd95 = label_overlap(warped[0, 0], case.labels[0][0, 0], case.spacing)
     return FieldMetrics(
         dice=dice,
         hd95=hd95,
@@ -119,17 +128,19 @@ class Assessment:
     headline: str
 
     def values(self) -> dict[str, Any]:
-        """What ``metrics.json`` keeps: agreement before and after, extremes, verdict and remarks."""
+        """What ``metrics.json`` keeps: measures and agreement before and after, extremes, verdict and remarks."""
         return {
+            **{f"{name}_before": value for name, value in self.before.values().items()},
+            **{f"{name}_after": value for name, value in self.after.values().items()},
             "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
             "extremes_after": self.evidence.extremes, "verdict": self.state, "headline": self.headline,
             "remarks": self.remarks,
         }  # fmt: skip
 
 
-def assess(case: Case, surfaces: bool = True) -> Assessment:
-    """Measure the fields of a case and say what they are worth; ``surfaces``: Hausdorff distances, too."""
-    before, after = (measure_field(case, ddf, surfaces) for ddf in (case.start, case.ddf))
+def assess(case: Case) -> Assessment:
+    """Measure the fields of a case and say what they are worth."""
+    before, after = (measure_field(case, ddf) for ddf in (case.start, case.ddf))
     evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask)
     start = agreement(case.fixed[:, :1], warp(case.moving[:, :1], case.start), case.mask)
     remarks = warnings_of(case, before, after) | doubts_of(evidence)
