@@ -28,26 +28,15 @@ def refine(
     moving: str,
     output_dir: str,
     ddf: str | None = None,
-    ddf_format: str = "auto",
     affine: str | None = None,
     fixed_label: str | None = None,
     moving_label: str | None = None,
     fixed_points: str | None = None,
     moving_points: str | None = None,
     fixed_mask: str | None = None,
-    bundle: str | None = None,
-    similarity: str = "lncc",
-    scales: list[float] | str = "auto",
-    iterations: int | list[int] | str = "auto",
-    step: float = 0.5,
-    seconds: float | None = None,
-    memory: str = "auto",
-    kernels: str = "auto",
-    device: str = "auto",
-    file_format: str = "itk",
-    report: bool = True,
     overwrite: bool = False,
     json: bool = False,
+    **options: Any,
 ) -> None:
     """Refine a predicted field for two NIfTI images, or register them from the identity.
 
@@ -56,45 +45,47 @@ def refine(
         moving: image that is warped onto it; its grid may be another one.
         output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
         ddf: predicted field: ITK/ANTs, FSL, NiftyReg, MONAI voxel NIfTI, or Learn2Reg .npz.
-        ddf_format: of the predicted field, where its file does not say: voxel, ras, lps, positions, fsl.
         affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
         moving_label: labels of the moving image, to warp and measure.
         fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
-        bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
-            replaces its settings.
-        similarity: lncc, mse or ncc.
-        scales: reduction per level, coarse to fine, or auto.
-        iterations: most iterations per level, or auto.
-        step: largest displacement per iteration, in voxels.
-        seconds: time budget.
-        memory: auto, full or half.
-        kernels: auto, native or reference (plain PyTorch).
-        device: auto, cpu, cuda, cuda:1, ...
-        file_format: of the fields written: itk, fsl, voxel or learn2reg.
-        report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
+        options: see :func:`_options`.
     """
     from monai_lm.apps import commands
 
-    settings = {
-        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
-        "memory": memory, "kernels": kernels, "progress": sys.stderr.isatty(),
-    }  # fmt: skip
+    how = _options(**options)
+    how["settings"]["progress"] = sys.stderr.isatty()
+    labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
     metrics = commands.refine_pair(
-        fixed, moving, output_dir, ddf, affine, _both("label", fixed_label, moving_label),
-        _both("points", fixed_points, moving_points), fixed_mask, file_format, device, overwrite, report,
-        settings if bundle is None else _chosen(settings), bundle, ddf_format, _command(),
-    )  # fmt: skip
+        fixed, moving, output_dir, ddf, affine, labels, points, fixed_mask, overwrite=overwrite, **how
+    )
     _show(metrics, json)
 
 
-def cohort(
-    pairs: str,
-    output_dir: str,
+def cohort(pairs: str, output_dir: str, overwrite: bool = False, **options: Any) -> None:
+    """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
+
+    Args:
+        pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
+            moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
+        output_dir: gets a folder per pair, and metrics.csv.
+        overwrite: do pairs again that are complete, and replace what other files or settings left.
+        options: see :func:`_options`.
+    """
+    from monai_lm.apps.cohort import refine_cohort
+
+    rows, failed = refine_cohort(pairs, output_dir, overwrite, sys.stderr.isatty(), **_options(**options))
+    print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise ValueError(f"{len(failed)} pairs failed:{reasons}")
+
+
+def _options(
     bundle: str | None = None,
     ddf_format: str = "auto",
     similarity: str = "lncc",
@@ -107,17 +98,13 @@ def cohort(
     device: str = "auto",
     file_format: str = "itk",
     report: bool = True,
-    overwrite: bool = False,
-) -> None:
-    """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
+) -> dict[str, Any]:
+    """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.commands.refine_pair`.
 
     Args:
-        pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
-            moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
-        output_dir: gets a folder per pair, and metrics.csv.
-        bundle: folder of a MONAI bundle that predicts the fields and refines them; what differs from the defaults below
+        bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
             replaces its settings.
-        ddf_format: of the predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
+        ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         similarity: lncc, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
@@ -128,23 +115,18 @@ def cohort(
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
-        overwrite: do pairs again that are complete, and replace what other files or settings left.
     """
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
         "memory": memory, "kernels": kernels,
     }  # fmt: skip
-    from monai_lm.apps.cohort import refine_cohort
-
-    rows, failed = refine_cohort(
-        pairs, output_dir, overwrite, sys.stderr.isatty(),
-        file_format=file_format, device=device, report=report, bundle=bundle, ddf_format=ddf_format,
-        settings=settings if bundle is None else _chosen(settings), command=_command(),
-    )  # fmt: skip
-    print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
-    if failed:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
-        raise ValueError(f"{len(failed)} pairs failed:{reasons}")
+    if bundle is not None:
+        defaults = signature(monai_lm.refine).parameters
+        settings = {name: value for name, value in settings.items() if value != defaults[name].default}
+    return {
+        "bundle": bundle, "ddf_format": ddf_format, "device": device, "file_format": file_format, "report": report,
+        "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
+    }  # fmt: skip
 
 
 def apply(
@@ -321,16 +303,6 @@ def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] |
     return None if fixed is None or moving is None else (fixed, moving)
 
 
-def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not what :func:`monai_lm.refine` has by default."""
-    defaults = signature(monai_lm.refine).parameters
-    return {name: value for name, value in settings.items() if value != defaults[name].default}
-
-
-def _command() -> str:
-    return shlex.join(["monai-lm", *sys.argv[1:]])
-
-
 def _show(values: dict[str, Any], json: bool) -> None:
     if json:
         print(as_json(values))
@@ -342,9 +314,10 @@ def _show(values: dict[str, Any], json: bool) -> None:
             print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
 
 
-def with_values(words: list[str], commands: Iterable[Callable[..., None]]) -> list[str]:
+def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> list[str]:
     """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
-    parameters = [p for command in commands for p in signature(command).parameters.values()]
+    every: list[Callable[..., Any]] = [*commands, _options]
+    parameters = [p for command in every for p in signature(command).parameters.values()]
     switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
     out = []
     for word, following in zip(words, [*words, "--"][1:], strict=True):

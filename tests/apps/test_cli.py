@@ -117,7 +117,7 @@ def test_no_command_at_all_prints_the_help(monkeypatch, capsys):
 
 
 def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
-    def warn(*_):
+    def warn(*_, **__):
         warnings.warn("no report is written", stacklevel=1)
         return {"loss": 0.5, "remarks": {"rough": "The field is rough."}, "provenance": {"command": None}}
 
