@@ -10,16 +10,17 @@ from monai_lm.similarity.modules import ModuleSimilarity
 from monai_lm.similarity.mse import MSE
 from monai_lm.similarity.ncc import NCC
 
-__all__ = ["get_similarity"]
+__all__ = ["MEASURES", "get_similarity"]
 
-_BY_NAME: dict[str, type[Similarity]] = {"lncc": LNCC, "mse": MSE, "ncc": NCC}
+MEASURES: dict[str, type[Similarity]] = {"lncc": LNCC, "mse": MSE, "ncc": NCC}
+"""The ``similarity`` argument of :func:`monai_lm.refine`."""
 
 
 def get_similarity(similarity: str | Similarity | nn.Module) -> Similarity:
     """Turn a name, a loss module or a measure into a measure.
 
     Args:
-        similarity: ``"lncc"``, ``"mse"`` or ``"ncc"``; a :class:`Similarity`; or any module called as
+        similarity: a name in :data:`MEASURES`; a :class:`Similarity`; or any module called as
             ``module(warped, fixed)`` that returns a loss (MONAI's losses, for example).
 
     Raises:
@@ -31,7 +32,7 @@ def get_similarity(similarity: str | Similarity | nn.Module) -> Similarity:
     if isinstance(similarity, nn.Module):
         return ModuleSimilarity(similarity)
     if isinstance(similarity, str):
-        if similarity not in _BY_NAME:
-            raise ValueError(f"similarity must be one of {sorted(_BY_NAME)} or a loss module, got {similarity!r}")
-        return _BY_NAME[similarity]()
+        if similarity not in MEASURES:
+            raise ValueError(f"similarity must be one of {sorted(MEASURES)} or a loss module, got {similarity!r}")
+        return MEASURES[similarity]()
     raise TypeError(f"similarity must be a name, a Similarity or a torch.nn.Module, got {type(similarity).__name__}")

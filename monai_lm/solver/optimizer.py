@@ -50,9 +50,10 @@ class FactoredLM(Optimizer):
         params: fields, or dictionaries of parameter groups.
         step: largest displacement per step, in voxels of the finest axis.
         damping: δ, the initial damping relative to the typical squared gradient.
-        control: ``"simple"``, ``"trust_region"`` or a :class:`~monai_lm.solver.damping.Damping`.
-        acceptance: ``"always"``, ``"descent"`` or ``"metropolis"``; the last two evaluate the closure twice per step
-            and restore the field of a pair whose step they reject.
+        control: a name in :data:`~monai_lm.solver.damping.DAMPINGS`, or a :class:`~monai_lm.solver.damping.Damping`.
+        acceptance: a name in :data:`~monai_lm.solver.acceptance.ACCEPTANCES`, or an
+            :class:`~monai_lm.solver.acceptance.Acceptance`. Those that may reject a step evaluate the closure twice per
+            step and restore the field of a pair whose step they reject.
         window: width in voxels, odd, of the window that the Hessian is averaged over.
         smooth_gradient: standard deviation in voxels of the Gaussian on the gradient.
         smooth_residual: standard deviation of the elastic smoothing of the field, in voxels of every axis.

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_lm.similarity import LNCC, MSE, NCC
+from monai_lm.similarity import LNCC, MSE, NCC, lookup
 from monai_lm.similarity.base import contrast, standardize
 
-MEASURES = pytest.mark.parametrize(
-    "measure", [LNCC(radius=1), LNCC(radius=2), NCC(), MSE()], ids=["lncc1", "lncc2", "ncc", "mse"]
-)
-INVARIANT = pytest.mark.parametrize("measure", [LNCC(radius=1), LNCC(radius=2), NCC()], ids=["lncc1", "lncc2", "ncc"])
+EVERY = {"lncc1": LNCC(radius=1), **{name: make() for name, make in lookup.MEASURES.items()}}
+MEASURES = pytest.mark.parametrize("measure", EVERY.values(), ids=EVERY.keys())
+STANDARDIZED = {name: measure for name, measure in EVERY.items() if measure.standardized}
+INVARIANT = pytest.mark.parametrize("measure", STANDARDIZED.values(), ids=STANDARDIZED.keys())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from monai_lm.similarity import LNCC, MSE, NCC, ModuleSimilarity, get_similarity
-from monai_lm.similarity.lookup import _BY_NAME
+from monai_lm.similarity.lookup import MEASURES
 
 
 @pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mse", MSE), ("ncc", NCC)])
@@ -30,7 +30,7 @@ def test_a_module_is_wrapped():
 
 @pytest.mark.parametrize("name", ["mi", "LNCC", ""])
 def test_an_unknown_name_is_refused(name):
-    message = f"similarity must be one of {sorted(_BY_NAME)} or a loss module, got '{name}'"
+    message = f"similarity must be one of {sorted(MEASURES)} or a loss module, got '{name}'"
     with pytest.raises(ValueError, match=re.escape(message)):
         get_similarity(name)
 

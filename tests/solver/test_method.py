@@ -1,5 +1,6 @@
 """The parts together: what is judged, and what follows for the damping and the motion."""
 
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise, product
@@ -8,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import monai_lm
 from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.kernels.reference import eulerian_gradient
 from monai_lm.similarity import MSE
+from monai_lm.similarity.lookup import MEASURES
 from monai_lm.solver.acceptance import ACCEPTANCES, Always
 from monai_lm.solver.damping import DAMPINGS, Simple, TrustRegion
-from monai_lm.solver.descent import LM, WindowedLM, expected_decrease
+from monai_lm.solver.descent import DESCENTS, LM, WindowedLM, expected_decrease
 from monai_lm.solver.method import Method, make_method
 from monai_lm.solver.smoothing import Elastic
 from monai_lm.solver.trust import Trust, initial_trust
@@ -180,3 +183,13 @@ def test_what_is_neither_name_nor_part_is_refused(argument, value, message):
     }  # fmt: skip
     with pytest.raises((TypeError, ValueError), match=message):
         make_method(**given | {argument: value})
+
+
+@pytest.mark.parametrize(
+    ("argument", "names"),
+    [("descent", DESCENTS), ("control", DAMPINGS), ("acceptance", ACCEPTANCES), ("similarity", MEASURES)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refine_tells_every_name_that_an_argument_takes(argument, names):
+    told = inspect.getdoc(monai_lm.refine).split(f"\n    {argument}: ")[1].split("\n    ")[0:3]
+    assert [name for name in names if f'``"{name}"``' not in " ".join(told)] == []
