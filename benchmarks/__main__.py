@@ -13,6 +13,7 @@ from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
+from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.training import knee, supervision
@@ -38,6 +39,7 @@ if __name__ == "__main__":
         gpu,
         knee,
         supervision,
+        optimizers,
         validation,
         verdict,
     ]

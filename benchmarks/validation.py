@@ -64,7 +64,7 @@ def validation(
                 key = (name, number, method)
                 if key not in done:
                     start = None if identity else case.ddf
-                    found = _greedy(case) if method == "greedy" else _lm(case, start, settings or {})
+                    found = _greedy(case) if method == "greedy" else refined(case, start, settings or {})
                     done[key] = {"set": name, "pair": number, "method": method, "how": how, **found}
                     if json_file:
                         with Path(json_file).open("a") as file:
@@ -75,7 +75,8 @@ def validation(
     _print([row for (name, number, _), row in done.items() if name in sets and number < pairs], _read(against))
 
 
-def _lm(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[str, Any]:
+def refined(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Refine a case from a field, and measure what came out."""
     spent = [0.0]
 
     def clocked(run: Callable[..., Any]) -> Callable[..., Any]:
