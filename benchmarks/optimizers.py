@@ -32,7 +32,7 @@ def optimizers(
 ) -> None:
     """Dice, SDlogJ and seconds of every optimizer with every ``smooth_residual``; and LM's Dice at their roughness.
 
-    ``same SDlogJ`` is LM's Dice less the row's where LM is as rough, pair by pair, along LM's curve; pairs whose
+    ``at its SDlogJ`` is LM's Dice less the row's where LM is as rough, pair by pair, along LM's curve; pairs whose
     roughness LM's curve does not reach are left out and counted.
 
     Args:
