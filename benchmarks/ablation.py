@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 import monai_lm
 from benchmarks.data import brain_image, hippocampus_network, hippocampus_pairs
 from benchmarks.metrics import mean_dice
+from benchmarks.rows import add_row
 from monai_lm.apps.demo import brain_example, endpoint_error
 from monai_lm.fields import gaussian_smooth, integrate, warp
 from monai_lm.fields.algebra import lengths
@@ -98,9 +98,7 @@ def ablation(
         row = {column: measure(VARIANTS[name]) for column, measure in columns.items()}
         seconds = time.perf_counter() - started
         print(f"{name:<46}" + "".join(f"{value:20.4f}" for value in row.values()) + f"{seconds:7.0f}", flush=True)
-        if json_file:
-            with Path(json_file).open("a") as file:
-                file.write(json.dumps({"settings": name, **row, "seconds": seconds}) + "\n")
+        add_row(json_file, {"settings": name, **row, "seconds": seconds})
 
 
 def _columns(weights: str, pairs: int, device: torch.device) -> dict[str, Callable[[dict[str, Any] | None], float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor
 import monai_lm
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
 from benchmarks.metrics import mean_dice
+from benchmarks.rows import add_row
 from monai_lm.fields import fold_count
 from monai_lm.kernels.devices import find_device
 
@@ -67,9 +67,7 @@ def brain(
                 rows.append(("greedy", *_greedy(f, m, images[2])))
             for name, dice, folds, seconds in rows:
                 print(f"{f:<7}{m:<8}{name:<28}{dice:7.4f}{folds:9d}{seconds:9.1f}", flush=True)
-            if json_file:
-                with Path(json_file).open("a") as file:
-                    file.write(json.dumps({"fixed": f, "moving": m, "rows": rows}) + "\n")
+            add_row(json_file, {"fixed": f, "moving": m, "rows": rows})
 
 
 def _greedy(fixed: str, moving: str, fixed_label: Tensor) -> tuple[float, int, float]:

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import monai_lm
 from benchmarks.data import BRAIN_BUNDLE, data_root
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
+from benchmarks.rows import add_row
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count
 from monai_lm.fields.metrics import sd_log_jacobian
@@ -64,9 +64,7 @@ def brain_bundle(
                 f"{row['sdlogj']:7.3f} SDlogJ{row['seconds']:8.2f} s",
                 flush=True,
             )
-            if json_file:
-                with Path(json_file).open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            add_row(json_file, rows[-1])
     print("means; seconds against LM from the identity")
     means = {
         method: [float(np.mean([r[k] for r in rows if r["method"] == method])) for k in ("dice", "seconds")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from benchmarks.data import BUNDLE, hippocampus_network, hippocampus_pairs
 from benchmarks.descents import keywords
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice, paired_bootstrap
+from benchmarks.rows import add_row
 from monai_lm import RegistrationInferer
 from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
@@ -59,9 +59,7 @@ def hippocampus(
             refined, seconds = timed(chosen, method, pair["fixed"], pair["moving"], ddf)
             row[name] = _measure(pair, refined, ddf, seconds)
         rows.append(row)
-        if json_file:
-            with Path(json_file).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        add_row(json_file, row)
     print(f"hippocampus, {part}, {pairs} pairs, weights {Path(weights).name}, torch {torch.__version__}")
     _print(rows)
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from itertools import islice
-from pathlib import Path
+from itertools import islice, product
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from benchmarks.cases import SETS
-from benchmarks.descents import keywords
+from benchmarks.descents import DESCENTS, keywords
+from benchmarks.rows import Row, add_row, read_rows
 from benchmarks.validation import refined
 
 STEPS = {"lm": 0.5, "stateless": 0.5, "adam": 0.2}
 """Largest step in voxels; one for all sets."""
-
-Row = dict[str, Any]
 
 
 def optimizers(
@@ -45,32 +42,27 @@ def optimizers(
         json_file: write one line per run here, as it goes; what stands in it is not run again.
     """
     sizes = STEPS | (steps or {})
-    rows = _read(json_file)
-    shown: dict[str, Row] = {}
+    if unknown := [descent for descent in descents if descent not in sizes or descent not in ("lm", *DESCENTS)]:
+        raise ValueError(f"descents must be of {['lm', *DESCENTS]} and have a step in {sizes}, got {unknown}")
+    rows = {_key(row): row for row in read_rows(json_file)}
+    shown: list[Row] = []
     for name in sets:
         for number, case in enumerate(islice(SETS[name](), pairs)):
-            for descent in descents:
-                for smoothing in smoothings:
-                    how = {"descent": descent, "step": sizes[descent], "smoothing": smoothing, "identity": identity}
-                    key = json.dumps({"set": name, "pair": number, **how})
-                    if key not in rows:
-                        given: Row = {"step": sizes["lm"]} if descent == "lm" else keywords(descent, sizes[descent])
-                        start = None if identity else case.ddf
-                        rows[key] = json.loads(key) | refined(case, start, given | {"smooth_residual": smoothing})
-                        if json_file:
-                            with Path(json_file).open("a") as file:
-                                file.write(json.dumps(rows[key]) + "\n")
-                    shown[key] = rows[key]
+            for descent, smoothing in product(descents, smoothings):
+                row: Row = {"set": name, "pair": number, "descent": descent, "step": sizes[descent]}
+                row |= {"smoothing": smoothing, "identity": identity}
+                if _key(row) not in rows:
+                    given: Row = {} if descent == "lm" else keywords(descent, sizes[descent])
+                    settings = given | {"step": sizes[descent], "smooth_residual": smoothing}
+                    rows[_key(row)] = row | refined(case, None if identity else case.ddf, settings)
+                    add_row(json_file, rows[_key(row)])
+                shown.append(rows[_key(row)])
     for name in sets:
-        _print(name, [row for row in shown.values() if row["set"] == name])
+        _print(name, [row for row in shown if row["set"] == name])
 
 
-def _read(path: str | None) -> dict[str, Row]:
-    if path is None or not Path(path).is_file():
-        return {}
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    names = ("set", "pair", "descent", "step", "smoothing", "identity")
-    return {json.dumps({name: row[name] for name in names}): row for row in rows}
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("set", "pair", "descent", "step", "smoothing", "identity"))
 
 
 def _print(name: str, rows: list[Row]) -> None:
@@ -82,11 +74,12 @@ def _print(name: str, rows: list[Row]) -> None:
     for descent, smoothing in dict.fromkeys((row["descent"], row["smoothing"]) for row in rows):
         found = [row for row in rows if (row["descent"], row["smoothing"]) == (descent, smoothing)]
         means = [f"{fmean(row[c] for row in found):.4g}" for c in ("dice_after", "sdlogj_after", "seconds")]
+        gaps = ["", ""]
         if descent != "lm":
             same = ((r, row) for row in found for r in curves[row["pair"]] if r["smoothing"] == smoothing)
-            means.append(_gap(r["dice_after"] - row["dice_after"] for r, row in same))
-            means.append(_gap(ahead(curves[row["pair"]], row) for row in found))
-        print(f"| {descent}, {smoothing:g} | " + " | ".join([*means, "", ""][:5]) + " |")
+            gaps = [_gap(r["dice_after"] - row["dice_after"] for r, row in same)]
+            gaps.append(_gap(ahead(curves[row["pair"]], row) for row in found))
+        print(f"| {descent}, {smoothing:g} | " + " | ".join(means + gaps) + " |")
 
 
 def ahead(curve: list[Row], row: Row) -> float:

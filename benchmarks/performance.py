@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -20,6 +19,7 @@ from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, read_image
 from benchmarks.descents import DESCENTS
 from benchmarks.metrics import mean_dice
 from benchmarks.peers import Outcome, machine, work
+from benchmarks.rows import add_row
 
 
 def speed(
@@ -52,7 +52,7 @@ def speed(
             name, task["prediction"] = ("lm", True) if method == "predicted" else (method, False)
             runs = [work(name, **task, iterations=[n]) for n in (few, many)]
             values.append((runs[1].seconds - runs[0].seconds) / (many - few))
-            _row(json_file, {"method": method, "seconds": values[-1], "settings": runs[1].settings})
+            add_row(json_file, {"method": method, "seconds": values[-1], "settings": runs[1].settings})
             print(f"  {method:<12}{values[-1]:8.3f}", flush=True)
     medians = {method: statistics.median(values) for method, values in measured.items()}
     for method, value in medians.items():
@@ -95,7 +95,7 @@ def memory(
             task |= ours_in.get(method, {})
             out = work(name, **task)
             peak = out.peak / volume - (3 if ours else 0)
-            _row(json_file, {"method": method, "size": size, "volumes": peak, "settings": out.settings})
+            add_row(json_file, {"method": method, "size": size, "volumes": peak, "settings": out.settings})
             print(f"{method:<14}{peak:7.1f} V   {out.seconds:7.1f} s", flush=True)
 
 
@@ -125,7 +125,7 @@ def scaling(
             runs = [work("lm", **task, iterations=[n], warm=True) for n in (3, 13)]
         seconds = (runs[1].seconds - runs[0].seconds) / 10
         rows.append((size**3, seconds, runs[1].peak - 12 * size**3))
-        _row(json_file, {"size": size, "mode": mode, "seconds": seconds, "volumes": rows[-1][2] / (4 * size**3)})
+        add_row(json_file, {"size": size, "mode": mode, "seconds": seconds, "volumes": rows[-1][2] / (4 * size**3)})
         print(f"{size:4d}^3 {seconds:8.3f} s/iteration {1e9 * seconds / size**3:7.1f} ns/voxel", end=" ")
         print(f"{rows[-1][2] / (4 * size**3):6.1f} V", flush=True)
     for name, column in (("time", 1), ("memory", 2)):
@@ -169,7 +169,7 @@ def accuracy(
             task["settings"] = (settings or {}).get(method, {})
             dice, seconds = _dice_of(method, fixed, moving, **task)
             scores[method].append(dice)
-            _row(json_file, {"fixed": fixed, "moving": moving, "method": method, "dice": dice, "seconds": seconds})
+            add_row(json_file, {"fixed": fixed, "moving": moving, "method": method, "dice": dice, "seconds": seconds})
             print(f"{fixed} <- {moving}  {method:<13}{dice:7.4f}{seconds:9.1f} s", flush=True)
     for method, values in scores.items():
         print(f"{method:<13}mean Dice {statistics.mean(values):.4f}", flush=True)
@@ -205,7 +205,7 @@ def reach(
             task = {**whole, "scales": [4, 2, 1], "iterations": [100, 50, n], "warm": warm}
             dice, seconds = _dice_of(method, fixed, moving, **task)
             row = {"fixed": fixed, "moving": moving, "method": method, "warm": warm, "finest": n}
-            _row(json_file, {**row, "dice": dice, "seconds": seconds})
+            add_row(json_file, {**row, "dice": dice, "seconds": seconds})
             if method == "greedy":
                 goal, spent = dice, seconds
                 print(f"{fixed} <- {moving}  greedy: Dice {goal:.4f} in {spent:.1f} s", flush=True)
@@ -261,9 +261,3 @@ def _synthetic_pair(folder: Path, size: tuple[int, ...]) -> dict[str, str]:
         pair[name] = str(folder / f"{name}.nii")
         nib.save(nib.Nifti1Image(np.asarray(image, np.float32), np.eye(4)), pair[name])
     return pair
-
-
-def _row(json_file: str | None, values: dict[str, Any]) -> None:
-    if json_file:
-        with Path(json_file).open("a") as file:
-            file.write(json.dumps(values) + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +12,7 @@ import monai_lm
 from benchmarks.data import BUNDLE, data_root, hippocampus_network, hippocampus_pairs
 from benchmarks.gpu.measure import timed
 from benchmarks.metrics import mean_dice
+from benchmarks.rows import add_row
 from monai_lm.fields import fold_count
 from monai_lm.kernels.devices import find_device
 from monai_lm.training import PairDataModule, RegistrationModule
@@ -66,9 +65,7 @@ def supervision(minutes: float = 4.0, labels: bool = True, device: str = "cpu", 
             f"{name:<14}{steps:7d}{row['val_dice_before']:8.4f}{row['val_dice_after']:9.4f}{row['val_folds_before']:9.1f}",
             flush=True,
         )
-        if json_file:
-            with Path(json_file).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        add_row(json_file, row)
 
 
 def knee(
@@ -115,6 +112,4 @@ def knee(
         row = {"iterations": counts, "dice": dice, "folds": folds, "seconds": seconds / pairs}
         ratio = seconds / predicting
         print(f"{'-'.join(map(str, counts)):<14}{dice:8.4f}{folds:7d}{seconds / pairs:9.3f}{ratio:11.1f}", flush=True)
-        if json_file:
-            with Path(json_file).open("a") as file:
-                file.write(json.dumps(row | {"ratio": ratio}) + "\n")
+        add_row(json_file, row | {"ratio": ratio})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import monai_lm
 from benchmarks.cases import SETS, Case
 from benchmarks.metrics import mean_dice
 from benchmarks.peers import work
+from benchmarks.rows import Row, add_row, read_rows
 from monai_lm import kernels
 from monai_lm.fields import warp
 from monai_lm.fields.metrics import measure
@@ -66,9 +66,7 @@ def validation(
                     start = None if identity else case.ddf
                     found = _greedy(case) if method == "greedy" else refined(case, start, settings or {})
                     done[key] = {"set": name, "pair": number, "method": method, "how": how, **found}
-                    if json_file:
-                        with Path(json_file).open("a") as file:
-                            file.write(json.dumps(done[key]) + "\n")
+                    add_row(json_file, done[key])
                     print(
                         "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in done[key].items())
                     )
@@ -124,14 +122,11 @@ def _measured(case: Case, start: Tensor | None, ddf: Tensor, seconds: float) -> 
     }
 
 
-def _read(path: str | None) -> dict[tuple[str, int, str], dict[str, Any]]:
-    if path is None or not Path(path).is_file():
-        return {}
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return {(row["set"], row["pair"], row["method"]): row for row in rows}
+def _read(path: str | None) -> dict[tuple[str, int, str], Row]:
+    return {(row["set"], row["pair"], row["method"]): row for row in read_rows(path)}
 
 
-def _print(rows: list[dict[str, Any]], others: dict[tuple[str, int, str], dict[str, Any]]) -> None:
+def _print(rows: list[Row], others: dict[tuple[str, int, str], Row]) -> None:
     columns = ("dice_before", "dice_after", "sdlogj_after", "folds_after", "seconds", "cpu", "guard")
     print("| set | method | pairs | " + " | ".join(columns) + " |\n|---|---|---|" + "---|" * len(columns))
     for name, method in dict.fromkeys((row["set"], row["method"]) for row in rows):

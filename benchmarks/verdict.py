@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor
 import monai_lm
 from benchmarks.cases import SETS, Case
 from benchmarks.data import BUNDLE, hippocampus_network
+from benchmarks.rows import add_row, read_rows
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.fields.metrics import compare_labels
 from monai_lm.kernels.devices import find_device
@@ -44,7 +43,9 @@ def verdict(
         rows: do not register, count what an earlier run wrote to this ``json_file``.
     """
     if rows is not None:
-        _print([json.loads(line) for line in Path(rows).read_text().splitlines()])
+        if not (found := read_rows(rows)):
+            raise ValueError(f"rows must be a file that json_file wrote, got {rows!r}")
+        _print(found)
         return
     done: list[dict[str, Any]] = []
     chosen = find_device(device)
@@ -52,9 +53,7 @@ def verdict(
         for number, case in enumerate(islice(SETS["hippocampus" if name == "bundle" else name](), pairs)):
             for kind in ("real", *(_NONSENSE if number < nonsense else ())):
                 done.append({"set": name, "kind": kind, **_row(name, case, kind, number, chosen)})
-                if json_file:
-                    with Path(json_file).open("a") as file:
-                        file.write(json.dumps(done[-1]) + "\n")
+                add_row(json_file, done[-1])
     _print(done)
 
 

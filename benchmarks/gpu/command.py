@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import correctness, scaling, tables
-from benchmarks.gpu.steps import Step, now_of, read_rows, run_steps, table, write_row
+from benchmarks.gpu.steps import Step, now_of, run_steps, table, write_row
+from benchmarks.rows import read_rows
 from monai_lm.kernels.devices import find_device
 
 PARTS = ("correctness", "tables", "scaling")

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "Values", "now_of", "read_rows", "run_steps", "table", "write_row"]
+from benchmarks.rows import add_row, read_rows
+
+__all__ = ["Step", "Values", "now_of", "run_steps", "table", "write_row"]
 
 Values = dict[str, Any]
 Step = tuple[str, Callable[[], Values]]
@@ -24,14 +26,7 @@ BROKEN = 3
 
 def write_row(rows: Path, step: str, **values: Any) -> None:
     """Append one line."""
-    with rows.open("a") as file:
-        file.write(json.dumps({"step": step, **values}, default=str) + "\n")
-
-
-def read_rows(rows: Path) -> list[Values]:
-    """All lines so far; one that was cut off in the middle, which only the last can be, is left out."""
-    lines = rows.read_text().splitlines(keepends=True) if rows.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    add_row(rows, {"step": step, **values})
 
 
 def now_of(rows: Path) -> Path:

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.gpu import command, correctness, scaling, tables
 from benchmarks.gpu.measure import synthetic
-from benchmarks.gpu.steps import now_of, read_rows, run_steps, table
+from benchmarks.gpu.steps import now_of, run_steps, table
+from benchmarks.rows import read_rows
 from monai_lm.fields import fold_count, warp
 from tests.conftest import PROJECT_ROOT
 from tests.gpu.pretend import Pretend

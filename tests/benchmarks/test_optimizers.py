@@ -41,3 +41,8 @@ def test_every_optimizer_is_run_once_and_compared_with_lm(smooth_image, monkeypa
     assert told["| adam, 0.5"][-1] == "+0.2500 (0.0000) |"
     assert told["| adam, 1"][-1] == "– |"
     assert len(file.read_text().splitlines()) == len(rows)
+
+
+def test_an_optimizer_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"descents must be of .*'lm'.*got \['lion'\]"):
+        optimizers((), descents=("lm", "lion"))
