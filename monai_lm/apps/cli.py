@@ -58,7 +58,8 @@ def refine(
     from monai_lm.apps import commands
 
     how = _options(**options)
-    how["settings"]["progress"] = sys.stderr.isatty()
+    if sys.stderr.isatty():
+        how["settings"]["progress"] = True
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
     metrics = commands.refine_pair(
         fixed, moving, output_dir, ddf, affine, labels, points, fixed_mask, overwrite=overwrite, **how
@@ -316,8 +317,7 @@ def _show(values: dict[str, Any], json: bool) -> None:
 
 def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> list[str]:
     """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
-    every: list[Callable[..., Any]] = [*commands, _options]
-    parameters = [p for command in every for p in signature(command).parameters.values()]
+    parameters = [p for command in commands for p in signature(command).parameters.values()]
     switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
     out = []
     for word, following in zip(words, [*words, "--"][1:], strict=True):
@@ -330,7 +330,7 @@ def main() -> None:
     commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo)
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)
+        auto_cli(named, args=with_values(sys.argv[1:], [*named.values(), _options]) or ["--help"], as_positional=False)
 
 
 if __name__ == "__main__":

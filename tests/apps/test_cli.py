@@ -106,6 +106,24 @@ def test_a_switch_before_another_option_means_true(monkeypatch):
     assert given["values"] == ("a.nii.gz", "b.nii.gz", None, "itk", False, "auto", "auto")
 
 
+def test_refine_and_cohort_take_the_same_options(monkeypatch):
+    given = []
+    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.append(how) or {})
+    monkeypatch.setattr("monai_lm.apps.cohort.refine_cohort", lambda *_, **how: given.append(how) or ([], {}))
+    words = ["--output_dir", "out", "--report", "--scales", "[4,2]", "--step", "0.3", "--file_format", "fsl"]
+    for start in (["refine", "--fixed", "f.nii", "--moving", "m.nii"], ["cohort", "--pairs", "pairs.csv"]):
+        for more in ([], ["--bundle", "folder"]):
+            monkeypatch.setattr(sys, "argv", ["monai-lm", *start, *words, *more])
+            cli.main()
+    of_refine, of_cohort = given[:2], given[2:]
+    for one, other in zip(of_refine, of_cohort, strict=True):
+        assert (one["report"], one["file_format"], one["device"]) == (True, "fsl", "auto")
+        assert one["settings"] == other["settings"]  # no progress bar: stderr is no terminal here
+    assert of_cohort[0]["settings"].keys() > {"similarity", "seconds", "memory"}
+    assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3}  # what differs from the bundle's own
+    assert (of_cohort[1]["bundle"], of_cohort[0]["bundle"]) == ("folder", None)
+
+
 def test_no_command_at_all_prints_the_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["monai-lm"])
     with pytest.raises(SystemExit) as stop:

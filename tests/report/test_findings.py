@@ -44,7 +44,11 @@ def test_a_mean_is_over_the_labels_asked_for():
     assert shared == {2}
     assert (first.mean_hd95(shared), second.mean_hd95(shared)) == (4.0, 3.0)
     assert first.mean_hd95(first.surfaces) == 3.0
+    assert first.values() == {"folds": 0, "sdlogj": 0, "dice": pytest.approx(0.4), "hd95_mm": 3}
+    missed = FieldMetrics({1: 0.0}, {1: nan}, 1.5, 0.25, 2, 0.0).values()
+    assert missed == pytest.approx({"folds": 2, "sdlogj": 0.25, "dice": 0, "hd95_mm": nan, "tre_mm": 1.5}, nan_ok=True)
     empty = FieldMetrics(None, None, None, 0.0, 0, 0.0)
+    assert empty.values() == {"folds": 0, "sdlogj": 0}
     assert (empty.mean_dice, empty.surfaces, empty.mean_hd95([])) == (None, set(), None)
 
 
