@@ -13,7 +13,7 @@ from monai_lm import kernels
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.trust import Trust, per_voxel
 
-__all__ = ["DESCENTS", "Adam", "Stateless", "keywords"]
+__all__ = ["DESCENTS", "Adam", "Lion", "Momentum", "Stateless", "keywords"]
 
 
 class Adam(Descent):
@@ -47,13 +47,51 @@ class Stateless(Descent):
 
     @override
     def direction(self, gradient: Tensor, trust: Trust, unit: Sequence[float], step: float) -> Tensor:
-        largest = kernels.gradient_sums(gradient, unit)[:, 0].clamp(min=1e-30).to(gradient.dtype)
-        for axis, length in enumerate(unit):
-            gradient[:, axis].mul_(per_voxel(-step * length**2 / largest, gradient[:, axis]))
-        return gradient
+        return _longest(gradient, unit, step)
 
 
-DESCENTS: dict[str, Descent] = {"adam": Adam(), "stateless": Stateless()}
+class Momentum(Descent):
+    """``-step · m / max|m|`` of the running sum ``m ← .9 m + g``; 3 V of state."""
+
+    sum: Tensor | None = None
+
+    @override
+    def start(self) -> Momentum:
+        return Momentum()
+
+    @override
+    def direction(self, gradient: Tensor, trust: Trust, unit: Sequence[float], step: float) -> Tensor:
+        self.sum = gradient.clone() if self.sum is None else self.sum.mul_(0.9).add_(gradient)
+        return _longest(gradient.copy_(self.sum), unit, step)
+
+
+class Lion(Descent):
+    """The sign of a running mean, ``-step · sign(.9 m + .1 g)``, ``m ← .99 m + .01 g`` (Chen 2023); 3 V of state."""
+
+    mean: Tensor | None = None
+
+    @override
+    def start(self) -> Lion:
+        return Lion()
+
+    @override
+    def direction(self, gradient: Tensor, trust: Trust, unit: Sequence[float], step: float) -> Tensor:
+        if self.mean is None:
+            self.mean = torch.zeros_like(gradient)
+        now = torch.lerp(self.mean, gradient, 0.1)
+        self.mean.lerp_(gradient, 0.01)
+        return torch.sign(now, out=gradient).mul_(-step)
+
+
+def _longest(direction: Tensor, unit: Sequence[float], step: float) -> Tensor:
+    """Against a direction, in place, the longest vector as long as the step."""
+    largest = kernels.gradient_sums(direction, unit)[:, 0].clamp(min=1e-30).to(direction.dtype)
+    for axis, length in enumerate(unit):
+        direction[:, axis].mul_(per_voxel(-step * length**2 / largest, direction[:, axis]))
+    return direction
+
+
+DESCENTS: dict[str, Descent] = {"adam": Adam(), "lion": Lion(), "momentum": Momentum(), "stateless": Stateless()}
 
 
 def keywords(descent: str, step: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks.descents import DESCENTS, keywords
 from benchmarks.rows import Row, add_row, read_rows
 from benchmarks.validation import refined
 
-STEPS = {"lm": 0.5, "stateless": 0.5, "adam": 0.2}
+STEPS = {"lm": 0.5, "stateless": 0.5, "momentum": 0.5, "lion": 0.1, "adam": 0.2}
 """Largest step in voxels; one for all sets."""
 
 
@@ -22,7 +22,7 @@ def optimizers(
     sets: tuple[str, ...] = tuple(SETS),
     pairs: int = 6,
     descents: tuple[str, ...] = tuple(STEPS),
-    smoothings: tuple[float, ...] = (0.5, 0.7, 1.0),
+    smoothings: tuple[float, ...] = (0.4, 0.6, 0.8),
     steps: dict[str, float] | None = None,
     identity: bool = False,
     json_file: str | None = None,

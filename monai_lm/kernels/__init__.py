@@ -50,7 +50,7 @@ _SCHEMAS = {
     "sample": "(Tensor image, Tensor? ddf, Tensor? outer, Tensor? shift, Tensor? factor, Tensor(a!) out) -> ()",
     "compose": "(Tensor outer, Tensor inner, Tensor(a!) out) -> ()",
     "smooth": "(Tensor x, float[] sigma, Tensor(a!) out) -> ()",
-    "elastic": "(Tensor moved, float[] sigma, Tensor weight, Tensor(a!) out) -> ()",
+    "elastic": "(Tensor moved, float[] sigma, float[] bulk, Tensor weight, Tensor(a!) out) -> ()",
     "lncc": f"({_COMPARED}, int radius, float epsilon, Tensor(a!) out) -> Tensor",
     "mse": f"({_COMPARED}, Tensor(a!) out) -> Tensor",
     "ncc": f"({_COMPARED}, float epsilon, Tensor(a!) out) -> Tensor",

@@ -437,9 +437,52 @@ typedef struct {
   const Array *x, *out;
   const float *taps[3];
   int radius[3];
+  const float *bulk;    // per channel, NULL: none
   const float *weight;  // NULL: the smooth values themselves
   int64_t slabs, parts;
 } Smooth;
+
+// t += factor · (difference along a row, central, one-sided at its ends); rows have two values at least.
+INLINE void add_slope(float *t, const float *r, float factor, int64_t Z) {
+  const float half = 0.5f * factor;
+  t[0] += factor * (r[1] - r[0]), t[Z - 1] += factor * (r[Z - 1] - r[Z - 2]);
+  SIMD for (int64_t z = 1; z < Z - 1; z++) t[z] += half * (r[z + 1] - r[z - 1]);
+}
+
+INLINE void add_difference(float *t, const float *high, const float *low, float factor, int64_t Z) {
+  SIMD for (int64_t z = 0; z < Z; z++) t[z] += factor * (high[z] - low[z]);
+}
+
+// Divergence of a field along a row; in 2D, x has one plane and no channel. Has three rows of `wide` to itself.
+static void divergence_row(float *t, const Array *r, int64_t pair, int64_t x, int64_t y, float *wide) {
+  const int64_t X = r->size[0], Y = r->size[1], Z = r->size[2];
+  const int channels = r->channels;
+  memset(t, 0, Z * sizeof(float));
+  for (int axis = 3 - channels; axis < 2; axis++) {
+    const int64_t i = axis ? y : x, end = axis ? Y : X, high = least(i + 1, end - 1), low = most(i - 1, 0);
+    const void *from = at(r, pair, axis + channels - 3);
+    const float *above = row(from, r->type, (axis ? x * Y + high : high * Y + y) * Z, Z, wide);
+    const float *below = row(from, r->type, (axis ? x * Y + low : low * Y + y) * Z, Z, wide + Z);
+    add_difference(t, above, below, 1.0f / (float)(high - low), Z);
+  }
+  add_slope(t, row(at(r, pair, channels - 1), r->type, (x * Y + y) * Z, Z, wide), 1.0f, Z);
+}
+
+// t += factor · (difference of the divergence along the axis of a channel); has four rows of `wide` to itself.
+static void add_push(float *t, const Array *r, int64_t pair, int64_t channel, int64_t x, int64_t y, float factor,
+                     float *wide) {
+  const int64_t Z = r->size[2], axis = channel + 3 - r->channels;
+  float *above = wide, *below = wide + Z, *rows = wide + 2 * Z;
+  if (axis == 2) {
+    divergence_row(above, r, pair, x, y, rows);
+    add_slope(t, above, factor, Z);
+    return;
+  }
+  const int64_t i = axis ? y : x, high = least(i + 1, r->size[axis] - 1), low = most(i - 1, 0);
+  divergence_row(above, r, pair, axis ? x : high, axis ? high : y, rows);
+  divergence_row(below, r, pair, axis ? x : low, axis ? low : y, rows);
+  add_difference(t, above, below, factor / (float)(high - low), Z);
+}
 
 static void smooth_slab(void *task, int64_t item) {
   const Smooth *t = task;
@@ -453,7 +496,8 @@ static void smooth_slab(void *task, int64_t item) {
   void *to = at(t->out, pair, channel);
   const int64_t y0 = part_start(Y, t->parts, part), y1 = part_start(Y, t->parts, part + 1);
   const int type = t->x->type;
-  float *memory = get(sizeof(float) * ((ring + 2) * Z + 2 * rz + (type == FLOAT ? 1 : 2 * rx + 1) * Z));
+  const int64_t spare = most(type == FLOAT ? 1 : 2 * rx + 1, t->bulk ? 4 : 0);
+  float *memory = get(sizeof(float) * ((ring + 2) * Z + 2 * rz + spare * Z));
   const float **pointers = get(sizeof(float *) * 2 * (rx + ry + rz + 1));
   float *sums = memory, *padded = memory + ring * Z, *out = padded + Z + 2 * rz, *wide = out + Z;
   for (int64_t x = part_start(X, t->slabs, slab); x < part_start(X, t->slabs, slab + 1); x++) {
@@ -472,6 +516,7 @@ static void smooth_slab(void *task, int64_t item) {
       if (t->weight) {
         const float *r = row(from, type, (x * Y + y) * Z, Z, wide);
         SIMD for (int64_t z = 0; z < Z; z++) values[z] = r[z] + weight * (values[z] - r[z]);
+        if (t->bulk) add_push(values, t->x, pair, channel, x, y, weight * t->bulk[channel], wide);
       }
       put(to, t->out->type, (x * Y + y) * Z, Z, values);
     }
@@ -481,9 +526,9 @@ static void smooth_slab(void *task, int64_t item) {
 }
 
 // Weighted by `weight` per pair it is `elastic`, else `smooth`.
-EXPORT int smooth(const Array *x, const float *const *tap, const int *radius, const float *weight, const Array *out,
-                   int64_t pairs, int threads) {
-  Smooth task = {x, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, weight, 0, 1};
+EXPORT int smooth(const Array *x, const float *const *tap, const int *radius, const float *bulk, const float *weight,
+                  const Array *out, int64_t pairs, int threads) {
+  Smooth task = {x, out, {tap[0], tap[1], tap[2]}, {radius[0], radius[1], radius[2]}, bulk, weight, 0, 1};
   task.slabs = part_count(x->size[0], 4);
   if (x->size[0] == 1) task.parts = part_count(x->size[1], 64);
   return parallel(pairs * x->channels * task.slabs * task.parts, threads, smooth_slab, &task) > 0;

@@ -159,22 +159,26 @@ def compose(run: Any, outer: Tensor, inner: Tensor, out: Tensor) -> None:
     _checked(run(_array(outer), _array(inner), _array(out), *where), "compose")
 
 
-def _smoothed(run: Any, x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
+def _smoothed(
+    run: Any, x: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor | None, out: Tensor
+) -> None:
     """One function in C is both filters: without a weight, the smooth values themselves."""
     taps, radii = _taps(tuple(sigma))
-    weight = _floats(weight)
+    weight, push = _floats(weight), (c_float * len(bulk))(*bulk) if any(bulk) else None
     where = _array(out), c_int64(len(x)), _threads(x)
-    _checked(run(_array(x), taps, radii, _address(weight), *where), "smooth")
+    _checked(run(_array(x), taps, radii, push, _address(weight), *where), "smooth")
 
 
 @_kernel
 def smooth(run: Any, x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
-    _smoothed(run, x, sigma, None, out)
+    _smoothed(run, x, sigma, (), None, out)
 
 
 @_kernel
-def elastic(run: Any, moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
-    _smoothed(run, moved, sigma, weight, out)
+def elastic(
+    run: Any, moved: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor, out: Tensor
+) -> None:
+    _smoothed(run, moved, sigma, bulk, weight, out)
 
 
 def _compared(

@@ -241,6 +241,51 @@ def _eulerian(warped, derivative, channels, x, y, z, nx, ny, nz, at, mask, ndim:
 
 
 @triton.jit
+def _chosen(numbers, k):
+    """Number ``k`` of a tuple."""
+    out = numbers[0]
+    for n in tl.static_range(1, len(numbers)):
+        out = tl.where(k == n, numbers[n], out)
+    return out
+
+
+@triton.jit
+def _slope(image, x, y, z, axis: tl.constexpr, nx, ny, nz):
+    """Difference along an axis, central, one-sided at the edges."""
+    at = (x * ny + y) * nz + z
+    if axis == 0:
+        i, n, stride = x, nx, ny * nz
+    elif axis == 1:
+        i, n, stride = y, ny, nz
+    else:
+        i, n, stride = z, nz, 1
+    high = _within(i + 1, n)
+    low = _within(i - 1, n)
+    above = tl.load(image + at + (high - i) * stride).to(tl.float32)
+    return (above - tl.load(image + at + (low - i) * stride).to(tl.float32)) / (high - low)
+
+
+@triton.jit
+def _push(field, channel, x, y, z, nx, ny, nz, ndim: tl.constexpr):
+    """Difference of the divergence of a field along the axis of a channel; places are within the volume."""
+    size = (nx * ny * nz).to(tl.int64)
+    axis = channel + (3 - ndim)
+    span = 0
+    out = tl.zeros(z.shape, tl.float32) * y
+    for sign in tl.static_range(-1, 2, 2):
+        there_x = _within(x + tl.where(axis == 0, sign, 0), nx)
+        there_y = _within(y + tl.where(axis == 1, sign, 0), ny)
+        there_z = _within(z + tl.where(axis == 2, sign, 0), nz)
+        divergence = _slope(field + (ndim - 2) * size, there_x, there_y, there_z, 1, nx, ny, nz)
+        divergence += _slope(field + (ndim - 1) * size, there_x, there_y, there_z, 2, nx, ny, nz)
+        if ndim == 3:
+            divergence += _slope(field, there_x, there_y, there_z, 0, nx, ny, nz)
+        out += sign * divergence
+        span += sign * (there_x + there_y + there_z)
+    return out / span
+
+
+@triton.jit
 def _zeros(count: tl.constexpr, groups: tl.constexpr, bz: tl.constexpr):
     out = _nothing()
     for _ in tl.static_range(count):
@@ -370,14 +415,16 @@ def _compose(
 
 @_kernel
 def _smooth(
-    image, image_pair: tl.int64, channels, weight, out, out_pair: tl.int64, nx, ny, nz, chunk, taps_x, taps_y, taps_z,
-    rx: tl.constexpr, ry: tl.constexpr, rz: tl.constexpr, rows: tl.constexpr, groups: tl.constexpr, bz: tl.constexpr
+    image, image_pair: tl.int64, channels, bulk, weight, out, out_pair: tl.int64, nx, ny, nz, chunk, taps_x, taps_y,
+    taps_z, rx: tl.constexpr, ry: tl.constexpr, rz: tl.constexpr, rows: tl.constexpr, groups: tl.constexpr,
+    bz: tl.constexpr
 ):  # fmt: skip
     q, start, stop, y, z = _column(nx, ny, nz, chunk, rows, groups, bz)
     size = (nx * ny * nz).to(tl.int64)
     pair = q // channels
     channel = q % channels
-    image += pair * image_pair + channel * size
+    field = image + pair * image_pair
+    image = field + channel * size
     out += pair * out_pair + channel * size
     first = start - rx
     alpha = 1.0
@@ -407,6 +454,9 @@ def _smooth(
             if weight is not None:
                 old = tl.load(image + at, mask, 0.0).to(tl.float32)
                 value = old + alpha * (value - old)
+            if bulk is not None:
+                push = _push(field, channel, x, _within(y + j, ny), _within(z, nz), nx, ny, nz, len(bulk))
+                value += alpha * _chosen(bulk, channel) * push
             tl.store(out + at, value, mask)
         x += 1
 
@@ -1058,33 +1108,36 @@ def compose(outer: Tensor, inner: Tensor, out: Tensor) -> None:
 def smooth(x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
     """See :func:`monai_lm.kernels.reference.smooth`."""
     if _served(x, out):
-        _smoothed(x, sigma, None, out)
+        _smoothed(x, sigma, (), None, out)
     else:
         reference.smooth(x, sigma, out)
 
 
-def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
+def elastic(moved: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor, out: Tensor) -> None:
     """See :func:`monai_lm.kernels.reference.elastic`."""
     if _served(moved, out):
-        _smoothed(moved, sigma, weight, out)
+        _smoothed(moved, sigma, bulk, weight, out)
     else:
-        reference.elastic(moved, sigma, weight, out)
+        reference.elastic(moved, sigma, bulk, weight, out)
 
 
-def _smoothed(x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
+def _smoothed(x: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
     taps = [reference.gaussian_taps(float(s)) for s in ((0.0, *sigma) if len(sigma) == 2 else sigma)]
     radii = [len(t) - 1 for t in taps]
     if max(radii) > _WIDEST_FILTER:
-        _smoothed_widely(x, sigma, weight, out)
+        _smoothed_widely(x, sigma, bulk, weight, out)
         return
     sizes, rows = _sizes(out), 4
     chunk, programs = _march(sizes, out.shape[0] * out.shape[1], rows)
-    given = *_pair(x), x.shape[1], _floats(weight), *_pair(out), *sizes, chunk, *taps
+    push = tuple(map(float, bulk)) if any(bulk) else None
+    given = *_pair(x), x.shape[1], push, _floats(weight), *_pair(out), *sizes, chunk, *taps
     programs *= out.shape[0] * out.shape[1]
     _run(_smooth, programs, out, *given, **dict(zip(("rx", "ry", "rz"), radii, strict=True)), rows=rows, **_MARCH)
 
 
-def _smoothed_widely(x: Tensor, sigma: Sequence[float], weight: Tensor | None, out: Tensor) -> None:
+def _smoothed_widely(
+    x: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor | None, out: Tensor
+) -> None:
     """Filters of any radius, one axis after the other."""
     taps = {axis + 3 - len(sigma): (float(s), reference.gaussian_taps(float(s))) for axis, s in enumerate(sigma)}
     passes = [(axis, len(t) - 1, s, t[0]) for axis, (s, t) in taps.items() if len(t) > 1]
@@ -1096,7 +1149,8 @@ def _smoothed_widely(x: Tensor, sigma: Sequence[float], weight: Tensor | None, o
         source = target
     if weight is not None:
         r, alpha = x.float(), reference.over_voxels(weight, x).float()
-        out.copy_(torch.where(alpha >= 0, r + alpha * (last - r), out.float()))
+        pull = last - r + reference.bulk_push(r, bulk) if any(bulk) else last - r
+        out.copy_(torch.where(alpha >= 0, r + alpha * pull, out.float()))
 
 
 def _filter(x: Tensor, out: Tensor, axis: int, radius: int, sigma: float | None, norm: float = 0.0) -> None:
@@ -1219,7 +1273,7 @@ def gradient(warped: Tensor, derivative: Tensor, sigma: Sequence[float], out: Te
     sharp = torch.empty(out.shape, dtype=torch.float32, device=out.device)  # `out` may hold what is still to be read
     given = *_pair(warped), *_pair(derivative), warped.shape[1], *_pair(sharp), *sizes
     _run(_gradient, len(out) * _tiles(sizes), out, *given, ndim=out.dim() - 2, **_TILE)
-    _smoothed(sharp, sigma, None, out)
+    _smoothed(sharp, sigma, (), None, out)
 
 
 def step(

@@ -453,19 +453,30 @@ def lm_direction(gradient: Tensor, radius: Tensor, damping: Tensor) -> Tensor:
     return torch.where(moves, v, torch.zeros_like(v)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def elastic(moved: Tensor, sigma: Sequence[float], weight: Tensor, out: Tensor) -> None:
-    """Part of the way to a smooth field, ``out = r + α (G r - r)``; pairs with a negative ``α`` keep what ``out`` has.
+def elastic(moved: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor, out: Tensor) -> None:
+    """Part of the way to a smooth field whose volume changes are smooth, too, ``out = r + α (G r - r + κ ∇ div r)``.
+
+    Differences are central, one-sided at the edges. Pairs with a negative ``α`` keep what ``out`` has.
 
     Args:
         moved: ``(B, n, *S)``, ``r``.
         sigma: standard deviation of the Gaussian ``G`` in voxels, one per axis.
+        bulk: ``κ`` along every axis, in squared voxels of it.
         weight: ``(B,)``, ``α``.
         out: ``(B, n, *S)``, other memory than ``moved``.
     """
     dtype = _wide(moved, out)
     r, alpha = moved.to(dtype), over_voxels(weight, moved).to(dtype)
-    relaxed = r + alpha * (smoothed(r, sigma) - r)
-    out.copy_(torch.where(alpha >= 0, relaxed, out.to(dtype)))
+    pull = smoothed(r, sigma) - r
+    if any(bulk):
+        pull = pull + bulk_push(r, bulk)
+    out.copy_(torch.where(alpha >= 0, r + alpha * pull, out.to(dtype)))
+
+
+def bulk_push(r: Tensor, bulk: Sequence[float]) -> Tensor:
+    """``κ ∇ div r`` of a field ``(B, n, *S)``, ``κ`` one per axis."""
+    divergence = reduce(torch.add, [spatial_gradient(r[:, a : a + 1])[a] for a in range(r.shape[1])])
+    return torch.cat([k * slope for k, slope in zip(bulk, spatial_gradient(divergence), strict=True)], 1)
 
 
 def choose(chosen: Tensor, source: Tensor, out: Tensor) -> None:

@@ -97,7 +97,7 @@ class Engine:
         field, work = self.residual.field, self.work
         image = (self.warped, self.derivative) if self.method.damping.needs_promise else None
         expected = self.descent.advance(work, field, trust, self.unit, self.step, image, work)
-        self.method.smoothing.relax(work, trust.length, field)
+        self.method.smoothing.relax(work, self.unit, trust.length, field)
         return expected
 
     def retract(self, accepted: Tensor) -> None:

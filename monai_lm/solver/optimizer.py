@@ -56,7 +56,7 @@ class FactoredLM(Optimizer):
             step and restore the field of a pair whose step they reject.
         window: width in voxels, odd, of the window that the Hessian is averaged over.
         smooth_gradient: standard deviation in voxels of the Gaussian on the gradient.
-        smooth_residual: standard deviation of the elastic smoothing of the field, in voxels of every axis.
+        smooth_residual: how far the field is smoothed after every step; see :func:`monai_lm.refine`.
         spacing: voxel edge per axis; steps and ``smooth_gradient`` are then isotropic in space.
         repair_every: repair folds at every so many steps; 0 never.
         eulerian: ``.grad`` already holds the gradient for compositional updates.
@@ -78,7 +78,7 @@ class FactoredLM(Optimizer):
         acceptance: str | Acceptance = "always",
         window: int = 1,
         smooth_gradient: float = 1.0,
-        smooth_residual: float | Smoothing = 0.5,
+        smooth_residual: float | Smoothing = 0.6,
         spacing: Sequence[float] | None = None,
         repair_every: int = 1,
         eulerian: bool = False,
@@ -177,7 +177,8 @@ class FactoredLM(Optimizer):
         used = smooth.clone() if method.damping.needs_promise else smooth  # a descent may overwrite it
         method.descent.advance(used, old, each, level.unit, step, None, moved)
         after = old.clone() if method.acceptance.may_reject else old
-        method.smoothing.relax(moved, each.length if group["lr"] >= 1 else group["lr"] * each.length, after)
+        weight = each.length if group["lr"] >= 1 else group["lr"] * each.length
+        method.smoothing.relax(moved, level.unit, weight, after)
         state = self.state[field]
         state["step"] += 1
         if group["lr"] and group["repair_every"] and state["step"] % group["repair_every"] == 0:

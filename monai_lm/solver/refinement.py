@@ -58,7 +58,7 @@ def refine(
     acceptance: str | Acceptance = "always",
     window: int = 1,
     smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
-    smooth_residual: float | Smoothing = 0.5,
+    smooth_residual: float | Smoothing = 0.6,
     spacing: Sequence[float] | None = None,
     seconds: float | None = None,
     tolerance: float = 0.005,
@@ -96,8 +96,9 @@ def refine(
             :class:`~monai_lm.solver.acceptance.Acceptance`.
         window: width in voxels, odd, of the window that the Hessian is averaged over; 1 is the factored method.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
-        smooth_residual: standard deviation of the elastic smoothing of the residual, in voxels of every axis: it keeps
-            what the grid can resolve, also across thick slices. Or a :class:`~monai_lm.solver.smoothing.Smoothing`.
+        smooth_residual: how far the residual is smoothed after every step, as an elastic solid comes to rest, in
+            voxels of the finest axis: the field gets smoother, and fits less. Or a
+            :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`.
         spacing: voxel edge per axis, in millimetres; steps and ``smooth_gradient`` are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
             returned when it is spent. Making sure that the result has no folds comes on top.

@@ -5,6 +5,7 @@ To add one, derive from :class:`Smoothing`; ``tests/solver/test_smoothing.py`` h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,15 +15,20 @@ from monai_lm import kernels
 
 __all__ = ["Elastic", "Smoothing"]
 
+_ACROSS = 0.15
+"""How the Gaussian follows thick slices, between 0, in voxels of every axis, and 1, in millimetres. Validation, slices
+of 10 and 7.7 mm: in voxels it costs Dice, in millimetres slices fold against each other."""
+
 
 class Smoothing:
     """A regulariser of the residual."""
 
-    def relax(self, moved: Tensor, weight: Tensor, out: Tensor) -> None:
+    def relax(self, moved: Tensor, unit: Sequence[float], weight: Tensor, out: Tensor) -> None:
         """Make the next residual of the one that a step led to.
 
         Args:
             moved: ``(B, n, *S)`` residual after the step, in voxels; must not change.
+            unit: length of the finest voxel edge in voxels of each axis, 1 or less.
             weight: ``(B,)``, 0 to 1: how far to go, the trust radius as a fraction of the largest step, so that the
                 whole change of the map goes to zero when steps are rejected. Negative for a pair that does not move.
             out: ``(B, n, *S)`` to write to, in a precision of its own: the residual before the step, which pairs that
@@ -33,14 +39,19 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class Elastic(Smoothing):
-    """Part of the way to a smooth residual, ``r' + α (G r' - r')`` with ``G`` a Gaussian.
+    """Part of the way that an elastic solid takes back to rest, ``r' + α (G r' - r' + ½ σ² ∇ div r')``.
+
+    With ``G`` a Gaussian, ``G r - r`` is ``½ σ² Δ r`` to first order, and the sum is the Navier-Cauchy operator of a
+    solid of Poisson's ratio 0 (Broit 1981): changes of volume are resisted twice as much as shear.
 
     Attributes:
-        sigma: standard deviation of the Gaussian, in voxels of every axis.
+        sigma: ``σ``, standard deviation of the Gaussian, in voxels of the finest axis. Across slices ``k`` times as
+            thick it is ``σ / k^0.15`` of their voxels.
     """
 
-    sigma: float = 0.5
+    sigma: float = 0.6
 
     @override
-    def relax(self, moved: Tensor, weight: Tensor, out: Tensor) -> None:
-        kernels.elastic(moved, [self.sigma] * moved.shape[1], weight, out)
+    def relax(self, moved: Tensor, unit: Sequence[float], weight: Tensor, out: Tensor) -> None:
+        along = [self.sigma * u**_ACROSS for u in unit]
+        kernels.elastic(moved, along, [0.5 * (self.sigma * u) ** 2 for u in unit], weight, out)

@@ -87,7 +87,7 @@ KERNELS = {
 def advanced(x):
     """The residual after a step that is composed into it, and smoothed."""
     moved, out = fields.compose(x.ddf, x.step), x.ddf.clone()
-    Elastic(0.5).relax(moved, x.trust.length, out)
+    Elastic(0.5).relax(moved, (1.0,) * moved.shape[1], x.trust.length, out)
     return out
 
 

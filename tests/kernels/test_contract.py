@@ -35,6 +35,7 @@ class Given:
         self.derivative = noise(self.image, 8, 1.0)
         self.smooth = noise(self.field, 9, 1.0)
         self.damping = self.smooth.square().sum(1).flatten(1).mean(1)
+        self.alpha = torch.tensor([0.7, -1.0], dtype=torch.float64)[:batch]
         self.radius = torch.tensor([0.5, 0.3], dtype=torch.float64)[:batch]
         self.sigma, self.unit = (1.0, 2.0, 0.5)[: self.n], UNIT[: self.n]
 
@@ -56,7 +57,8 @@ CASES = {
     "smooth": of_image("warped", "sigma"),
     "smooth, far": lambda g: ([g.warped, (0.0, 3.0, 4.0)[: g.n]], g.image),
     "smooth, no": lambda g: ([g.warped, (0.0,) * g.n], g.image),
-    "elastic": lambda g: ([g.ddf, (0.5,) * g.n, torch.tensor([0.7, -1.0], dtype=torch.float64)[: len(g.ddf)]], g.field),
+    "elastic": lambda g: ([g.ddf, (0.5,) * g.n, (0.0,) * g.n, g.alpha], g.field),
+    "elastic, bulk": lambda g: ([g.ddf, (0.5, 0.0, 1.0)[: g.n], (0.1, 0.2, 0.05)[: g.n], g.alpha], g.field),
     **{f"lncc, {r}": of_image("warped", "fixed", "shift", "factor", None, r, 2e-3) for r in (1, 2, 3, 5)},
     "lncc, weighted": of_image("warped", "fixed", None, None, "weight", 2, 2e-3),
     "mse": of_image("warped", "fixed", None, None, None),

@@ -113,8 +113,13 @@ def smooth_images(shape):
 
 def elastic(shape):
     x, weight = field(shape), torch.tensor([0.6, -1.0])[: shape[0]]
-    for sigma in ((0.3, 0.5, 0.3), (0.0, 2.4, 0.0)):
-        check("elastic", x, sigma[: x.shape[1]], weight, out=field(shape, seed=3))
+    n = x.shape[1]
+    for sigma, bulk in (
+        ((0.3, 0.5, 0.3), (0.1, 0.2, 0.3)),
+        ((0.3, 0.5, 0.3), (0.0,) * 3),
+        ((0.0, 2.4, 0.0), (0.2,) * 3),
+    ):
+        check("elastic", x, sigma[:n], bulk[:n], weight, out=field(shape, seed=3))
 
 
 def gradient(shape):
@@ -213,7 +218,7 @@ def launches(shape):
         "lncc": (image, other, shift, factor, None, 2, 1e-3, image.clone()),
         "gradient": (image, other, (1.0, 1.0, 1.0), ddf),
         "step": (ddf, small, UNIT, one, one, None, None, ddf),
-        "elastic": (ddf, (0.5, 0.5, 0.5), one, small),
+        "elastic": (ddf, (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), one, small),
         "unfolded": (ddf, None, 1e-3, None),
     }
     counts = dict.fromkeys(calls, 0)
@@ -306,7 +311,8 @@ def calls(backend):
     gpu.sample(image, ddf, ddf, number, number, image)
     gpu.compose(ddf, ddf, ddf)
     gpu.smooth(ddf, (1.0, 1.0, 1.0), ddf)
-    gpu.elastic(ddf, (0.5, 0.5, 0.5), numbers, ddf)
+    gpu.elastic(ddf, (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), numbers, ddf)
+    gpu.elastic(ddf, (0.5, 0.5, 0.5), (0.0, 0.0, 0.0), numbers, ddf)
     gpu.smooth(ddf, (3.0, 0.0, 0.0), ddf)
     gpu.step(ddf, ddf, UNIT, numbers, numbers, image, image, ddf)
     gpu.gradient(image, image, (2.0, 2.0, 2.0), ddf)

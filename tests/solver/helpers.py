@@ -61,10 +61,10 @@ def trust_of(
     return Trust(damping, reference, full(loss), full(expected), full(memory), damping > 0)
 
 
-def advance(residual: Tensor, v: Tensor, trust: Trust, sigma: tuple[float, ...]) -> Tensor:
+def advance(residual: Tensor, v: Tensor, trust: Trust, sigma: float) -> Tensor:
     """The residual after a step that is composed into it, and smoothed."""
     out = residual.clone()
-    Elastic(sigma[0]).relax(compose(residual, v), trust.length, out)
+    Elastic(sigma).relax(compose(residual, v), (1.0,) * v.shape[1], trust.length, out)
     return out
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from monai_lm.fields import gaussian_smooth
+from monai_lm.kernels.reference import bulk_push
 from monai_lm.solver.smoothing import Elastic
 from tests.solver.helpers import noise
 
@@ -16,12 +17,12 @@ def test_every_regulariser_goes_as_far_as_it_is_told(name, shape):
     """Nowhere at a weight of 0; and a pair that does not move keeps the residual from before the step."""
     moved, before = noise(3, len(shape), *shape), noise(3, len(shape), *shape, seed=1)
     given, out = moved.clone(), before.clone()
-    EVERY[name].relax(moved, torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64), out)
+    EVERY[name].relax(moved, (1.0, 0.5, 0.2)[: len(shape)], torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64), out)
     assert torch.equal(moved, given)
     torch.testing.assert_close(out[0], moved[0])
     assert torch.equal(out[1], before[1])
     alone = before[2:].clone()
-    EVERY[name].relax(moved[2:], torch.ones(1, dtype=torch.float64), alone)
+    EVERY[name].relax(moved[2:], (1.0, 0.5, 0.2)[: len(shape)], torch.ones(1, dtype=torch.float64), alone)
     torch.testing.assert_close(alone, out[2:])
 
 
@@ -29,11 +30,30 @@ def test_every_regulariser_goes_as_far_as_it_is_told(name, shape):
 def test_every_regulariser_leaves_a_shift_alone(name):
     shift = torch.ones(1, 2, 9, 8) * torch.tensor([2.0, -3.0]).view(1, 2, 1, 1)
     out = torch.zeros_like(shift)
-    EVERY[name].relax(shift, torch.ones(1), out)
+    EVERY[name].relax(shift, (1.0, 0.5), torch.ones(1), out)
     torch.testing.assert_close(out, shift)
 
 
-def test_the_elastic_one_blends_in_a_gaussian():
+def test_the_elastic_one_is_its_formula():
     moved, out = noise(1, 3, 9, 8, 7), torch.zeros(1, 3, 9, 8, 7, dtype=torch.float64)
-    Elastic(0.8).relax(moved, torch.full((1,), 0.25, dtype=torch.float64), out)
-    torch.testing.assert_close(out, 0.75 * moved + 0.25 * gaussian_smooth(moved, 0.8))
+    Elastic(0.8).relax(moved, (1.0, 1.0, 0.0625), torch.full((1,), 0.25, dtype=torch.float64), out)
+    pull = (
+        gaussian_smooth(moved, (0.8, 0.8, 0.8 * 0.0625**0.15))
+        - moved
+        + bulk_push(moved, (0.32, 0.32, 0.32 * 0.0625**2))
+    )
+    torch.testing.assert_close(out, moved + 0.25 * pull)
+
+
+@pytest.mark.parametrize("along", [True, False])
+def test_the_elastic_one_resists_changes_of_volume_twice_as_much_as_shear(along):
+    """A slow wave along its own direction, or across it."""
+    x = torch.arange(200, dtype=torch.float64)
+    wave = torch.sin(2 * torch.pi * x / 40)
+    moved = torch.zeros(1, 2, 200, 8, dtype=torch.float64)
+    moved[0, 0 if along else 1] = wave[:, None]
+    out = torch.zeros_like(moved)
+    Elastic(0.6).relax(moved, (1.0, 1.0), torch.ones(1, dtype=torch.float64), out)
+    left = (out / moved)[0, 0 if along else 1, 50:150, 4].median()
+    expected = 0.5 * 0.36 * (2 * torch.pi / 40) ** 2 * (2 if along else 1)
+    assert float(1 - left) == pytest.approx(expected, rel=0.05)
