@@ -10,7 +10,7 @@ import torch
 from monai_lm.apps import commands
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
-from monai_lm.io import read_ddf, read_points, write_itk_ddf
+from monai_lm.io import FORMATS, read_ddf, read_points, write_itk_ddf
 
 QUICK = {"scales": (2, 1), "iterations": (40, 20)}
 FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
@@ -207,7 +207,7 @@ def test_composed_fields_do_one_after_the_other(tmp_path):
     assert np.abs(end - start).max() > 1
 
 
-@pytest.mark.parametrize("to", ["fsl", "voxel", "learn2reg"])
+@pytest.mark.parametrize("to", FORMATS)
 def test_converting_there_and_back_changes_nothing(tmp_path, to):
     ddf = gaussian_smooth(torch.randn(1, 3, 9, 10, 8, generator=torch.Generator().manual_seed(0)), 2.0)[0].numpy()
     write_itk_ddf(tmp_path / "a.nii.gz", ddf, FIXED)
