@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_lm.fields.space import Grid
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.nifti import open_nifti
@@ -44,7 +45,7 @@ class Format:
     suffix: str = ".nii.gz"
     planes: bool = True
     has_affine: bool = True
-    check_grid: Callable[[str, np.ndarray, int], None] | None = None
+    check_grid: Callable[[str, Grid], None] | None = None
 
 
 _TABLE = {
@@ -161,11 +162,11 @@ def write_ddf(
     found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in found.asks})
 
 
-def check_grid(file_format: str, name: str, affine: np.ndarray, axes: int) -> None:
-    """ValueError if a format cannot hold fields on a grid, named for the message, with that affine and 2 or 3 axes."""
+def check_grid(file_format: str, name: str, grid: Grid) -> None:
+    """ValueError if a format cannot hold fields on a grid, named for the message."""
     check = _TABLE[file_format].check_grid
     if check is not None:
-        check(name, affine, axes)
+        check(name, grid)
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:

@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from monai_lm.fields import gaussian_smooth
-from monai_lm.fields.space import out_of_plane
+from monai_lm.fields.space import Grid, out_of_plane
 from monai_lm.io import FORMATS, READABLE, file_suffix, guess_format, read_ddf, write_ddf, write_fsl_ddf
 from monai_lm.io.formats import _TABLE, check_grid
 
@@ -77,7 +77,7 @@ def test_what_is_written_is_told_and_read_back(tmp_path, name, size, grid):
     path, ddf, target = tmp_path / "a" / f"u{_TABLE[name].suffix}", field_of(size), other_grid(grid, size)
     path.parent.mkdir()
     try:
-        check_grid(name, "grid", grid, len(size))
+        check_grid(name, "grid", Grid(size, grid))
     except ValueError as refused:
         with pytest.raises(ValueError, match=str(refused).split("\n")[0].removeprefix("grid ")):
             store(path, name, ddf, grid)
