@@ -23,16 +23,7 @@ from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
-from monai_lm.fields.space import (
-    Grid,
-    fixed_to_moving,
-    from_space,
-    resample_moving,
-    share_inside,
-    through_affine,
-    to_voxel,
-    to_world,
-)
+from monai_lm.fields.space import Grid, resample_moving, share_inside, to_voxel, to_world
 from monai_lm.io import file_suffix, read_ddf, write_ddf
 from monai_lm.io.formats import check_grid
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
@@ -117,23 +108,15 @@ def refine_pair(
     names = pair_outputs(file_format, labels is not None, report)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, affine, labels, points, mask)
-    f, m = pair.fixed.grid, pair.moving.grid
-    file_suffix(file_format, len(f.size))
+    file_suffix(file_format, len(pair.fixed.grid.size))
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
     recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format, ddf_format)
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
-    start = torch.zeros(1, len(f.size), *f.size, device=chosen)
-    predicted = None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format).ddf.to(chosen)
-    if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
-        start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
-    ways = (through_affine(u, f.affine, m.affine, pair.initial) for u in (torch.zeros_like(start), start))
-    if all(share_inside(way, m.size) == 0 for way in ways):
-        raise ValueError(f"{fixed} and {moving} must overlap, no voxel of the one lies in the other; pass an affine")
-    onto = pair.brought(pair.moving, torch.zeros_like(start))
-    keywords: dict[str, Any] = {"spacing": f.spacing} | dict(settings or {})
+    predicted, onto = _starts(pair, None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format), chosen)
+    keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
@@ -163,6 +146,22 @@ def refine_pair(
     return metrics
 
 
+def _starts(pair: Pair, field: Field | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """A predicted field as one on the fixed grid before the affine, and the moving image as the affine alone brings it.
+
+    ValueError for images that overlap neither as they are brought so nor as they are predicted.
+    """
+    size = pair.fixed.grid.size
+    still = torch.zeros(1, len(size), *size, device=device)
+    predicted = None if field is None else pair.inner(field.ddf.to(device))
+    if all(share_inside(pair.whole(u), pair.moving.grid.size) == 0 for u in (still, predicted) if u is not None):
+        raise ValueError(
+            f"{pair.fixed.path} and {pair.moving.path} must overlap, no voxel of the one lies in the other; "
+            "pass an affine"
+        )
+    return predicted, pair.brought(pair.moving, still)
+
+
 def _registered(
     bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
 ) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
@@ -187,11 +186,10 @@ def _registered(
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
     f, m = pair.fixed.grid, pair.moving.grid
-    whole = through_affine(ddf, f.affine, m.affine, pair.initial)
     back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
     if missed := int((residual > 0.01).sum()):
         warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
-    for name, field, here, there in (("ddf", whole, f, m), ("inverse", back, m, f)):
+    for name, field, here, there in (("ddf", pair.whole(ddf), f, m), ("inverse", back, m, f)):
         _write(folder / f"{name}{suffix}", field, here, there, file_format)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import load_nifti
 
@@ -128,6 +128,15 @@ class Pair:
     labels: tuple[Image, Image] | None = None
     points: tuple[Tensor, Tensor] | None = None
     mask: Image | None = None
+
+    def whole(self, ddf: Tensor) -> Tensor:
+        """A field ``(1, n, *S)`` on the fixed grid and the affine after it, as one into voxels of the moving image."""
+        return through_affine(ddf, self.fixed.grid.affine, self.moving.grid.affine, self.initial)
+
+    def inner(self, ddf: Tensor) -> Tensor:
+        """The inverse of :meth:`whole`: the field on the fixed grid before the affine."""
+        between = fixed_to_moving(self.fixed.grid.affine, self.moving.grid.affine, self.initial)
+        return from_space(ddf, np.eye(4), between)
 
     def brought(self, image: Image, ddf: Tensor) -> Tensor:
         """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``.
