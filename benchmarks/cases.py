@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.ablation import half_size
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, hippocampus_pairs
-from monai_lm.fields.space import resample_moving, spacing_of
+from monai_lm.fields.space import resample_moving
 from monai_lm.io.images import Image
 
 __all__ = ["SETS", "Case"]
@@ -62,12 +62,12 @@ def _listed(folder: str) -> Callable[[], Iterator[Case]]:
             fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
             initial = np.eye(4)
             if row["align"] == "center":
-                middles = [(i.affine @ [*((s - 1) / 2 for s in i.size), 1])[:3] for i in (fixed, moving)]
+                middles = [(g.affine @ [*((s - 1) / 2 for s in g.size), 1])[:3] for g in (fixed.grid, moving.grid)]
                 initial[:3, 3] = middles[1] - middles[0]
-            still, grids = torch.zeros(1, 3, *fixed.size), (fixed.affine, moving.affine)
+            still, grids = torch.zeros(1, 3, *fixed.grid.size), (fixed.grid.affine, moving.grid.affine)
             onto = resample_moving(moving.data, still, *grids, initial)
             brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
-            yield Case(fixed.data, onto, (label.data, brought), spacing_of(fixed.affine))
+            yield Case(fixed.data, onto, (label.data, brought), fixed.grid.spacing)
 
     return make
 

@@ -24,6 +24,7 @@ from monai_lm import refine
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import compare_labels
+from monai_lm.fields.space import Grid
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")
@@ -342,7 +343,7 @@ def test_a_bundles_field_has_no_folds_and_fits_the_fixed_files_grid(small_brains
     bundle.inferer.match |= {"similarity": "mse", "scales": (1,), "iterations": (2,)}  # structures are too small here
     bundle.preprocessing.transforms[7].padder.padder.spatial_size = [48, 64, 48]
     files = {role: small_brains / f"{name}_t1.nii.gz" for role, name in (("fixed", "1008"), ("moving", "1009"))}
-    predicted, result = bundle.register(**files, size=grid.shape, affine=grid.affine)
+    predicted, result = bundle.register(**files, grid=Grid(grid.shape, grid.affine))
     assert predicted.shape == result.ddf.shape == (1, 3, *grid.shape)
     assert int(fold_count(result.ddf)) == 0
     fixed, moving = (

@@ -22,6 +22,7 @@ from monai.networks.nets import DynUNet, VoxelMorphUNet
 from monai_lm import refine
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
+from monai_lm.fields.space import Grid
 from monai_lm.io.datalist import named
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
@@ -404,6 +405,6 @@ def test_orientation_does_not_matter(tmp_path):
     settings = {"iterations": [3, 2], "scales": [2, 1]}
     registration = RegistrationBundle(BUNDLE, settings=settings)
     grid = nib.load(pair["fixed"])
-    fields = [registration.register(**files, size=grid.shape, affine=grid.affine)[1].ddf for files in (pair, turned)]
+    fields = [registration.register(**files, grid=Grid(grid.shape, grid.affine))[1].ddf for files in (pair, turned)]
     assert fields[0].norm(dim=1).mean() > 0.5
     assert (fields[1] - fields[0]).norm(dim=1).mean() < 0.02

@@ -1,6 +1,7 @@
 """The documentation: its snippets run as printed, its names can be imported, its links lead somewhere."""
 
 import ast
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from monai_lm import transforms
+from monai_lm.apps import cli
 from monai_lm.apps.demo import endpoint_error
 from monai_lm.fields import fold_count, resample, warp
+from monai_lm.io import FORMATS, READABLE
+from monai_lm.similarity.lookup import MEASURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -80,6 +85,36 @@ def test_names_of_the_package_can_be_imported(page):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "monai_lm":
                 wanted |= {f"{node.module}.{alias.name}" for alias in node.names}
     assert [name for name in sorted(wanted) if not exists(name)] == []
+
+
+def of_argument(documented, name):
+    """What a docstring says of an argument."""
+    return re.search(rf"^ +{name}: (.+?)(?=^ +\w+: |^$|\Z)", inspect.getdoc(documented), re.MULTILINE | re.DOTALL)[1]
+
+
+USAGE, FORMAT_PAGE = ((ROOT / "docs" / name).read_text() for name in ("usage.md", "file_formats.md"))
+ROWS = re.findall(r"^\| (`.+?) \|", FORMAT_PAGE, re.MULTILINE)
+
+
+LISTS = {
+    "SaveDDF": (of_argument(transforms.SaveDDF, "file_format"), FORMATS),
+    "SaveDDFd": (of_argument(transforms.SaveDDFd, "file_format"), FORMATS),
+    "LoadDDF": (of_argument(transforms.LoadDDF, "file_format"), READABLE),
+    "monai-lm refine": (of_argument(cli._options, "file_format"), FORMATS),
+    "monai-lm apply": (of_argument(cli.apply, "file_format"), READABLE),
+    "monai-lm convert": (of_argument(cli.convert, "file_format"), READABLE),
+    "monai-lm convert --to": (of_argument(cli.convert, "to"), FORMATS),
+    "usage.md": (re.search(r"`--file_format` (.+?)\)", USAGE, re.DOTALL)[1], FORMATS),
+    "file_formats.md": (" ".join(ROWS), READABLE),
+    "file_formats.md, written": (" ".join(row for row in ROWS if "read only" not in row), FORMATS),
+    "monai-lm refine --similarity": (of_argument(cli._options, "similarity"), MEASURES),
+    "usage.md, similarity": (re.search(r"`similarity` is (.+?)module", USAGE, re.DOTALL)[1], MEASURES),
+}
+
+
+@pytest.mark.parametrize(("told", "names"), LISTS.values(), ids=LISTS)
+def test_lists_of_names_are_those_of_the_tables(told, names):
+    assert set(re.findall(r"\w+", told)) & {*READABLE, *MEASURES} == set(names)
 
 
 def anchors(path):

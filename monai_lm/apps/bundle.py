@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from monai_lm.fields import repair
-from monai_lm.fields.space import fixed_to_moving, from_space, move_to_grid
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, move_to_grid
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.solver.result import RefinementResult
 
@@ -71,19 +71,16 @@ class RegistrationBundle:
         except Exception as error:  # torch raises what it likes for files that are cut off or of another network
             raise ValueError(f"{weights} cannot be loaded into the network of bundle {folder}: {error}") from error
 
-    def register(
-        self, fixed: str | Path, moving: str | Path, size: tuple[int, ...], affine: np.ndarray
-    ) -> tuple[Tensor, RefinementResult | None]:
+    def register(self, fixed: str | Path, moving: str | Path, grid: Grid) -> tuple[Tensor, RefinementResult | None]:
         """Register two files and bring the field onto a grid.
 
         Args:
             fixed: image that stays.
             moving: image that is warped onto it.
-            size: voxel counts of the grid.
-            affine: ``(4, 4)`` voxel-to-RAS affine of the grid.
+            grid: the grid.
 
         Returns:
-            The network's own field ``(1, n, *size)``, in voxels of the grid, and the result of the refinement with its
+            The network's own field ``(1, n, *S)``, in voxels of the grid, and the result of the refinement with its
             field on that grid too and the ``seconds`` of prediction and refinement, or ``None`` where the bundle does
             not refine.
 
@@ -119,7 +116,7 @@ class RegistrationBundle:
 
         def seen(ddf: Tensor) -> Tensor:
             inner = from_space(ddf.detach(), np.eye(4), fixed_to_moving(own, target))
-            return repair(move_to_grid(inner, own, size, affine))
+            return repair(move_to_grid(inner, own, grid.size, grid.affine))
 
         return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf), seconds=seconds)
 

@@ -23,17 +23,7 @@ from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
-from monai_lm.fields.space import (
-    fixed_to_moving,
-    from_space,
-    resample_moving,
-    share_inside,
-    spacing_of,
-    through_affine,
-    to_space,
-    to_voxel,
-    to_world,
-)
+from monai_lm.fields.space import Grid, resample_moving, share_inside, to_voxel, to_world
 from monai_lm.io import file_suffix, read_ddf, write_ddf
 from monai_lm.io.formats import check_grid
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
@@ -118,27 +108,20 @@ def refine_pair(
     names = pair_outputs(file_format, labels is not None, report)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, affine, labels, points, mask)
-    f, m = pair.fixed, pair.moving
-    file_suffix(file_format, len(f.size))
-    for image in (f, m):  # the field lies on the one grid, its inverse on the other
-        check_grid(file_format, str(image.path), image.affine, len(f.size))
+    file_suffix(file_format, len(pair.fixed.grid.size))
+    for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
+        check_grid(file_format, str(image.path), image.grid)
     recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format, ddf_format)
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
-    start = torch.zeros(1, len(f.size), *f.size, device=chosen)
-    predicted = None if ddf is None else Field(ddf, f, m, ddf_format).ddf.to(chosen)
-    if predicted is not None:  # what leads to moving voxels, as a field on the fixed grid before the affine
-        start = predicted = from_space(predicted, np.eye(4), fixed_to_moving(f.affine, m.affine, pair.initial))
-    ways = (through_affine(u, f.affine, m.affine, pair.initial) for u in (torch.zeros_like(start), start))
-    if all(share_inside(way, m.size) == 0 for way in ways):
-        raise ValueError(f"{fixed} and {moving} must overlap, no voxel of the one lies in the other; pass an affine")
-    onto = pair.brought(m, torch.zeros_like(start))
-    keywords: dict[str, Any] = {"spacing": spacing_of(f.affine, len(f.size))} | dict(settings or {})
+    predicted, onto = _starts(pair, None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format), chosen)
+    keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            result, used = refine(f.data.to(chosen), onto, predicted, weight, **keywords), settings_of(keywords)
+            result = refine(pair.fixed.data.to(chosen), onto, predicted, weight, **keywords)
+            used = settings_of(keywords)
         else:
             predicted, result, used = _registered(bundle, pair, chosen, settings)
     case = _case(pair, onto, result, predicted, used)
@@ -163,6 +146,22 @@ def refine_pair(
     return metrics
 
 
+def _starts(pair: Pair, field: Field | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """A predicted field as one on the fixed grid before the affine, and the moving image as the affine alone brings it.
+
+    ValueError for images that overlap neither as they are brought so nor as they are predicted.
+    """
+    size = pair.fixed.grid.size
+    still = torch.zeros(1, len(size), *size, device=device)
+    predicted = None if field is None else pair.inner(field.ddf.to(device))
+    if all(share_inside(pair.whole(u), pair.moving.grid.size) == 0 for u in (still, predicted) if u is not None):
+        raise ValueError(
+            f"{pair.fixed.path} and {pair.moving.path} must overlap, no voxel of the one lies in the other; "
+            "pass an affine"
+        )
+    return predicted, pair.brought(pair.moving, still)
+
+
 def _registered(
     bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
 ) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
@@ -170,42 +169,43 @@ def _registered(
 
     ValueError for a bundle that does not refine, before it predicts.
     """
-    registration, f = RegistrationBundle(bundle, device, settings), pair.fixed
+    registration, f = RegistrationBundle(bundle, device, settings), pair.fixed.grid
     if registration.inferer.refine is None:
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
     with TemporaryDirectory() as folder:
         moving: str | Path = pair.moving.path
         if pair.initial is not None:
             moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
-            still = torch.zeros(1, len(f.size), *f.size)
-            m = pair.moving
-            onto = resample_moving(m.data, still, f.affine, m.affine, pair.initial, padding_mode="zeros")
+            still, m = torch.zeros(1, len(f.size), *f.size), pair.moving
+            onto = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
             save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
-        predicted, result = registration.register(f.path, moving, f.size, f.affine)
+        predicted, result = registration.register(pair.fixed.path, moving, f)
     assert result is not None  # for mypy
     return predicted, result, {"bundle": str(bundle), **describe(registration.inferer.refine)}
 
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
-    f, m = pair.fixed, pair.moving
-    whole = through_affine(ddf, f.affine, m.affine, pair.initial)
+    f, m = pair.fixed.grid, pair.moving.grid
     back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
     if missed := int((residual > 0.01).sum()):
         warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
-    for name, field, here, there in (("ddf", whole, f, m), ("inverse", back, m, f)):
-        write_ddf(
-            folder / f"{name}{suffix}", field[0].cpu().numpy(), here.affine, file_format,
-            moving_affine=there.affine, moving_size=there.size,
-        )  # fmt: skip
+    for name, field, here, there in (("ddf", pair.whole(ddf), f, m), ("inverse", back, m, f)):
+        _write(folder / f"{name}{suffix}", field, here, there, file_format)
+
+
+def _write(path: Path, ddf: Tensor, grid: Grid, moving: Grid, file_format: str) -> None:
+    """Write a field ``(1, n, *S)`` that leads from voxels of its grid to voxels of the moving grid."""
+    values = ddf[0].cpu().numpy()
+    write_ddf(path, values, grid.affine, file_format, moving_affine=moving.affine, moving_size=moving.size)
 
 
 def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
     warped = pair.brought(pair.moving, ddf).cpu()
-    save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), pair.fixed.affine, "none")
+    save_nifti(folder / "warped.nii.gz", warped[0, 0].numpy(), pair.fixed.grid.affine, "none")
     if pair.labels:
         label = pair.brought(pair.labels[1], ddf).cpu()
         kind = label_type(label.numpy())
-        save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.affine, "none", kind)
+        save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.grid.affine, "none", kind)
 
 
 def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, provenance: Mapping[str, Any]) -> None:
@@ -225,7 +225,7 @@ def _case(
         fixed_label, moving_label = pair.labels
         labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
     return checked_case(
-        pair.fixed.data, onto, result, predicted, pair.fixed.affine, labels,
+        pair.fixed.data, onto, result, predicted, pair.fixed.grid.affine, labels,
         (lambda ddf: _landmark_error(ddf, pair)) if pair.points else None, settings,
         None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
     )  # fmt: skip
@@ -238,13 +238,12 @@ def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
         labels = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
     if pair.points:
         distances = ddf.new_tensor([[_landmark_error(ddf, pair)]], dtype=widest_float(ddf.device))
-    spacing = spacing_of(pair.fixed.affine, len(pair.fixed.size))
-    return {key: float(value) for key, value in measure(ddf, labels, distances, [spacing]).items()}
+    return {k: float(value) for k, value in measure(ddf, labels, distances, [pair.fixed.grid.spacing]).items()}
 
 
 def _landmark_error(ddf: Tensor, pair: Pair) -> float:
     assert pair.points is not None  # for mypy
-    moved = _move(pair.points[0], ddf, pair.fixed.affine, pair.initial)
+    moved = _move(pair.points[0], ddf, pair.fixed.grid.affine, pair.initial)
     return float(lengths(moved - pair.points[1].to(moved)).mean())
 
 
@@ -287,7 +286,7 @@ def apply_field(
             raise ValueError(f"output must end in .csv for points, got {output.name!r}")
         field = Field(ddf, grid, target, file_format)
         points = load_points(source, field.ddf.shape[1])
-        moved = _move(points, field.inner().to(chosen), field.affine).cpu()
+        moved = _move(points, field.inner().to(chosen), field.grid.affine).cpu()
         with replacing(output) as temporary:
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
@@ -296,9 +295,9 @@ def apply_field(
         raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
     field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
-    ddf_inside, data = field.inner().to(chosen), image.data.to(chosen)
-    warped = resample_moving(data, ddf_inside, field.affine, image.affine, None, mode, outside).cpu()
-    save_nifti(output, warped[0, 0].numpy(), field.affine, "none", label_type(warped.numpy()) if label else np.float32)
+    inner, data, affine = field.inner().to(chosen), image.data.to(chosen), field.grid.affine
+    warped = resample_moving(data, inner, affine, image.grid.affine, None, mode, outside).cpu()
+    save_nifti(output, warped[0, 0].numpy(), affine, "none", label_type(warped.numpy()) if label else np.float32)
 
 
 def invert_field(
@@ -326,16 +325,11 @@ def invert_field(
     """
     output, chosen = Path(output), find_device(device)
     check_field_output(output, file_format, overwrite)
-    image = None if moving is None else Image(moving)
-    field = Field(ddf, None, image, ddf_format)
+    field = Field(ddf, None, None if moving is None else Image(moving), ddf_format)
     file_suffix(file_format, field.ddf.shape[1])
-    size = tuple(field.ddf.shape[2:]) if image is None else image.size
-    inner, affines = field.inner().to(chosen), (field.affine, field.moving_affine)
-    inverse, residual = invert_between(inner, *affines, None, size)
-    write_ddf(
-        output, inverse[0].cpu().numpy(), field.moving_affine, file_format,
-        moving_affine=field.affine, moving_size=tuple(field.ddf.shape[2:]),
-    )  # fmt: skip
+    inner, affines = field.inner().to(chosen), (field.grid.affine, field.moving.affine)
+    inverse, residual = invert_between(inner, *affines, None, field.moving.size)
+    _write(output, inverse, field.moving, field.grid, file_format)
     return inspect_inverse(inner, inverse, residual, *affines)
 
 
@@ -351,11 +345,11 @@ def compose_fields(
     output = Path(output)
     check_field_output(output, "itk", overwrite)
     outer = Field(second, file_format=second_format)
-    values, affine = read_ddf(first, first_format, moving_affine=outer.affine)
+    values, affine = read_ddf(first, first_format, moving_affine=outer.grid.affine, moving_size=outer.grid.size)
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
         raise ValueError(f"{first} does not say where it lies; convert it to a NIfTI field first")
-    inside = share_inside(inner, outer.ddf.shape[2:])
+    inside = share_inside(inner, outer.grid.size)
     if inside == 0:
         raise ValueError(f"{first} must lead to the grid of {second}, it leads no voxel there")
     if inside < 0.999:
@@ -364,9 +358,7 @@ def compose_fields(
             "there by its border value",
             stacklevel=2,
         )
-    # on from voxels of the second grid to voxels of the grid that the second field leads to
-    whole = to_space(compose(outer.inner(), inner), np.eye(4), fixed_to_moving(outer.affine, outer.moving_affine))
-    write_ddf(output, whole[0].numpy(), affine, "itk", moving_affine=outer.affine)
+    _write(output, compose(outer.ddf, inner), Grid(values.shape[1:], affine), outer.grid, "itk")
 
 
 def convert_field(
@@ -381,12 +373,9 @@ def convert_field(
     """Write a field in another format; ``fixed`` and ``moving`` are images on the grids it leads from and to."""
     output = Path(output)
     check_field_output(output, to, overwrite)
-    target = None if moving is None else Image(moving)
-    field = Field(ddf, None if fixed is None else Image(fixed), target, file_format)
-    write_ddf(
-        output, field.ddf[0].numpy(), field.affine, to,
-        moving_affine=field.moving_affine, moving_size=None if target is None else target.size,
-    )  # fmt: skip
+    source, target = (None if path is None else Image(path) for path in (fixed, moving))
+    field = Field(ddf, source, target, file_format)
+    _write(output, field.ddf, field.grid, field.moving, to)
 
 
 def evaluate_field(

@@ -8,6 +8,7 @@ FSL's by a matrix of their own. In 2D the in-plane part of a matrix (rows and co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -20,6 +21,7 @@ from monai_lm.fields.finite import check_finite
 from monai_lm.kernels.devices import widest_float
 
 __all__ = [
+    "Grid",
     "check_affine",
     "fixed_to_moving",
     "from_space",
@@ -44,6 +46,31 @@ def check_affine(name: str, affine: Any) -> np.ndarray:
         if lengths.min() > 0 and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-6:
             return matrix
     raise ValueError(f"{name} must be an invertible (4, 4) matrix, got shape {matrix.shape}:\n{matrix}")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of an image lie.
+
+    Attributes:
+        size: 2 or 3 voxel counts.
+        affine: ``(4, 4)`` voxel-to-RAS affine, float64, see :func:`check_affine`.
+    """
+
+    size: tuple[int, ...]
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Edge lengths of a voxel in millimetres, one per axis."""
+        return spacing_of(self.affine, len(self.size))
+
+    def is_close(self, other: Grid) -> bool:
+        """Whether another grid has this size and these corners, to a tenth of the shortest edge along x, y and z."""
+        if other.size != self.size:
+            return False
+        corners = np.array([[0, 0, 0, 1], [*(s - 1 for s in self.size), *[0] * (3 - len(self.size)), 1]])
+        return float(np.abs(corners @ (other.affine - self.affine).T).max()) / min(self.spacing) <= 0.1
 
 
 def is_sheared(affine: np.ndarray | Tensor) -> bool:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from monai_lm.fields.space import Grid
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.nifti import open_nifti
@@ -23,68 +26,37 @@ __all__ = ["FORMATS", "READABLE", "check_grid", "file_suffix", "guess_format", "
 
 
 @dataclass(frozen=True)
-class Grids:
-    """What a file may need to be told of the grids that its field leads from and to.
-
-    Attributes:
-        size: voxel counts of the fixed grid, for Learn2Reg's half resolution.
-        moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid, for files in millimetres; default: the fixed.
-        moving_size: its voxel counts, for FSL's files; default: those of the field.
-        relative: whether FSL's file holds displacements; default: a guess.
-    """
-
-    size: Sequence[int] | None = None
-    moving_affine: np.ndarray | None = None
-    moving_size: Sequence[int] | None = None
-    relative: bool | None = None
-
-
-@dataclass(frozen=True)
 class Format:
     """How fields of a format are read and written.
 
     Attributes:
-        read: makes ``(n, *S)`` in voxels, and the affine of the grid or ``None``, of a path.
+        read: makes ``(n, *S)`` in voxels and the affine of its grid of a path and what it ``asks`` for.
         write: writes a field ``(n, *S)`` in voxels on the grid of an affine to a path; ``None``: it is read only.
+        asks: which arguments of :func:`read_ddf` the functions take, as the files do not say it.
         suffix: of its files.
         planes: whether it holds fields in 2D.
+        has_affine: whether its files say where the fixed grid lies; else its functions know no affine.
         check_grid: raises for a grid that it cannot hold; see :func:`check_grid`.
     """
 
-    read: Callable[[str | Path, Grids], tuple[np.ndarray, np.ndarray | None]]
-    write: Callable[[str | Path, np.ndarray, np.ndarray, Grids], None] | None = None
+    read: Callable[..., Any]
+    write: Callable[..., None] | None = None
+    asks: tuple[str, ...] = ("moving_affine",)
     suffix: str = ".nii.gz"
     planes: bool = True
-    check_grid: Callable[[str, np.ndarray, int], None] | None = None
-
-
-def _millimetres(name: str) -> Format:
-    return Format(lambda path, grids: read_millimetre_ddf(path, name, grids.moving_affine))
+    has_affine: bool = True
+    check_grid: Callable[[str, Grid], None] | None = None
 
 
 _TABLE = {
-    "itk": Format(
-        lambda path, grids: read_itk_ddf(path, grids.moving_affine),
-        lambda path, ddf, affine, grids: write_itk_ddf(path, ddf, affine, grids.moving_affine),
-        check_grid=check_itk_grid,
-    ),
-    "fsl": Format(
-        lambda path, grids: read_fsl_ddf(path, grids.moving_affine, grids.moving_size, grids.relative),
-        lambda path, ddf, affine, grids: write_fsl_ddf(path, ddf, affine, grids.moving_affine, grids.moving_size),
-        planes=False,
-    ),
-    "voxel": Format(
-        lambda path, _: read_voxel_ddf(path),
-        lambda path, ddf, affine, _: write_voxel_ddf(path, ddf, affine),
-    ),
+    "itk": Format(read_itk_ddf, write_itk_ddf, check_grid=check_itk_grid),
+    "fsl": Format(read_fsl_ddf, write_fsl_ddf, ("moving_affine", "moving_size", "relative"), planes=False),
+    "voxel": Format(read_voxel_ddf, write_voxel_ddf, ()),
     "learn2reg": Format(
-        lambda path, grids: (read_learn2reg_ddf(path, grids.size), None),
-        lambda path, ddf, _, __: write_learn2reg_ddf(path, ddf),
-        suffix=".npz",
-        planes=False,
+        read_learn2reg_ddf, write_learn2reg_ddf, ("size",), suffix=".npz", planes=False, has_affine=False
     ),
-    "niftyreg": Format(lambda path, grids: read_niftyreg_ddf(path, grids.moving_affine)),
-    **{name: _millimetres(name) for name in ("ras", "lps", "positions")},
+    "niftyreg": Format(read_niftyreg_ddf),
+    **{name: Format(partial(read_millimetre_ddf, kind=name)) for name in ("ras", "lps", "positions")},
 }
 
 FORMATS = tuple(name for name, found in _TABLE.items() if found.write)
@@ -155,7 +127,10 @@ def read_ddf(
     if file_format == "auto":
         file_format = guess_format(path)
     _check_format(file_format, READABLE)
-    return _TABLE[file_format].read(path, Grids(size, moving_affine, moving_size, relative))
+    found = _TABLE[file_format]
+    given = {"size": size, "moving_affine": moving_affine, "moving_size": moving_size, "relative": relative}
+    out = found.read(path, **{name: given[name] for name in found.asks})
+    return out if found.has_affine else (out, None)
 
 
 def write_ddf(
@@ -181,16 +156,17 @@ def write_ddf(
         ValueError: an unknown format, or a field that it cannot hold, see the writers.
     """
     _check_format(file_format)
-    write = _TABLE[file_format].write
-    assert write is not None  # for mypy: it is one of FORMATS
-    write(path, ddf, affine, Grids(None, moving_affine, moving_size))
+    found = _TABLE[file_format]
+    assert found.write is not None  # for mypy: it is one of FORMATS
+    given = {"moving_affine": moving_affine, "moving_size": moving_size}
+    found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in found.asks})
 
 
-def check_grid(file_format: str, name: str, affine: np.ndarray, axes: int) -> None:
-    """ValueError if a format cannot hold fields on a grid, named for the message, with that affine and 2 or 3 axes."""
+def check_grid(file_format: str, name: str, grid: Grid) -> None:
+    """ValueError if a format cannot hold fields on a grid, named for the message."""
     check = _TABLE[file_format].check_grid
     if check is not None:
-        check(name, affine, axes)
+        check(name, grid)
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:

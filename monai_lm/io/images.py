@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import fixed_to_moving, from_space, out_of_plane, resample_moving, spacing_of
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import load_nifti
 
@@ -29,7 +29,7 @@ class Image:
     Attributes:
         path: where it came from.
         data: ``(1, 1, *S)`` float32; of labels int32, or int64 for labels from 2³¹ on.
-        affine: ``(4, 4)`` voxel-to-RAS affine; in 2D the axis that the image lacks comes last.
+        grid: voxel counts and voxel-to-RAS affine; in 2D the axis that the image lacks comes last in that.
         is_label: whether it holds labels.
 
     Raises:
@@ -48,13 +48,8 @@ class Image:
             raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
         order = [*thick, *(axis for axis in range(3) if axis not in thick), 3]
         values = values.reshape([shape[axis] for axis in thick])
-        self.path, self.is_label, self.affine = Path(path), label, affine[:, order]
+        self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine[:, order])
         self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Voxel counts."""
-        return tuple(self.data.shape[2:])
 
 
 def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
@@ -79,43 +74,39 @@ class Field:
 
     Attributes:
         ddf: ``(1, n, *S)`` float32, from voxels of its grid to voxels of the moving grid.
-        affine: ``(4, 4)`` voxel-to-RAS affine of its grid.
-        moving_affine: that of the moving grid.
+        grid: the grid it lives on.
+        moving: the grid it leads to.
     """
 
     def __init__(
         self, path: str | Path, fixed: Image | None = None, moving: Image | None = None, file_format: str = "auto"
     ) -> None:
-        moving_affine = fixed.affine if fixed and not moving else moving.affine if moving else None
-        size = None if fixed is None else fixed.size
-        moving_size = moving.size if moving else size
-        values, affine = read_ddf(path, file_format, size=size, moving_affine=moving_affine, moving_size=moving_size)
+        start = None if fixed is None else fixed.grid
+        end = start if moving is None else moving.grid
+        given: dict[str, Any] = {} if end is None else {"moving_affine": end.affine, "moving_size": end.size}
+        values, affine = read_ddf(path, file_format, size=None if start is None else start.size, **given)
         if affine is None:
-            if fixed is None:
+            if start is None:
                 raise ValueError(f"{path} does not say where it lies: an image on its grid must be given")
-            affine = fixed.affine
-        self.affine = affine
-        self.moving_affine = self.affine if moving_affine is None else moving_affine
+            affine = start.affine
+        self.grid = Grid(values.shape[1:], affine)
+        self.moving = end or self.grid
         self.ddf = torch.from_numpy(np.ascontiguousarray(values))[None].float()
-        if moving is not None and len(moving.size) != self.ddf.shape[1]:
+        if moving is not None and len(moving.grid.size) != len(values):
             raise ValueError(
-                f"{moving.path} must have as many axes as the field {path}, {self.ddf.shape[1]}, got {moving.size}"
+                f"{moving.path} must have as many axes as the field {path}, {len(values)}, got {moving.grid.size}"
             )
-        if fixed is not None:
-            self._check_grid(path, fixed)
+        if fixed is not None and not fixed.grid.is_close(self.grid):
+            own, size = self.grid, fixed.grid.size
+            hint = "" if own.size != size else f"; affines\n{own.affine}\nand\n{fixed.grid.affine}"
+            raise ValueError(
+                f"{path} must lie on the grid of the fixed image {fixed.path}, {size} voxels, got {own.size}{hint}\n"
+                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
+            )
 
     def inner(self) -> Tensor:
         """The field in voxels of its own grid alone: continued beyond it, that means the same for any moving grid."""
-        return from_space(self.ddf, np.eye(4), fixed_to_moving(self.affine, self.moving_affine))
-
-    def _check_grid(self, path: str | Path, fixed: Image) -> None:
-        size = tuple(self.ddf.shape[2:])
-        if _voxels_apart(fixed, size, self.affine) > 0.1:
-            hint = "" if size != fixed.size else f"; affines\n{self.affine}\nand\n{fixed.affine}"
-            raise ValueError(
-                f"{path} must lie on the grid of the fixed image {fixed.path}, {fixed.size} voxels, got {size}{hint}\n"
-                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
-            )
+        return from_space(self.ddf, np.eye(4), fixed_to_moving(self.grid.affine, self.moving.affine))
 
 
 @dataclass(frozen=True)
@@ -138,6 +129,15 @@ class Pair:
     points: tuple[Tensor, Tensor] | None = None
     mask: Image | None = None
 
+    def whole(self, ddf: Tensor) -> Tensor:
+        """A field ``(1, n, *S)`` on the fixed grid and the affine after it, as one into voxels of the moving image."""
+        return through_affine(ddf, self.fixed.grid.affine, self.moving.grid.affine, self.initial)
+
+    def inner(self, ddf: Tensor) -> Tensor:
+        """The inverse of :meth:`whole`: the field on the fixed grid before the affine."""
+        between = fixed_to_moving(self.fixed.grid.affine, self.moving.grid.affine, self.initial)
+        return from_space(ddf, np.eye(4), between)
+
     def brought(self, image: Image, ddf: Tensor) -> Tensor:
         """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``.
 
@@ -145,7 +145,7 @@ class Pair:
         """
         mode, outside = ("nearest", "zeros") if image.is_label else ("bilinear", "border")
         data = image.data.to(ddf.device)
-        return resample_moving(data, ddf, self.fixed.affine, image.affine, self.initial, mode, outside)
+        return resample_moving(data, ddf, self.fixed.grid.affine, image.grid.affine, self.initial, mode, outside)
 
 
 def load_pair(
@@ -163,34 +163,35 @@ def load_pair(
         ValueError: a file that cannot be used, or that does not fit the others.
     """
     f, m = Image(fixed), Image(moving)
-    if len(f.size) != len(m.size):
-        raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.size} and {m.size}")
+    n = len(f.grid.size)
+    if len(m.grid.size) != n:
+        raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.grid.size} and {m.grid.size}")
     _check_planes(f, m, {"affine": affine, "points": points})
     maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
     weight = None if mask is None else Image(mask)
     for image in (*(maps or ())[:1], *([weight] if weight else [])):
-        if _voxels_apart(f, image.size, image.affine) > 0.1:
+        if not f.grid.is_close(image.grid):
             raise ValueError(
-                f"{image.path} must lie on the grid of its image {f.path}, {f.size} voxels, got {image.size}; affines\n"
-                f"{f.affine}\nand\n{image.affine}"
+                f"{image.path} must lie on the grid of its image {f.path}, {f.grid.size} voxels, got "
+                f"{image.grid.size}; affines\n{f.grid.affine}\nand\n{image.grid.affine}"
             )
-    landmarks = (load_points(points[0], len(f.size)), load_points(points[1], len(m.size))) if points else None
+    landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
-    initial = None if affine is None else read_affine(affine, len(f.size))
+    initial = None if affine is None else read_affine(affine, n)
     return Pair(f, m, initial, maps, landmarks, weight)
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
     """ValueError for images in 2D whose planes differ by ten degrees, or that are not those of what is given beside."""
-    if len(fixed.size) == 2:
-        if out_of_plane(fixed.affine) and (beside := [name for name, value in given.items() if value is not None]):
+    if len(fixed.grid.size) == 2:
+        if out_of_plane(fixed.grid.affine) and (beside := [name for name, value in given.items() if value is not None]):
             raise ValueError(
                 f"{fixed.path} must lie in a plane of x and y where {' and '.join(beside)} are given, which know no "
-                f"other, got the affine\n{fixed.affine}"
+                f"other, got the affine\n{fixed.grid.affine}"
             )
-        normals = [np.cross(*image.affine[:3, :2].T) for image in (fixed, moving)]
+        normals = [np.cross(*image.grid.affine[:3, :2].T) for image in (fixed, moving)]
         a, b = (normal / np.linalg.norm(normal) for normal in normals)
         if (cosine := abs(float(a @ b))) < np.cos(np.pi / 18):
             angle = np.degrees(np.arccos(min(1.0, cosine)))
@@ -206,11 +207,3 @@ def load_points(path: str | Path, n: int) -> Tensor:
     if points.shape[1] != n:
         raise ValueError(f"{path} must hold points of {n} coordinates, got {points.shape[1]}")
     return points
-
-
-def _voxels_apart(image: Image, size: tuple[int, ...], affine: np.ndarray) -> float:
-    """Largest distance, along an axis and in the image's shortest edge, of the corners of a grid; inf for another."""
-    if size != image.size:
-        return float("inf")
-    corners = np.array([[0, 0, 0, 1], [*(s - 1 for s in size), *[0] * (3 - len(size)), 1]])
-    return float(np.abs(corners @ (affine - image.affine).T).max()) / min(spacing_of(image.affine))

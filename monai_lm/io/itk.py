@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from monai_lm.fields.space import check_affine, is_sheared, out_of_plane, to_space
+from monai_lm.fields.space import Grid, check_affine, is_sheared, out_of_plane, to_space
 from monai_lm.io.nifti import check_ddf, load_nifti, save_nifti
 from monai_lm.io.niftyreg import is_niftyreg
 from monai_lm.io.vectors import LPS, components_first, looks_like_positions, to_voxels
@@ -21,18 +21,18 @@ ASK = (
 VECTOR, DISPLACEMENT_VECTOR = 1007, 1006  # NIfTI intents; ITK takes the first as it is (LPS), the second as RAS
 
 
-def check_itk_grid(name: str, affine: np.ndarray, axes: int) -> None:
+def check_itk_grid(name: str, grid: Grid) -> None:
     """ValueError for a grid that ITK's files cannot hold: sheared or, of two axes, not in a plane of x and y."""
-    if is_sheared(affine):
+    if is_sheared(grid.affine):
         raise ValueError(
             f"{name} must have voxel axes at right angles for ITK's files, which hold no shear, got the affine\n"
-            f"{affine}\nresample the image first (nibabel.processing.resample_to_output), or write "
+            f"{grid.affine}\nresample the image first (nibabel.processing.resample_to_output), or write "
             "file_format='voxel', which holds it"
         )
-    if axes == 2 and out_of_plane(affine):
+    if len(grid.size) == 2 and out_of_plane(grid.affine):
         raise ValueError(
             f"{name} must lie in a plane of x and y for ITK's files of planes, which know no other, got the affine\n"
-            f"{affine}\nwrite file_format='voxel', which holds it"
+            f"{grid.affine}\nwrite file_format='voxel', which holds it"
         )
 
 
@@ -58,7 +58,7 @@ def write_itk_ddf(
     field = check_ddf(ddf)
     affine = check_affine("affine", affine)
     moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
-    check_itk_grid("affine", affine, len(field))
+    check_itk_grid("affine", Grid(field.shape[1:], affine))
     vectors = to_space(torch.from_numpy(field)[None], LPS @ affine, LPS @ moving_affine)[0].numpy()
     n = len(vectors)
     vectors = np.moveaxis(vectors, 0, -1)

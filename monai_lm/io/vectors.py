@@ -53,8 +53,19 @@ def flattened(path: str | Path, ddf: np.ndarray) -> np.ndarray:
 def to_voxels(
     path: str | Path, vectors: np.ndarray, affine: np.ndarray, moving_affine: np.ndarray | None, space: np.ndarray
 ) -> np.ndarray:
-    """Displacements ``(n, *S)`` of points in millimetres of a space (as RAS or LPS) as a field in voxels, float32."""
+    """Displacements ``(n, *S)`` of points in millimetres of a space (as RAS or LPS) as a field in voxels, float32.
+
+    Raises:
+        ValueError: an affine is singular, two components for a plane of z, or what :func:`flattened` refuses.
+    """
     moving_affine = affine if moving_affine is None else check_affine("moving_affine", moving_affine)
+    for grid in (affine, moving_affine):
+        across = np.cross(*grid[:3, :2].T)
+        if len(vectors) == 2 and abs(across[2]) < 1e-6 * np.linalg.norm(across):
+            raise ValueError(
+                f"{path} must hold three components for a plane at right angles to that of x and y, got two and the "
+                f"affine\n{grid}"
+            )
     displacement = torch.from_numpy(np.ascontiguousarray(vectors))[None]
     return flattened(path, from_space(displacement, space @ affine, space @ moving_affine)[0].float().numpy())
 

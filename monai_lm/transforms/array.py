@@ -20,6 +20,15 @@ from monai_lm.io import READABLE, file_suffix, read_ddf, write_ddf
 from monai_lm.kernels.devices import widest_float
 from monai_lm.solver.checks import check_finite
 from monai_lm.solver.refinement import check_keywords, refine
+from monai_lm.transforms.places import (
+    check_same_axes,
+    check_target,
+    has_affine,
+    leads_into,
+    same_affine,
+    same_axes,
+    same_directions,
+)
 
 __all__ = ["InvertDDF", "LoadDDF", "RefineDDF", "SaveDDF", "WarpImage", "WarpPoints"]
 
@@ -69,10 +78,10 @@ class RefineDDF(Transform):
                 direction or spacing: they must be resampled onto one grid first; or a field that was loaded for a
                 moving image whose axes are others.
         """
-        _check_same_axes("fixed", fixed, "moving", moving)
-        _check_same_axes("fixed", fixed, "ddf", ddf)
-        _check_same_axes("fixed", fixed, "mask", mask)
-        _check_target(ddf, moving)
+        check_same_axes("fixed", fixed, "moving", moving)
+        check_same_axes("fixed", fixed, "ddf", ddf)
+        check_same_axes("fixed", fixed, "mask", mask)
+        check_target(ddf, moving)
         images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
         further = [None if x is None else convert_to_tensor(x, device=self.device)[None] for x in (ddf, mask)]
         kwargs = dict(self.kwargs)
@@ -82,7 +91,7 @@ class RefineDDF(Transform):
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
             out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]
-        if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor) and _same_axes(fixed, moving):
+        if isinstance(fixed, MetaTensor) and isinstance(moving, MetaTensor) and same_axes(fixed, moving):
             out.meta["moving_affine"] = moving.affine.clone()
         out.meta["refinement"] = {
             "initial_loss": float(result.initial_loss[0]),
@@ -128,8 +137,8 @@ class WarpImage(Transform):
                 ``ddf.meta["moving_affine"]`` does not say that the field leads into this image's voxels, or the field
                 is not finite.
         """
-        if not _leads_into(ddf, img):
-            _check_same_axes("ddf", ddf, "img", img)
+        if not leads_into(ddf, img):
+            check_same_axes("ddf", ddf, "img", img)
         field = convert_to_tensor(ddf, track_meta=False)
         image = convert_to_tensor(img, track_meta=False, device=field.device)
         dtype = image.dtype if self.mode == "nearest" else torch.float32
@@ -220,7 +229,7 @@ class InvertDDF(Transform):
         meta = ddf.meta if isinstance(ddf, MetaTensor) else {}
         affine = ddf.affine if isinstance(ddf, MetaTensor) else torch.eye(4, dtype=torch.float64)
         target = torch.as_tensor(meta.get("moving_affine", affine))
-        if not _same_directions(affine, target, len(field)):
+        if not same_directions(affine, target, len(field)):
             raise ValueError(
                 "ddf must lead to a grid with voxel axes of the same direction and spacing, got affines\n"
                 f"{affine.tolist()}\nand\n{target.tolist()}"
@@ -243,54 +252,6 @@ def _field(ddf: NdarrayOrTensor) -> Tensor:
         )
     check_finite("ddf", field)
     return field
-
-
-def has_affine(image: Any) -> bool:
-    """Whether an image says where it is; MONAI gives an identity affine to tensors that do not."""
-    return isinstance(image, MetaTensor) and not torch.equal(
-        image.affine, torch.eye(len(image.affine)).to(image.affine)
-    )
-
-
-def _same_axes(image: MetaTensor, other: MetaTensor) -> bool:
-    """Whether the voxel axes have one direction and spacing; origins may differ."""
-    return _same_directions(image.affine, other.affine, min(image.dim(), other.dim()) - 1)
-
-
-def _same_directions(affine: Any, other: Any, n: int) -> bool:
-    a, b = (torch.as_tensor(x)[:n, :n].cpu().double() for x in (affine, other))
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
-
-
-def _same_affine(a: Any, b: Any) -> bool:
-    """Whether two 4×4 put voxels at the same places, to a thousandth of a voxel and of a millimetre."""
-    x, y = (torch.as_tensor(m).cpu().double() for m in (a, b))
-    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-3 * min(1.0, float(x[:3, :3].abs().max())))
-
-
-def _leads_into(ddf: Any, image: Any) -> bool:
-    """Whether a field was made or read for this very moving grid, which may then be any other than the field's."""
-    target = ddf.meta.get("moving_affine") if isinstance(ddf, MetaTensor) else None
-    return target is not None and isinstance(image, MetaTensor) and _same_affine(target, image.affine)
-
-
-def _check_same_axes(name: str, image: Any, other_name: str, other: Any) -> None:
-    """ValueError unless the voxel axes, where known, agree: a displacement in voxels is another length otherwise."""
-    if has_affine(image) and has_affine(other) and not _same_axes(image, other):
-        raise ValueError(
-            f"{name} and {other_name} must have voxel axes of the same direction and spacing, got affines\n"
-            f"{image.affine.tolist()}\nand\n{other.affine.tolist()}\nresample one onto the other first"
-        )
-
-
-def _check_target(ddf: Any, moving: Any) -> None:
-    """ValueError if a field was loaded for a moving image whose axes are not those of this one."""
-    target = ddf.meta.get("moving_affine") if isinstance(ddf, MetaTensor) else None
-    if target is not None and has_affine(moving) and not _same_directions(target, moving.affine, len(ddf)):
-        raise ValueError(
-            f"ddf must lead into the voxels of moving, with the affine\n{moving.affine.tolist()}\n"
-            f"got a field for a moving image with\n{torch.as_tensor(target).tolist()}"
-        )
 
 
 class LoadDDF(Transform):
@@ -344,7 +305,7 @@ class LoadDDF(Transform):
             raise ValueError(f"{filename} must be on the grid of fixed, {size}, got a field of {array.shape[1:]}")
         if affine is None:
             affine = fixed.affine.cpu().numpy() if isinstance(fixed, MetaTensor) else np.eye(4)
-        elif isinstance(fixed, MetaTensor) and has_affine(fixed) and not _same_affine(fixed.affine, affine):
+        elif isinstance(fixed, MetaTensor) and has_affine(fixed) and not same_affine(fixed.affine, affine):
             raise ValueError(
                 f"{filename} must be on the grid of fixed, with the affine\n{fixed.affine.tolist()}\ngot\n"
                 f"{affine.tolist()}"

@@ -12,7 +12,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints, has_affine
+from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints
+from monai_lm.transforms.places import has_affine
 
 __all__ = [
     "InvertDDFD",

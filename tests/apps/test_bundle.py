@@ -12,6 +12,7 @@ import torch
 from monai_lm.apps import cli, commands
 from monai_lm.apps.bundle import RegistrationBundle, save_weights
 from monai_lm.apps.cohort import refine_cohort
+from monai_lm.fields.space import Grid
 from monai_lm.io import read_ddf
 
 SHIFT = (1.5, -1.0, 0.5)  # voxels of the bundle's grid
@@ -144,14 +145,14 @@ def test_the_field_is_brought_to_any_grid(bundle, pair):
     registration = RegistrationBundle(bundle)
     affine = np.diag([2.0, 1.0, 1.0, 1.0])
     affine[:3, 3] = (5.0, 0.0, 3.0)
-    _, result = registration.register(pair["fixed"], pair["moving"], (6, 8, 9), affine)
+    _, result = registration.register(pair["fixed"], pair["moving"], Grid((6, 8, 9), affine))
     world = MOVING[:3, :3] @ SHIFT + (MOVING - FIXED)[:3, 3]
     expected = torch.from_numpy(world / (2, 1, 1)).view(1, 3, 1, 1, 1).expand(1, 3, 6, 8, 9)
     torch.testing.assert_close(result.ddf, expected.float(), rtol=0, atol=1e-4)
 
 
 def test_settings_replace_those_of_the_bundle(bundle, pair):
-    result = RegistrationBundle(bundle, settings={"iterations": 3}).register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    result = RegistrationBundle(bundle, settings={"iterations": 3}).register(**pair, grid=Grid((14, 13, 12), FIXED))[1]
     assert len(result.history[0]) == 4
     with pytest.raises(ValueError, match=r"(?s)bundle .* cannot make its inferer: .*got \['steps'\]"):
         RegistrationBundle(bundle, settings={"steps": 3})
@@ -160,13 +161,13 @@ def test_settings_replace_those_of_the_bundle(bundle, pair):
 def test_the_seconds_are_those_of_network_and_refinement(bundle, pair):
     registration = RegistrationBundle(bundle)
     registration.network.register_forward_hook(lambda *_: time.sleep(0.3))
-    result = registration.register(**pair, size=(14, 13, 12), affine=FIXED)[1]
+    result = registration.register(**pair, grid=Grid((14, 13, 12), FIXED))[1]
     assert result.seconds >= 0.3
 
 
 def test_a_bundle_that_does_not_refine_gives_its_own_field(bundle, pair):
     change(bundle, refine=None)
-    predicted, result = RegistrationBundle(bundle).register(**pair, size=(14, 13, 12), affine=FIXED)
+    predicted, result = RegistrationBundle(bundle).register(**pair, grid=Grid((14, 13, 12), FIXED))
     assert result is None
     assert predicted.shape == (1, 3, 14, 13, 12)
 
@@ -185,9 +186,9 @@ def test_images_that_a_bundle_cannot_take_are_refused_and_stop_no_cohort(bundle,
     nib.save(turned, tmp_path / "turned.nii.gz")
     registration = RegistrationBundle(bundle)
     with pytest.raises(ValueError, match=r"(?s)must bring fixed and moving into one orientation, .*got the affines"):
-        registration.register(pair["fixed"], tmp_path / "turned.nii.gz", (14, 13, 12), FIXED)
+        registration.register(pair["fixed"], tmp_path / "turned.nii.gz", Grid((14, 13, 12), FIXED))
     with pytest.raises(ValueError, match=r"(?s)bundle .* cannot (prepare|register) .*flat_fixed"):
-        registration.register(**flat, size=(14, 13), affine=np.eye(4))
+        registration.register(**flat, grid=Grid((14, 13), np.eye(4)))
     rows, failed = refine_cohort(
         [flat | {"name": "a"}, pair | {"name": "b"}], tmp_path / "out", report=False, bundle=bundle
     )

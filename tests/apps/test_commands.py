@@ -10,7 +10,7 @@ import torch
 from monai_lm.apps import commands
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
-from monai_lm.io import read_ddf, read_points, write_itk_ddf
+from monai_lm.io import FORMATS, read_ddf, read_points, write_ddf, write_itk_ddf
 
 QUICK = {"scales": (2, 1), "iterations": (40, 20)}
 FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
@@ -190,24 +190,28 @@ def test_evaluating_the_field_is_what_refine_measured(pair, tmp_path):
     assert again == pytest.approx({k: metrics[f"{k}_after"] for k in again}, rel=1e-3, abs=1e-4)
 
 
-def test_composed_fields_do_one_after_the_other(tmp_path):
+@pytest.mark.parametrize("file_format", ["itk", "fsl"])
+def test_composed_fields_do_one_after_the_other(tmp_path, file_format):
     generator = torch.Generator().manual_seed(0)
     grids = {"a": (12, 13, 11), "b": (20, 22, 16)}
     noise = {k: gaussian_smooth(torch.randn(1, 3, *s, generator=generator), 3.0) * 10 for k, s in grids.items()}
     first = through_affine(noise["a"], FIXED, MOVING)  # on grid a, then the step to grid b
-    write_itk_ddf(tmp_path / "first.nii.gz", first[0].numpy(), FIXED, MOVING)
+    led = {"moving_affine": MOVING, "moving_size": grids["b"]}
+    write_ddf(tmp_path / "first.nii.gz", first[0].numpy(), FIXED, file_format, **led)
     write_itk_ddf(tmp_path / "second.nii.gz", noise["b"][0].numpy(), MOVING)
+    image = _save(tmp_path / "b.nii.gz", np.zeros(grids["b"], np.float32), MOVING)
     commands.compose_fields(tmp_path / "first.nii.gz", tmp_path / "second.nii.gz", tmp_path / "both.nii.gz")
     voxels = np.array([[5, 6, 4], [6, 7, 5], [4, 5, 6], [7, 5, 5]], dtype=float)  # nodes: nothing is interpolated twice
     np.savetxt(tmp_path / "start.csv", voxels @ FIXED[:3, :3].T + FIXED[:3, 3], delimiter=",")
     for field, source, target in (("first", "start", "half"), ("second", "half", "end"), ("both", "start", "at_once")):
-        commands.apply_field(tmp_path / f"{field}.nii.gz", tmp_path / f"{source}.csv", tmp_path / f"{target}.csv")
+        files = (tmp_path / f"{field}.nii.gz", tmp_path / f"{source}.csv", tmp_path / f"{target}.csv")
+        commands.apply_field(*files, moving=image)
     start, end, at_once = (read_points(tmp_path / f"{name}.csv") for name in ("start", "end", "at_once"))
     np.testing.assert_allclose(at_once, end, atol=1e-3)
     assert np.abs(end - start).max() > 1
 
 
-@pytest.mark.parametrize("to", ["fsl", "voxel", "learn2reg"])
+@pytest.mark.parametrize("to", FORMATS)
 def test_converting_there_and_back_changes_nothing(tmp_path, to):
     ddf = gaussian_smooth(torch.randn(1, 3, 9, 10, 8, generator=torch.Generator().manual_seed(0)), 2.0)[0].numpy()
     write_itk_ddf(tmp_path / "a.nii.gz", ddf, FIXED)

@@ -7,6 +7,7 @@ from scipy.spatial.transform import Rotation
 
 from monai_lm.fields import compose, warp
 from monai_lm.fields.space import (
+    Grid,
     fixed_to_moving,
     from_space,
     is_sheared,
@@ -62,6 +63,18 @@ def mapped(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 def test_spacing_is_the_length_of_a_voxels_edges_whatever_their_direction():
     assert spacing_of(OBLIQUE) == pytest.approx((0.7, 1.3, 3.0))
     assert spacing_of(torch.from_numpy(PLANE), 2) == pytest.approx((0.7, 1.3))
+
+
+@pytest.mark.parametrize(("size", "matrix"), [((9, 8, 7), OBLIQUE), ((9, 8), PLANE)])
+def test_a_grid_is_close_to_another_while_its_corners_are_within_a_tenth_of_a_voxel(size, matrix):
+    here, n = Grid(size, matrix), len(size)
+    assert here.spacing == pytest.approx((0.7, 1.3, 3.0)[:n])
+    assert here.is_close(here)
+    assert not here.is_close(Grid((*size[:-1], size[-1] + 1), matrix))
+    for shift in (0.069, 0.071):  # of an edge of .7 mm
+        assert here.is_close(Grid(size, affine(matrix[:3, :3], matrix[:3, 3] + [0, shift, 0]))) == (shift < 0.07)
+    stretched = matrix @ np.diag([1.0, 1 + 0.5 / (1.3 * (size[1] - 1)), 1.0, 1.0])  # the far corners move by .5 mm
+    assert not here.is_close(Grid(size, stretched))
 
 
 def test_world_and_voxel_of_known_points():

@@ -35,9 +35,9 @@ def test_an_image_has_its_values_and_place(save):
     values = np.arange(210, dtype=np.float32).reshape(SIZE)
     image = Image(save("a.nii", values))
     np.testing.assert_array_equal(image.data[0, 0], values)
-    np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
-    assert image.size == SIZE
-    assert Image(save("flat.nii", values[..., :1])).size == SIZE[:2]
+    np.testing.assert_allclose(image.grid.affine, AFFINE, atol=1e-6)
+    assert image.grid.size == SIZE
+    assert Image(save("flat.nii", values[..., :1])).grid.size == SIZE[:2]
 
 
 def test_labels_are_whole_numbers(save):
@@ -75,12 +75,12 @@ def test_a_plane_may_lack_any_axis(save, shape, order):
     """Every voxel stays where it is in space."""
     values = np.arange(30, dtype=np.float32)
     image = Image(save("a.nii", values.reshape(shape)))
-    assert image.size == (5, 6)
+    assert image.grid.size == (5, 6)
     np.testing.assert_array_equal(image.data[0, 0], values.reshape(5, 6))
     stored = np.zeros(3)
     stored[list(order)] = (3, 4, 0)
-    np.testing.assert_allclose(image.affine @ [3, 4, 0, 1], AFFINE @ [*stored, 1], atol=1e-5)
-    assert abs(np.linalg.det(image.affine)) == pytest.approx(abs(np.linalg.det(AFFINE)), rel=1e-5)
+    np.testing.assert_allclose(image.grid.affine @ [3, 4, 0, 1], AFFINE @ [*stored, 1], atol=1e-5)
+    assert abs(np.linalg.det(image.grid.affine)) == pytest.approx(abs(np.linalg.det(AFFINE)), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (7, 1), (1, 6, 1), (5, 6, 7, 2), (5, 6, 1, 3)])
@@ -112,7 +112,7 @@ def test_a_field_takes_its_grid_from_the_file_or_an_image(save, tmp_path):
     write_itk_ddf(tmp_path / "itk.nii.gz", ddf, AFFINE)
     field = Field(tmp_path / "itk.nii.gz")
     np.testing.assert_allclose(field.ddf[0], ddf, atol=1e-5)
-    np.testing.assert_allclose(field.moving_affine, AFFINE, atol=1e-5)
+    np.testing.assert_allclose(field.moving.affine, AFFINE, atol=1e-5)
     write_voxel_ddf(tmp_path / "voxel.nii.gz", ddf, AFFINE)
     again = Field(tmp_path / "voxel.nii.gz", Image(save("a.nii", np.zeros(SIZE))), file_format="voxel")
     np.testing.assert_allclose(again.ddf[0], ddf, atol=1e-5)
@@ -144,7 +144,7 @@ def test_where_programs_disagree_about_the_place_is_told(tmp_path):
     image.set_sform(AFFINE + _shift(3.0), 2)
     nib.save(image, tmp_path / "differ.nii")
     with pytest.warns(UserWarning, match=r"differ.nii has two affines that differ: its sform is used"):
-        np.testing.assert_allclose(Image(tmp_path / "differ.nii").affine, AFFINE + _shift(3.0), atol=1e-5)
+        np.testing.assert_allclose(Image(tmp_path / "differ.nii").grid.affine, AFFINE + _shift(3.0), atol=1e-5)
     image.set_sform(None, 0)
     image.set_qform(None, 0)
     nib.save(image, tmp_path / "nowhere.nii")

@@ -1,14 +1,21 @@
 """What every measure promises: exact derivatives, conventions of sums and means, batches, autograd."""
 
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_lm.similarity import LNCC, MSE, NCC, lookup
+from monai_lm.similarity import LNCC, lookup
 from monai_lm.similarity.base import contrast, standardize
 
 EVERY = {"lncc1": LNCC(radius=1), **{name: make() for name, make in lookup.MEASURES.items()}}
+SMOOTHED = {
+    f"{name}, epsilon .1": make(epsilon=0.1)
+    for name, make in lookup.MEASURES.items()
+    if "epsilon" in signature(make).parameters
+}
 MEASURES = pytest.mark.parametrize("measure", EVERY.values(), ids=EVERY.keys())
 STANDARDIZED = {name: measure for name, measure in EVERY.items() if measure.standardized}
 INVARIANT = pytest.mark.parametrize("measure", STANDARDIZED.values(), ids=STANDARDIZED.keys())
@@ -49,26 +56,14 @@ def test_closed_form_derivative_equals_autograd_of_the_loss(size, measure, chann
     assert error < 1e-8
 
 
-@pytest.mark.parametrize(
-    ("measure", "tolerance"),
-    [(LNCC(radius=1), 2e-2), (LNCC(radius=2), 2e-2), (NCC(), 1e-5), (MSE(), 1e-7)],
-    ids=["lncc1", "lncc2", "ncc", "mse"],
-)
 @pytest.mark.parametrize("channels", [1, 2])
-def test_derivative_agrees_with_finite_differences_on_raw_images(size, measure, tolerance, channels, pair):
+@pytest.mark.parametrize("measure", [*EVERY.values(), *SMOOTHED.values()], ids=[*EVERY, *SMOOTHED])
+def test_derivative_agrees_with_finite_differences_on_raw_images(size, measure, channels, pair):
+    """ε is a fraction of the squared contrast of the warped image, so it changes with the image, too."""
     warped, fixed = pair(size, channels)
     loss, derivative = measure.loss_and_derivative(warped, fixed)
-    expected = numerical_derivative(measure, warped, fixed, 1e-4)
+    expected = numerical_derivative(measure, warped, fixed, 1e-6)
     assert torch.equal(loss, measure(warped, fixed))
-    assert (derivative - expected).norm() / expected.norm() < tolerance
-
-
-@pytest.mark.parametrize("measure", [LNCC(radius=1, epsilon=0.1), NCC(epsilon=0.1)], ids=["lncc", "ncc"])
-def test_derivative_on_raw_images_is_exact_whatever_epsilon(size, measure, pair):
-    """ε is a fraction of the squared contrast of the warped image, so it changes with the image, too."""
-    warped, fixed = pair(size)
-    derivative = measure.loss_and_derivative(warped, fixed)[1]
-    expected = numerical_derivative(measure, warped, fixed, 1e-4)
     assert (derivative - expected).norm() / expected.norm() < 1e-6
 
 
@@ -82,13 +77,12 @@ def test_autograd_gets_the_derivative_times_the_incoming_gradient(size, measure,
     torch.testing.assert_close(leaf.grad, derivative * weights.view(2, *[1] * (1 + len(size))), rtol=1e-12, atol=0)
 
 
-@MEASURES
-def test_prepare_then_evaluate_gives_the_loss_of_the_call_up_to_the_scale_of_the_images(size, measure, pair):
+@INVARIANT
+def test_prepare_then_evaluate_gives_the_loss_of_the_call(size, measure, pair):
     warped, fixed = pair(size)
     reference, moving = measure.prepare(fixed, warped)
     loss, _ = measure.evaluate(moving, reference)
-    scale = 1.0 if measure.standardized else torch.maximum(warped.abs().max(), fixed.abs().max()) ** 2
-    torch.testing.assert_close(loss * scale, measure(warped, fixed), rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss, measure(warped, fixed), rtol=1e-10, atol=0)
 
 
 @MEASURES
@@ -138,11 +132,10 @@ def test_a_constant_warped_image_gives_a_finite_derivative(size, measure, value,
     fixed = pair(size, dtype=torch.float32)[1]
     constant = torch.full_like(fixed, value)
     loss, derivative = measure.loss_and_derivative(constant, fixed)
+    assert torch.isfinite(derivative).all()
     if measure.standardized:
         assert loss.item() == pytest.approx(fixed.numel())
         assert not derivative.any()
-    else:
-        torch.testing.assert_close(derivative, 2 * (constant - fixed))
 
 
 @INVARIANT

@@ -36,6 +36,14 @@ def test_prepare_divides_both_images_of_a_pair_by_one_factor(size, random_tensor
     torch.testing.assert_close(scaled, moving / largest, rtol=1e-12, atol=0)
 
 
+def test_prepare_then_evaluate_gives_the_loss_over_the_square_of_the_factor(size, random_tensor):
+    fixed, moving = random_tensor((1, 1, *size), 0), 3 * random_tensor((1, 1, *size), 1)
+    reference, scaled = MSE().prepare(fixed, moving)
+    loss, _ = MSE().evaluate(scaled, reference)
+    factor = torch.maximum(moving.abs().max(), fixed.abs().max())
+    torch.testing.assert_close(loss * factor**2, MSE()(moving, fixed), rtol=1e-10, atol=0)
+
+
 def test_prepare_survives_two_empty_images(size):
     (raw, shift, factor, _), moving = MSE().prepare(torch.zeros(1, 1, *size), torch.zeros(1, 1, *size))
     assert not ranged(raw, shift, factor).any()

@@ -15,7 +15,7 @@ from torch import Tensor
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.fields.space import resample_moving, through_affine
-from monai_lm.io import write_fsl_ddf, write_learn2reg_ddf
+from monai_lm.io import FORMATS, write_fsl_ddf, write_learn2reg_ddf
 from monai_lm.transforms import LoadDDF, RefineDDF, SaveDDF, WarpImage
 
 SHAPES = [(20, 22), (12, 13, 14)]
@@ -356,7 +356,7 @@ def oblique() -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("file_format", ["itk", "fsl", "voxel", "learn2reg"])
+@pytest.mark.parametrize("file_format", FORMATS)
 def test_what_is_saved_is_loaded_in_every_format(tmp_path, file_format):
     ddf, affine = pair((12, 13, 14))[2], scaling(-1.5, 2, 3)
     SaveDDF(tmp_path, file_format=file_format)(MetaTensor(ddf, affine=affine))

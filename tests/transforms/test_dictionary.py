@@ -13,6 +13,7 @@ from torch import Tensor
 import monai_lm.transforms as package
 from monai_lm import refine
 from monai_lm.fields import gaussian_smooth, warp
+from monai_lm.io import FORMATS
 from monai_lm.transforms import LoadDDFd, RefineDDF, RefineDDFd, SaveDDFd, WarpImage, WarpImaged
 
 SETTINGS = {"iterations": 6, "scales": (2, 1)}
@@ -261,7 +262,7 @@ def test_names_keep_their_dots_and_an_unknown_affine_is_replaced(tmp_path):
 # --- LoadDDFd ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file_format", ["itk", "fsl", "voxel", "learn2reg"])
+@pytest.mark.parametrize("file_format", FORMATS)
 def test_files_become_the_fields_in_them(tmp_path, file_format):
     fixed = MetaTensor(torch.zeros(1, 12, 13, 14), affine=scaling(1, 1.5, 3))
     data = {"ddf": pair((12, 13, 14))["ddf"], "fixed": fixed, "name": "a"}
