@@ -37,9 +37,11 @@ from monai_lm.solver.smoothing import Smoothing
 
 __all__ = ["check_keywords", "refine"]
 
-_GOAL = 0.2
-"""What determinants of a folded prediction are brought above: what is left at the margin folds again with the residual.
-On two third-party predictions (validation) .2 instead of .01 gave .0013 Dice and took half of the time for repair."""
+_GOAL = 0.5
+"""What determinants of a folded prediction are brought above: what is rough in it folds again with the residual, and
+its level starts too well to be left. What has no such cells is left alone. On eight predictions of a third-party
+network for brains (validation) .2, .5 and .7 end .0035, .0019 and .0003 (s.e. .002) below the Dice that is found from
+the identity, but .7 takes .03 from the start."""
 
 
 def refine(
