@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import optimizers as module
 from benchmarks.cases import Case
-from benchmarks.optimizers import STEPS, ahead, optimizers
+from benchmarks.descents import DESCENTS
+from benchmarks.optimizers import ahead, optimizers
 
 
 def test_a_curve_is_read_where_it_is_as_rough():
@@ -27,7 +28,11 @@ def test_every_optimizer_is_run_once_and_compared_with_lm(smooth_image, monkeypa
     file = tmp_path / "rows.jsonl"
     optimizers(("squares",), smoothings=(0.5, 1.0), json_file=str(file))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len({(row["pair"], row["descent"], row["smoothing"]) for row in rows}) == len(rows) == 2 * len(STEPS) * 2
+    assert (
+        len({(row["pair"], row["descent"], row["smoothing"]) for row in rows})
+        == len(rows)
+        == 2 * (1 + len(DESCENTS)) * 2
+    )
     for row in rows:  # what is printed is of the rows in the file
         row["dice_after"] = 0.5 if row["descent"] == "lm" else 0.25
         row["sdlogj_after"] = {0.5: 0.2, 1.0: 0.1}[row["smoothing"]] - 0.05 * (row["descent"] == "adam")
