@@ -91,7 +91,8 @@ def refine(
         step: largest displacement per iteration, in voxels of the level's finest axis.
         damping: δ, the initial damping relative to the typical squared gradient. A sequence gives it per level, coarse
             to fine, aligned at the finest level, here and below.
-        descent: ``"lm"``, or a :class:`~monai_lm.solver.descent.Descent`.
+        descent: ``"lm"``; ``"stateless"``, gradient descent that keeps nothing and wants ``control="constant"`` and a
+            ``step`` of 1; or a :class:`~monai_lm.solver.descent.Descent`.
         control: rule for the damping: ``"simple"``, ``"trust_region"`` or ``"constant"``, or a
             :class:`~monai_lm.solver.damping.Damping`.
         acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``, or an
