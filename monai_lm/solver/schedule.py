@@ -64,9 +64,9 @@ def make_schedule(
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
-    """Scales for images of this size: as coarse as the images allow, from a prediction three levels at most."""
+    """Scales for images of this size: as coarse as the images allow, from a prediction two levels at most."""
     scales = []
-    for scale in (4, 2, 1) if predicted else (8, 4, 2, 1):
+    for scale in (2, 1) if predicted else (8, 4, 2, 1):
         level = make_level(size, spacing, scale)
         shrunk = [new for new, old in zip(level.size, size, strict=True) if new < old]
         if scale == 1 or (shrunk and min(shrunk) >= (_COARSEST if scale > 2 else SHORTEST)):

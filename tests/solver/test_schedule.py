@@ -28,9 +28,9 @@ def dampings(value, scales=(4, 2, 1)):
         ((4, 4), False, (1,)),
         ((4, 5, 3), False, (1,)),
         ((2, 2, 2), False, (1,)),
-        ((64, 64, 64), True, (4, 2, 1)),
-        ((176, 224, 176), True, (4, 2, 1)),
-        ((256, 256), True, (4, 2, 1)),
+        ((64, 64, 64), True, (2, 1)),
+        ((176, 224, 176), True, (2, 1)),
+        ((256, 256), True, (2, 1)),
         ((4, 4), True, (1,)),
         ((4, 5, 3), True, (1,)),
     ],
@@ -45,7 +45,7 @@ def test_thick_slices_do_not_keep_the_plane_from_coarse_levels(slices):
     size, spacing = (256, 256, slices), (1.0, 1.0, 10.0)
     assert make_level(size, spacing, 8).size == (32, 32, slices)
     assert automatic_scales(size, spacing, predicted=False) == (8, 4, 2, 1)
-    assert automatic_scales(size, spacing, predicted=True) == (4, 2, 1)
+    assert automatic_scales(size, spacing, predicted=True) == (2, 1)
 
 
 def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
