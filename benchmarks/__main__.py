@@ -16,6 +16,7 @@ from benchmarks.hippocampus import hippocampus
 from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
+from benchmarks.repairs import repairs
 from benchmarks.training import knee, supervision
 from benchmarks.validation import validation
 from benchmarks.verdict import verdict
@@ -40,6 +41,7 @@ if __name__ == "__main__":
         knee,
         supervision,
         optimizers,
+        repairs,
         validation,
         verdict,
     ]

@@ -19,8 +19,8 @@ from monai_lm.kernels.reference import determinant
 
 __all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair", "repair_in_place"]
 
-_MOST_WORK = 6
-"""Voxels that a repair smooths, as multiples of those there are; white noise of five voxels takes three."""
+_MOST_WORK = 4
+"""Voxels that a repair smooths, as multiples of those there are; white noise of five voxels takes three and a half."""
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
@@ -103,7 +103,7 @@ def repair(
     Where cells are folded, these, those nearly folded and their surroundings are smoothed
     again and again, with a Gaussian and a reach that grow while the count does not fall, and shrink again while it
     does. A field that resists is
-    shrunk towards its mean, as little as it takes: when the rounds are over, when they have smoothed six times as many
+    shrunk towards its mean, as little as it takes: when the rounds are over, when they have smoothed four times as many
     voxels as there are, or at the deadline.
 
     Args:
@@ -178,10 +178,10 @@ def _shrink(field: Tensor, outer: Tensor | None, margin: float) -> None:
     if not bool(_folded_pairs(field, outer, margin)):
         return
     for _ in range(8):
-        field.copy_(mean + (best + step) * (whole - mean))
+        field.copy_(torch.lerp(mean, whole, best + step))
         if not bool(_folded_pairs(field, outer, margin)):
             best += step
         step /= 2
-    field.copy_(mean + best * (whole - mean))
+    field.copy_(torch.lerp(mean, whole, best))
     if bool(_folded_pairs(field, outer, margin)):
         field.zero_()

@@ -78,7 +78,7 @@ def test_equals_refine_bit_for_bit(shape, control, acceptance, window):
         field.grad = eulerian_gradient(derivative, warped)
         return loss
 
-    optimizer = FactoredLM([field], damping=1.0, smooth_gradient=1.0, eulerian=True, repair_every=10, **settings)
+    optimizer = FactoredLM([field], damping=1.0, smooth_gradient=1.0, eulerian=True, repair_every=5, **settings)
     best, best_loss = field.detach().clone(), closure()
     for _ in range(iterations):
         optimizer.step(closure)

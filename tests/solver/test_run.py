@@ -89,15 +89,15 @@ def test_a_best_iterate_that_folds_is_repaired_and_measured_anew():
     assert float(loss) < history[0].loss * SIZE[0] * SIZE[1]
 
 
-def test_long_levels_are_repaired_on_the_way(monkeypatch):
+def test_levels_are_repaired_on_the_way(monkeypatch):
     rounds = []
     original = residual_module.repair_in_place
     monkeypatch.setattr(residual_module, "repair_in_place", lambda *args: rounds.append(1) or original(*args))
-    iterate(make_run(), 49)
+    iterate(make_run(), 5)
     assert len(rounds) == 1  # at its end
     rounds.clear()
-    iterate(make_run(), 101)
-    assert len(rounds) == 3  # at 50, at 100, at its end
+    iterate(make_run(), 11)
+    assert len(rounds) == 3  # at 5, at 10, at its end
 
 
 def test_half_precision_is_for_large_levels_only():
