@@ -28,7 +28,8 @@ Sizes are arguments at run time, so one compilation serves all shapes. Places wi
 volumes go to the reference), those of channels and pairs 64. A program writes its part of a sum to a place of its own,
 and the parts are added in one order: results are the same each time. Nothing waits for the device.
 
-What the kernels cannot serve, float64 above all, goes to the reference; ``choose`` and ``mend`` have no kernel here.
+What the kernels cannot serve, float64 above all, goes to the reference; ``choose``, ``mend`` and ``mi`` have no kernel
+here.
 """
 
 # mypy: disallow-untyped-defs = False

@@ -11,7 +11,7 @@ from monai_lm.solver.acceptance import ACCEPTANCES
 from tests.solver.pairs import CONTROLS, FLAT, SHAPES, error, noise, pair, run, smooth
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_recovers_a_smooth_warp_from_the_identity(shape, similarity):
     fixed, moving, truth = pair(shape)
@@ -25,7 +25,7 @@ def test_recovers_a_smooth_warp_from_the_identity(shape, similarity):
     assert result.repair_shift.tolist() == [0]
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_improves_an_imperfect_prediction(shape, similarity):
     fixed, moving, truth = pair(shape)
