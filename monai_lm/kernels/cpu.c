@@ -934,25 +934,30 @@ static double logarithm(double x) {  // of a positive, normal number, to some 1e
 }
 
 // From the sums of a volume to its loss, and to the slopes of its cells.
-static double mutual(double *joint, int bins, double share, float *slope, double *warped) {
-  const double rare = 1e-14;
-  double total = 0, entropy = 0, shared = 0;
+static double mutual(double *joint, int bins, double share, float *slope, double *logs) {
+  const double rare = 1e-14, blur = 0.86635;
+  double total = 0, own = -blur, shared = 0;
   for (int k = 0; k < bins * bins; k++) total += joint[k];
-  for (int i = 0; i < bins; i++) warped[i] = 0;
+  for (int i = 0; i < bins; i++) logs[i] = 0;
   if (!(total > 0)) return memset(slope, 0, sizeof(float) * 6 * bins * bins), total;
-  for (int k = 0; k < bins * bins; k++) joint[k] /= total, warped[k % bins] += joint[k];
+  for (int k = 0; k < bins * bins; k++) joint[k] /= total, logs[k % bins] += joint[k];
+  for (int i = 0; i < bins; i++) {
+    const double p = logs[i];
+    logs[i] = p > rare ? logarithm(p) : 0;
+    own -= p * logs[i];
+  }
   for (int j = 0; j < bins; j++) {
     double fixed = 0;
     for (int i = 0; i < bins; i++) fixed += joint[j * bins + i];
-    const double own = fixed > rare ? logarithm(fixed) : 0;
-    entropy -= fixed * own;
+    const double of_fixed = fixed > rare ? logarithm(fixed) : 0;
     for (int i = 0; i < bins; i++) {
-      const double p = joint[j * bins + i], ratio = p > rare ? logarithm(p) - logarithm(warped[i]) : 0;
-      if (p > rare) shared += p * (ratio - own);
+      const double p = joint[j * bins + i], ratio = p > rare ? logarithm(p) - logs[i] : 0;
+      if (p > rare) shared += p * (ratio - of_fixed);
       joint[j * bins + i] = ratio;
     }
   }
-  const double known = shared > 1e-10 ? shared / entropy : 0, scale = shared > 1e-10 ? -share / entropy : 0;
+  const double known = shared > 1e-10 ? shared / own : 0, scale = shared > 1e-10 ? -share / own : 0;
+  for (int k = 0; k < bins * bins; k++) joint[k] += known * logs[k % bins];
   for (int j = 0; j < bins - 1; j++)
     for (int i = 0; i < bins - 3; i++) {
       double c[2][3];
@@ -1005,18 +1010,18 @@ EXPORT int mi(const Array *warped, const Array *fixed, const float *shift, const
   const int64_t table = bins * bins, parts = least(most(rows * warped->size[2] / 65536, 1), least(rows, 64));
   Mutual all = {&task, bins, parts, calloc(volumes * parts * table, sizeof(double)),
                 calloc(volumes * table, sizeof(float) * 6)};
-  double *marginal = malloc(sizeof(double) * bins);
-  int64_t failed = !all.joint || !all.slope || !marginal;
+  double *logs = malloc(sizeof(double) * bins);
+  int64_t failed = !all.joint || !all.slope || !logs;
   if (!failed) failed = parallel(volumes * parts, threads, joint_part, &all);
   for (int64_t pair = 0; pair < pairs; pair++) loss[pair] = 0;
   for (int64_t volume = 0; volume < volumes && !failed; volume++) {
     double *joint = all.joint + volume * parts * table;
     for (int64_t k = table; k < parts * table; k++) joint[k % table] += joint[k];
     const double share = (bins - 4) / (double)channels;
-    loss[volume / channels] += mutual(joint, bins, share, all.slope + volume * 6 * table, marginal) / (double)channels;
+    loss[volume / channels] += mutual(joint, bins, share, all.slope + volume * 6 * table, logs) / (double)channels;
   }
   if (!failed) failed = parallel(volumes * row_items(out), threads, slope_rows, &all);
-  free(marginal);
+  free(logs);
   free(all.slope);
   free(all.joint);
   return failed > 0;
