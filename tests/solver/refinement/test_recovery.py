@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from monai_lm.fields import fold_count, warp
-from monai_lm.similarity import LNCC
+from monai_lm.similarity import LNCC, MI
 from monai_lm.solver.acceptance import ACCEPTANCES
 from tests.solver.pairs import CONTROLS, FLAT, SHAPES, error, noise, pair, run, smooth
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mse", "ncc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_recovers_a_smooth_warp_from_the_identity(shape, similarity):
     fixed, moving, truth = pair(shape)
@@ -25,7 +25,7 @@ def test_recovers_a_smooth_warp_from_the_identity(shape, similarity):
     assert result.repair_shift.tolist() == [0]
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mse", "ncc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_improves_an_imperfect_prediction(shape, similarity):
     fixed, moving, truth = pair(shape)
@@ -33,6 +33,16 @@ def test_improves_an_imperfect_prediction(shape, similarity):
     result = run(fixed, moving, prediction, similarity=similarity)
     assert error(result.ddf, truth) < 0.9 * error(prediction, truth)
     assert float(result.final_loss) < 0.5 * float(result.initial_loss)
+
+
+@pytest.mark.parametrize("remap", [lambda x: x, lambda x: 3 - 2 * x, torch.exp])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mutual_information_recovers_a_warp_whatever_the_contrast(shape, remap):
+    fixed, moving, truth = pair(shape)
+    result = run(fixed, remap(moving), similarity=MI(32))
+    assert error(result.ddf, truth) < 0.6 * error(truth, 0)
+    near = run(fixed, remap(moving), truth + smooth(shape, 0.8, sigma=3.0, seed=9), similarity=MI(32))
+    assert error(near.ddf, truth) < 0.9 * error(smooth(shape, 0.8, sigma=3.0, seed=9), 0)
 
 
 @pytest.mark.parametrize("similarity", ["lncc", "mse"])
