@@ -363,12 +363,13 @@ def mi(
     """Mutual information, ``W (1 - MI / M)`` averaged over channels, with its derivative.
 
     ``MI`` is that of a joint histogram of ``bins × bins``, ``M`` the most that it could be: the entropy of the warped
-    image in it, less what the windows add. ``W`` is the sum of the weights. A voxel counts in four bins of the warped image ``I``, by a cubic B-spline ``β`` around
-    ``1.5 + (bins - 4) I``, and in two of the fixed image ``J``, linearly around ``(bins - 1) J``. Intensities are meant
-    to lie in [0, 1]: those of ``J`` beyond are clamped, and those of ``I`` half a bin later; they have no derivative.
-    NaN counts as the lowest.
-    With ``p`` the histogram of sum 1 and ``p_i`` its marginal, ``T_ij = (log p_i - log p_ij - MI / M log p_i) / M`` and the
-    derivative is ``(bins - 4) Σ_ij β'_i(I) λ_j(J) T_ij``, times the weight. Where ``MI`` is zero, so is the derivative.
+    image in it, less what the windows add. ``W`` is the sum of the weights. A voxel counts in four bins of the warped
+    image ``I``, by a cubic B-spline ``β`` around ``1.5 + (bins - 4) I``, and in two of the fixed image ``J``, linearly
+    around ``(bins - 1) J``. Intensities are meant to lie in [0, 1]: those of ``J`` beyond are clamped, and those of
+    ``I`` half a bin later, where they have no derivative. NaN counts as the lowest.
+
+    With ``p`` the histogram, of sum 1, ``p_i`` its marginal and ``T_ij = (log p_i - log p_ij - MI / M log p_i) / M``,
+    the derivative is ``(bins - 4) Σ_ij β'_i(I) λ_j(J) T_ij``, times the weight. Where ``MI`` is zero, so is it.
 
     It goes through the images twice, slab by slab; what it keeps is ``(B, C, bins, bins)``. GPUs use it, too: there is
     no kernel in Triton yet.

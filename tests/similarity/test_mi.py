@@ -44,7 +44,7 @@ def test_loss_is_that_of_the_joint_histogram(size, bins, random_tensor):
 @pytest.mark.parametrize("remap", [lambda x: 9 - 2 * x, lambda x: x.exp(), lambda x: (x - 0.3).abs()])
 def test_a_map_of_intensities_is_told_from_noise(remap, smooth_image):
     fixed, noise = smooth_image((1, 1, 40, 41), 2.0, 0), smooth_image((1, 1, 40, 41), 2.0, 1)
-    same, close, far = (MI()(image, fixed) for image in (remap(fixed), remap(0.9 * fixed + 0.1 * noise), noise))
+    same, close, far = (MI(32)(image, fixed) for image in (remap(fixed), remap(0.9 * fixed + 0.1 * noise), noise))
     assert same < close - 0.05 * fixed.numel()
     assert close < far - 0.1 * fixed.numel()
 
