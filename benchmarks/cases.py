@@ -13,6 +13,8 @@ from torch import Tensor
 
 from benchmarks.ablation import half_size
 from benchmarks.data import BRAIN_SPLIT, brain_image, data_root, hippocampus_pairs
+from monai_lm import refine
+from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.space import resample_moving
 from monai_lm.io.images import Image
 
@@ -83,8 +85,22 @@ def _predictions() -> Iterator[Case]:
         yield Case(images[0].data, images[1].data, (labels[0].data, labels[1].data), None, ddf)
 
 
+def _informed() -> Iterator[Case]:
+    """Brains at 2 mm with a field that knows every fourth structure of some size: what images alone do not tell."""
+    for case in _brains():
+        fixed_label, moving_label = case.labels
+        sizes = zip(*fixed_label.unique(return_counts=True), strict=True)
+        known = [int(value) for value, count in sizes if value and count > 300][::4]
+        channels = [
+            torch.cat([image / image.std(), *(4 * gaussian_smooth((label == k).float(), 1.0) for k in known)], 1)
+            for image, label in ((case.fixed, fixed_label), (case.moving, moving_label))
+        ]
+        yield case._replace(ddf=refine(*channels, similarity="mse", smooth_residual=1.0).ddf)
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "hippocampus": _hippocampi, "brain": _brains, "cardiac": _listed("cardiac"), "abdomen": _listed("abdomen"),
-    "predictions": _predictions,
+    "predictions": _predictions, "informed": _informed,
 }  # fmt: skip
-"""Brains at 2 mm and hippocampi of the validation subjects, and what the shared data hold for validation alone."""
+"""Brains at 2 mm and hippocampi of the validation subjects, and what the shared data hold for validation alone; of the
+last two with predictions, a network's that fold, and smooth ones that know labels."""

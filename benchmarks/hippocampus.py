@@ -95,7 +95,7 @@ def _measure(pair: dict[str, Tensor], ddf: Tensor, predicted: Tensor, seconds: f
     warped = monai_lm.fields.warp(pair["moving_label"], ddf, mode="nearest")
     return {
         "dice": mean_dice(pair["fixed_label"], pair["moving_label"], ddf),
-        "hd95": float(compare_labels(warped, pair["fixed_label"], [(1.0, 1.0, 1.0)])["hd95"]),
+        "hd95": float(compare_labels(warped, pair["fixed_label"], [(1.0, 1.0, 1.0)])["hd95_mm"]),
         "sdlogj": float(sd_log_jacobian(ddf)),
         "loss": float(similarity(monai_lm.fields.warp(pair["moving"], ddf), pair["fixed"])) / pair["fixed"].numel(),
         "folds": int(fold_count(ddf)),

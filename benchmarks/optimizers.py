@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import SETS
-from benchmarks.descents import DESCENTS, keywords
+from benchmarks.descents import DESCENTS, STEPS, keywords
 from benchmarks.rows import Row, add_row, read_rows
 from benchmarks.validation import refined
-
-STEPS = {"lm": 0.5, "stateless": 0.5, "momentum": 0.5, "lion": 0.1, "adam": 0.2}
-"""Largest step in voxels; one for all sets."""
 
 
 def optimizers(
     sets: tuple[str, ...] = tuple(SETS),
     pairs: int = 6,
-    descents: tuple[str, ...] = tuple(STEPS),
+    descents: tuple[str, ...] = ("lm", *DESCENTS),
     smoothings: tuple[float, ...] = (0.4, 0.6, 0.8),
     steps: dict[str, float] | None = None,
     identity: bool = False,
@@ -37,11 +34,11 @@ def optimizers(
         pairs: of each set, at most.
         descents: ``lm`` and those of :data:`benchmarks.descents.DESCENTS`.
         smoothings: values of ``smooth_residual``.
-        steps: largest step in voxels by descent, in place of :data:`STEPS`.
+        steps: largest step in voxels by descent, in place of :data:`benchmarks.descents.STEPS`.
         identity: leave predictions aside.
         json_file: write one line per run here, as it goes; what stands in it is not run again.
     """
-    sizes = STEPS | (steps or {})
+    sizes = {"lm": 0.5} | STEPS | (steps or {})
     if unknown := [descent for descent in descents if descent not in sizes or descent not in ("lm", *DESCENTS)]:
         raise ValueError(f"descents must be of {['lm', *DESCENTS]} and have a step in {sizes}, got {unknown}")
     rows = {_key(row): row for row in read_rows(json_file)}

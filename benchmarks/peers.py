@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.descents import DESCENTS
+
 __all__ = ["PEERS", "Outcome", "machine", "work"]
 
 PEERS: dict[str, tuple[str, ...]] = {
@@ -46,11 +48,12 @@ def work(method: str, **task: Any) -> Outcome:
     """Run one method in a process of its own.
 
     Args:
-        method: ``fireants``, ``fireants-lm``, ``greedy``, ``ants``, ``lm``, and in our engine ``adam``, ``stateless``.
+        method: ``fireants``, ``fireants-lm``, ``greedy``, ``ants``, ``lm``, and in our engine those of
+            :data:`benchmarks.descents.DESCENTS`.
         task: ``fixed``, ``moving``, ``scales``, ``iterations``, ``threads``, ``device`` (greedy and ants have no other
             than the CPU), and what the worker may know more.
     """
-    if method in ("adam", "stateless", "fireants-lm"):
+    if method in (*DESCENTS, "fireants-lm"):
         task["optimizer"] = "levenberg" if method == "fireants-lm" else method
     peer = method.removesuffix("-lm")
     python, script = (_python(peer), f"run_{peer}.py") if peer in PEERS else (sys.executable, "run_ours.py")

@@ -35,7 +35,7 @@ def speed(
     Methods take turns; medians and ratios are printed.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless; ``predicted`` is LM from a prediction.
+        peers: any of greedy, fireants, fireants-lm, ants and :data:`DESCENTS`; ``predicted`` is LM from a prediction.
         repeats: runs of each method.
         threads: for every method.
         device: cpu, cuda, ...; greedy and ants stay on the CPU.
@@ -73,7 +73,7 @@ def memory(
     Ours refine a predicted field, which the caller owns: its 3 V are taken off. Images are synthetic.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants, adam, stateless.
+        peers: any of greedy, fireants, fireants-lm, ants and :data:`DESCENTS`.
         modes: of ours.
         size: edge of the cube.
         iterations: at full resolution.

@@ -27,7 +27,6 @@ from monai_lm.fields.algebra import lengths
 _ROOT = Path(__file__).parents[2]
 SIZES = ((160, 192, 224), (64, 64, 64), (256, 256, 256))
 DRY_SIZES = ((32, 36, 34),)
-STEPS = {"adam": 0.2, "stateless": 0.5}
 
 Run = Callable[[int], Any]
 
@@ -81,7 +80,7 @@ def _refined(predicted: bool, pair: Pair, iterations: int, **settings: Any) -> R
 
 
 def _descended(descent: str, pair: Pair, iterations: int) -> RefinementResult:
-    return _refined(True, pair, iterations, **keywords(descent, STEPS[descent]))
+    return _refined(True, pair, iterations, **keywords(descent))
 
 
 def first_call(settings: dict[str, Any], size: Sequence[int], device: torch.device) -> Values:
@@ -117,7 +116,7 @@ def whole(name: str, size: Sequence[int], device: torch.device) -> Values:
 
 
 def _registered(name: str, pair: Pair) -> RefinementResult:
-    other = keywords(name, STEPS[name]) if name in DESCENTS else {}
+    other = keywords(name) if name in DESCENTS else {}
     return monai_lm.refine(pair.fixed, pair.moving, pair.prediction if name == "LM, predicted" else None, **other)
 
 

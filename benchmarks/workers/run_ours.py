@@ -34,7 +34,7 @@ def run(iterations: list[int]) -> tuple[torch.Tensor, float]:
     """The field, and the seconds it took."""
     schedule = {"scales": job["scales"], "iterations": iterations, "tolerance": 0}
     if "optimizer" in job:
-        schedule |= keywords(job["optimizer"], {"adam": 0.25, "stateless": 0.5}[job["optimizer"]])
+        schedule |= keywords(job["optimizer"])
     result, seconds = timed(device, monai_lm.refine, *images, prediction, **(schedule | options))
     return result.ddf, seconds
 

@@ -25,7 +25,7 @@ from monai_lm.kernels.reference import (
 )
 from monai_lm.solver.trust import Trust, per_voxel
 
-__all__ = ["DESCENTS", "LM", "Descent", "WindowedLM", "expected_decrease", "pull_back"]
+__all__ = ["DESCENTS", "LM", "Descent", "Stateless", "WindowedLM", "expected_decrease", "longest", "pull_back"]
 
 
 class Descent:
@@ -160,6 +160,22 @@ def _solve_windowed(g: Tensor, half: int) -> Tensor:
     return torch.cat(solved, 1)
 
 
+class Stateless(Descent):
+    """Gradient descent that keeps nothing, ``-s · g / max ‖g‖`` with ``s`` the largest step times the trust radius."""
+
+    @override
+    def direction(self, gradient: Tensor, trust: Trust, unit: Sequence[float], step: float) -> Tensor:
+        return longest(gradient, unit, step * trust.length.clamp(min=0))
+
+
+def longest(direction: Tensor, unit: Sequence[float], step: Tensor) -> Tensor:
+    """Go against a direction ``(B, n, *S)``, in place, the longest vector of every pair as long as a step ``(B,)``."""
+    largest = kernels.gradient_sums(direction, unit)[:, 0].clamp(min=1e-30).to(direction.dtype)
+    for axis, length in enumerate(unit):
+        direction[:, axis].mul_(per_voxel(-step * length**2 / largest, direction[:, axis]))
+    return direction
+
+
 def pull_back(gradient: Tensor, ddf: Tensor) -> Tensor:
     """Turn a gradient with respect to ``ddf`` into the one for compositional updates, ``(I + ∇u)ᵀ g``.
 
@@ -175,5 +191,8 @@ def expected_decrease(gradient: Tensor, v: Tensor) -> Tensor:
     return -(gradient * v).flatten(1).sum(1)
 
 
-DESCENTS: dict[str, Callable[[int], Descent]] = {"lm": lambda window: LM() if window == 1 else WindowedLM(window)}
+DESCENTS: dict[str, Callable[[int], Descent]] = {
+    "lm": lambda window: LM() if window == 1 else WindowedLM(window),
+    "stateless": lambda _: Stateless(),
+}
 """The ``descent`` argument of :func:`monai_lm.refine`; every one is made of a ``window``."""

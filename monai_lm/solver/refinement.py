@@ -37,9 +37,11 @@ from monai_lm.solver.smoothing import Smoothing
 
 __all__ = ["check_keywords", "refine"]
 
-_GOAL = 0.2
-"""What determinants of a folded prediction are brought above: what is left at the margin folds again with the residual.
-On two third-party predictions (validation) .2 instead of .01 gave .0013 Dice and took half of the time for repair."""
+_GOAL = 0.5
+"""What determinants of a folded prediction are brought above: what is rough in it folds again with the residual, and
+its level starts too well to be left. What has no such cells is left alone. On eight predictions of a third-party
+network for brains (validation) .2 and .5 end .0043 and .0030 (s.e. .002) below the Dice that is found from the
+identity; .7 takes .03 from the start."""
 
 
 def refine(
@@ -90,7 +92,8 @@ def refine(
         step: largest displacement per iteration, in voxels of the level's finest axis.
         damping: δ, the initial damping relative to the typical squared gradient. A sequence gives it per level, coarse
             to fine, aligned at the finest level, here and below.
-        descent: ``"lm"``, or a :class:`~monai_lm.solver.descent.Descent`.
+        descent: ``"lm"``; ``"stateless"``, gradient descent that keeps nothing and wants ``control="constant"`` and a
+            ``step`` of 1; or a :class:`~monai_lm.solver.descent.Descent`.
         control: rule for the damping: ``"simple"``, ``"trust_region"`` or ``"constant"``, or a
             :class:`~monai_lm.solver.damping.Damping`.
         acceptance: ``"always"`` (the best iterate is returned), ``"descent"`` or ``"metropolis"``, or an

@@ -64,7 +64,7 @@ def make_schedule(
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
-    """Scales for images of this size: from the identity as coarse as the images allow, from a prediction two levels."""
+    """Scales for images of this size: as coarse as the images allow, from a prediction two levels at most."""
     scales = []
     for scale in (2, 1) if predicted else (8, 4, 2, 1):
         level = make_level(size, spacing, scale)

@@ -445,7 +445,7 @@ def test_noise_for_an_image_is_doubted(pair, tmp_path):
     )  # fmt: skip
     assert metrics["loss_after"] < metrics["loss_before"]  # similarity alone would be content
     assert metrics["verdict"] == "check"
-    assert {"extreme", "rough"} <= set(metrics["remarks"])
+    assert {"agreement", "extreme"} <= set(metrics["remarks"])
 
 
 def test_a_plain_install_refines_and_says_that_there_is_no_report(pair, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_a_residual_that_folds_on_the_new_grid_is_unfolded():
 @pytest.mark.parametrize("control", ["simple", "trust_region"])
 def test_the_best_iterate_comes_back_with_its_loss(acceptance, control, monkeypatch):
     monkeypatch.setattr(residual_module, "repair_in_place", lambda *_: False)
-    run = make_run(acceptance=acceptance, control=control, step=3.0)  # so long that the loss also rises
+    run = make_run(acceptance=acceptance, control=control, step=6.0)  # so long that the loss also rises
     best, loss, history = iterate(run, 15)
     losses = [row.loss for row in history]
     assert any(b > a for a, b in pairwise(losses))
