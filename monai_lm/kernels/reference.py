@@ -371,8 +371,7 @@ def mi(
     With ``p`` the histogram, of sum 1, ``p_i`` its marginal and ``T_ij = (log p_i - log p_ij - MI / M log p_i) / M``,
     the derivative is ``(bins - 4) Σ_ij β'_i(I) λ_j(J) T_ij``, times the weight. Where ``MI`` is zero, so is it.
 
-    It goes through the images twice, slab by slab; what it keeps is ``(B, C, bins, bins)``. GPUs use it, too: there is
-    no kernel in Triton yet.
+    It goes through the images twice, slab by slab; what it keeps is ``(B, C, bins, bins)``.
 
     Args:
         warped: ``(B, C, *S)``.
@@ -416,19 +415,8 @@ def mi(
             for column, part in enumerate(_cubic(t)):
                 joint = joint.index_add(0, (cell + row * bins + column).flatten(), (share * part).flatten())
 
-    joint = joint.view(batch, channels, bins, bins)
-    total = joint.sum((2, 3))
-    p = joint / total.clamp(min=torch.finfo(exact).tiny)[:, :, None, None]
-    of_fixed, of_warped = p.sum(3, keepdim=True), p.sum(2, keepdim=True)
-    own = -(of_warped * _log(of_warped)).sum((2, 3)) - _BLUR
-    ratio = torch.where(p > _RARE, _log(p) - _log(of_warped), 0.0)
-    shared = (p * torch.where(p > _RARE, ratio - _log(of_fixed), 0.0)).sum((2, 3))
-    some = shared > 1e-10
-    own = torch.where(some, own, 1.0)
-    known = torch.where(some, shared / own, 0.0)
-    scale = torch.where(some, -(bins - 4) / (channels * own), 0.0)
-    slope = ((ratio + known[..., None, None] * _log(of_warped)) * scale[..., None, None]).detach().flatten()
-
+    loss, slope = information(joint.view(batch, channels, bins, bins))
+    slope = slope.detach().flatten()
     for first, count in slabs:
         cell, t, s, w, inside = located(first, count)
         derivative = torch.zeros_like(t)
@@ -438,7 +426,30 @@ def mi(
         derivative = torch.where(inside, derivative if w is None else derivative * w, 0.0)
         place = out.narrow(2, first, count)
         place.copy_(derivative.detach().view(place.shape))
-    return (total * (1 - known)).mean(1).to(dtype)
+    return loss.to(dtype)
+
+
+def information(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of :func:`mi`, and what its derivative is made of.
+
+    Args:
+        joint: ``(B, C, bins, bins)``, weights that voxels have in the bins of the fixed and the warped image.
+
+    Returns:
+        Loss ``(B,)``, and ``(bins - 4) T / C``, ``(B, C, bins, bins)``.
+    """
+    channels, bins = joint.shape[1:3]
+    total = joint.sum((2, 3))
+    p = joint / total.clamp(min=torch.finfo(joint.dtype).tiny)[:, :, None, None]
+    of_fixed, of_warped = p.sum(3, keepdim=True), p.sum(2, keepdim=True)
+    log_warped = _log(of_warped)
+    ratio = (_log(p) - log_warped).masked_fill(p <= _RARE, 0.0)
+    shared = (p * (ratio - _log(of_fixed))).sum((2, 3))
+    own = -(of_warped * log_warped).sum((2, 3)) - _BLUR
+    inverse = (shared > 1e-10).to(own.dtype) / own
+    known = shared * inverse
+    slope = (ratio + known[..., None, None] * log_warped) * (inverse * ((4 - bins) / channels))[..., None, None]
+    return (total * (1 - known)).mean(1), slope
 
 
 def _cubic(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -455,7 +466,7 @@ def _cubic_slope(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _log(p: Tensor) -> Tensor:
     """Logarithm of probabilities, zero of those that are none."""
-    return torch.where(p > _RARE, p.clamp(min=_RARE).log(), 0.0)
+    return p.masked_fill(p <= _RARE, 1.0).log()
 
 
 def ranged(image: Tensor, shift: Tensor | None, factor: Tensor | None) -> Tensor:
