@@ -23,11 +23,11 @@ class MI(KernelSimilarity):
 
     Invariant to ``a I + b`` of either image, and nearly so to any map of intensities that can be undone: for images of
     different contrast. Windows are cubic in the warped image and linear in the fixed one. The bins of an image reach
-    from its smallest to its largest intensity, those of the warped image as far as the moving one's. On GPUs it runs in
-    plain PyTorch so far.
+    from its smallest to its largest intensity, those of the warped image as far as the moving one's.
 
     Args:
         bins: of each image, 8 to 256. More bins resolve more of a smooth image's intensities; fewer bear more noise.
+            GPUs have kernels for up to 64.
 
     Source:
         Mattes et al., "PET-CT image registration in the chest using free-form deformations", IEEE Transactions on
