@@ -32,6 +32,7 @@ __all__ = [
     "image_sums",
     "lncc",
     "mend",
+    "mi",
     "missing",
     "mse",
     "ncc",
@@ -54,6 +55,7 @@ _SCHEMAS = {
     "lncc": f"({_COMPARED}, int radius, float epsilon, Tensor(a!) out) -> Tensor",
     "mse": f"({_COMPARED}, Tensor(a!) out) -> Tensor",
     "ncc": f"({_COMPARED}, float epsilon, Tensor(a!) out) -> Tensor",
+    "mi": f"({_COMPARED}, int bins, Tensor(a!) out) -> Tensor",
     "gradient": "(Tensor warped, Tensor derivative, float[] sigma, Tensor(a!) out) -> ()",
     "step": "(Tensor smooth, Tensor residual, float[] unit, Tensor radius, Tensor damping, Tensor? warped, "
     "Tensor? derivative, Tensor(a!) out) -> Tensor",
@@ -148,6 +150,7 @@ elastic = _dispatched(reference.elastic)
 lncc = _dispatched(reference.lncc)
 mse = _dispatched(reference.mse)
 ncc = _dispatched(reference.ncc)
+mi = _dispatched(reference.mi)
 gradient = _dispatched(reference.gradient)
 step = _dispatched(reference.step)
 choose = _dispatched(reference.choose)

@@ -861,6 +861,172 @@ EXPORT int ncc(const Array *warped, const Array *fixed, const float *shift, cons
   return failed > 0;
 }
 
+typedef struct {
+  const Compare *compare;
+  int bins;
+  int64_t parts;     // of a volume, by its size alone
+  double *joint;    // of every part, (fixed, warped): sums of weights
+  float *slope;      // of every volume and cell: six coefficients
+} Mutual;
+
+// Where the intensities of a row lie: cells of the table, and how far in them, along the warped and the fixed image.
+INLINE void histogram_cells(const float *is, const float *js, float shift, float factor, int bins, int64_t Z,
+                            int32_t *cell, float *t, float *s) {
+  const float last = (float)(bins - 1), end = (float)(bins - 2), inner = (float)(bins - 4);
+  SIMD for (int64_t z = 0; z < Z; z++) {
+    const float p = clamped(is[z] * inner + 0.5f, end - 1.0f), q = clamped((js[z] - shift) * factor * last, last);
+    int32_t i = (int32_t)p, j = (int32_t)q;
+    i = i < bins - 4 ? i : bins - 4, j = j < bins - 2 ? j : bins - 2;
+    cell[z] = j * bins + i;
+    t[z] = p - (float)i, s[z] = q - (float)j;
+  }
+}
+
+typedef double Four __attribute__((vector_size(32)));
+
+static void joint_part(void *task, int64_t item) {
+  const Mutual *m = task;
+  const Compare *t = m->compare;
+  const int bins = m->bins;
+  const int64_t Z = t->warped->size[2], rows = t->warped->size[0] * t->warped->size[1], channels = t->warped->channels;
+  const int64_t volume = item / m->parts, part = item % m->parts, pair = volume / channels, channel = volume % channels;
+  const float shift = t->shift ? t->shift[volume] : 0.0f, factor = t->factor ? t->factor[volume] : 1.0f;
+  const int64_t cells = sizeof(Four) * 2 * bins * bins;
+  char *memory = get_zeros(cells + 64 + (sizeof(float) * 5 + sizeof(int32_t)) * Z);
+  Four *sums = (Four *)(memory + (64 - (uintptr_t)memory % 64));
+  float *buffer = (float *)((char *)sums + cells), *wide[3] = {buffer, buffer + Z, buffer + 2 * Z};
+  float *along = buffer + 3 * Z, *aside = buffer + 4 * Z;
+  int32_t *cell = (int32_t *)(buffer + 5 * Z);
+  const Four c0 = {1 / 6., 4 / 6., 1 / 6., 0}, c1 = {-.5, 0, .5, 0}, c2 = {.5, -1, .5, 0};
+  const Four c3 = {-1 / 6., .5, -.5, 1 / 6.};
+  for (int64_t r = part_start(rows, m->parts, part); r < part_start(rows, m->parts, part + 1); r++) {
+    const float *is = row(at(t->warped, pair, channel), t->warped->type, r * Z, Z, wide[0]);
+    const float *js = row(at(t->fixed, pair, channel), t->fixed->type, r * Z, Z, wide[1]);
+    const float *ws = t->weight ? row(at(t->weight, pair, 0), t->weight->type, r * Z, Z, wide[2]) : NULL;
+    histogram_cells(is, js, shift, factor, bins, Z, cell, along, aside);
+    for (int64_t z = 0; z < Z; z++) {
+      const double w = ws ? ws[z] : 1.0, a = w * aside[z], d = along[z];
+      const Four b = c0 + d * (c1 + d * (c2 + d * c3));
+      Four *to = sums + 2 * cell[z];
+      to[0] += b * (w - a);
+      to[1] += b * a;
+    }
+  }
+  double *joint = m->joint + item * bins * bins;
+  for (int j = 0; j < bins - 1; j++)
+    for (int i = 0; i < bins - 3; i++)
+      for (int k = 0; k < 4; k++) {
+        joint[j * bins + i + k] += sums[2 * (j * bins + i)][k];
+        joint[(j + 1) * bins + i + k] += sums[2 * (j * bins + i) + 1][k];
+      }
+  free(memory);
+}
+
+static double logarithm(double x) {  // of a positive, normal number, to some 1e-15
+  union { double d; uint64_t u; } v = {x};
+  int exponent = (int)(v.u >> 52) - 1023;
+  v.u = (v.u & 0xfffffffffffffull) | 0x3ff0000000000000ull;
+  if (v.d > 1.4142135623730951) v.d *= 0.5, exponent++;
+  const double f = (v.d - 1) / (v.d + 1), square = f * f;
+  double sum = 0;
+  for (int k = 23; k > 0; k -= 2) sum = sum * square + 1.0 / k;
+  return 2 * f * sum + exponent * 0.6931471805599453;
+}
+
+// From the sums of a volume to its loss, and to the slopes of its cells.
+static double mutual(double *joint, int bins, double share, float *slope, double *logs) {
+  const double rare = 1e-14, blur = 0.86635;
+  double total = 0, own = -blur, shared = 0;
+  for (int k = 0; k < bins * bins; k++) total += joint[k];
+  for (int i = 0; i < bins; i++) logs[i] = 0;
+  if (!(total > 0)) return memset(slope, 0, sizeof(float) * 6 * bins * bins), total;
+  for (int k = 0; k < bins * bins; k++) joint[k] /= total, logs[k % bins] += joint[k];
+  for (int i = 0; i < bins; i++) {
+    const double p = logs[i];
+    logs[i] = p > rare ? logarithm(p) : 0;
+    own -= p * logs[i];
+  }
+  for (int j = 0; j < bins; j++) {
+    double fixed = 0;
+    for (int i = 0; i < bins; i++) fixed += joint[j * bins + i];
+    const double of_fixed = fixed > rare ? logarithm(fixed) : 0;
+    for (int i = 0; i < bins; i++) {
+      const double p = joint[j * bins + i], ratio = p > rare ? logarithm(p) - logs[i] : 0;
+      if (p > rare) shared += p * (ratio - of_fixed);
+      joint[j * bins + i] = ratio;
+    }
+  }
+  const double known = shared > 1e-10 ? shared / own : 0, scale = shared > 1e-10 ? -share / own : 0;
+  for (int k = 0; k < bins * bins; k++) joint[k] += known * logs[k % bins];
+  for (int j = 0; j < bins - 1; j++)
+    for (int i = 0; i < bins - 3; i++) {
+      double c[2][3];
+      for (int k = 0; k < 2; k++) {
+        const double *T = joint + (j + k) * bins + i;
+        c[k][0] = scale * 0.5 * (T[2] - T[0]);
+        c[k][1] = scale * (T[0] - 2 * T[1] + T[2]);
+        c[k][2] = scale * 0.5 * (3 * (T[1] - T[2]) + T[3] - T[0]);
+      }
+      for (int q = 0; q < 3; q++) {
+        slope[6 * (j * bins + i) + 2 * q] = (float)c[0][q];
+        slope[6 * (j * bins + i) + 2 * q + 1] = (float)(c[1][q] - c[0][q]);
+      }
+    }
+  return total * (1 - known);
+}
+
+static void slope_rows(void *task, int64_t item) {
+  const Mutual *m = task;
+  const Compare *t = m->compare;
+  const int64_t Z = t->out->size[2], rows = t->out->size[0] * t->out->size[1], items = row_items(t->out);
+  const int64_t volume = item / items, first = item % items * ROWS_AT_A_TIME, channels = t->out->channels;
+  const int64_t pair = volume / channels, channel = volume % channels;
+  const float shift = t->shift ? t->shift[volume] : 0.0f, factor = t->factor ? t->factor[volume] : 1.0f;
+  const float *slope = m->slope + volume * 6 * m->bins * m->bins, margin = 0.5f / (float)(m->bins - 4);
+  float *memory = get((sizeof(float) * 6 + sizeof(int32_t)) * Z);
+  float *wide[3] = {memory + Z, memory + 2 * Z, memory + 3 * Z}, *along = memory + 4 * Z, *aside = memory + 5 * Z;
+  int32_t *cell = (int32_t *)(memory + 6 * Z);
+  for (int64_t r = first; r < least(first + ROWS_AT_A_TIME, rows); r++) {
+    const float *is = row(at(t->warped, pair, channel), t->warped->type, r * Z, Z, wide[0]);
+    const float *js = row(at(t->fixed, pair, channel), t->fixed->type, r * Z, Z, wide[1]);
+    const float *ws = t->weight ? row(at(t->weight, pair, 0), t->weight->type, r * Z, Z, wide[2]) : NULL;
+    float *d = place(at(t->out, pair, channel), t->out->type, r * Z, memory);
+    histogram_cells(is, js, shift, factor, m->bins, Z, cell, along, aside);
+    for (int64_t z = 0; z < Z; z++) {
+      const float *c = slope + 6 * cell[z], a = along[z], s = aside[z];
+      const float value = (c[0] + s * c[1]) + a * ((c[2] + s * c[3]) + a * (c[4] + s * c[5]));
+      const int inside = is[z] >= -margin && is[z] <= 1.0f + margin;
+      d[z] = inside ? value * (ws ? ws[z] : 1.0f) : 0.0f;
+    }
+    put(at(t->out, pair, channel), t->out->type, r * Z, Z, d);
+  }
+  free(memory);
+}
+
+EXPORT int mi(const Array *warped, const Array *fixed, const float *shift, const float *factor, const Array *weight,
+              int bins, const Array *out, double *loss, int64_t pairs, int threads) {
+  Compare task = {warped, fixed, weight, out, shift, factor, 0, 0, 1, 1, NULL};
+  const int64_t channels = warped->channels, volumes = pairs * channels, rows = warped->size[0] * warped->size[1];
+  const int64_t table = bins * bins, parts = least(most(rows * warped->size[2] / 65536, 1), least(rows, 64));
+  Mutual all = {&task, bins, parts, calloc(volumes * parts * table, sizeof(double)),
+                calloc(volumes * table, sizeof(float) * 6)};
+  double *logs = malloc(sizeof(double) * bins);
+  int64_t failed = !all.joint || !all.slope || !logs;
+  if (!failed) failed = parallel(volumes * parts, threads, joint_part, &all);
+  for (int64_t pair = 0; pair < pairs; pair++) loss[pair] = 0;
+  for (int64_t volume = 0; volume < volumes && !failed; volume++) {
+    double *joint = all.joint + volume * parts * table;
+    for (int64_t k = table; k < parts * table; k++) joint[k % table] += joint[k];
+    const double share = (bins - 4) / (double)channels;
+    loss[volume / channels] += mutual(joint, bins, share, all.slope + volume * 6 * table, logs) / (double)channels;
+  }
+  if (!failed) failed = parallel(volumes * row_items(out), threads, slope_rows, &all);
+  free(logs);
+  free(all.slope);
+  free(all.joint);
+  return failed > 0;
+}
+
 // --- gradient
 
 typedef struct {

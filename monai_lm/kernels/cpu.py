@@ -241,6 +241,20 @@ def ncc(
 
 
 @_kernel
+def mi(
+    run: Any,
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    bins: int,
+    out: Tensor,
+) -> Tensor:
+    return _compared(run, warped, fixed, shift, factor, weight, (bins,), out)
+
+
+@_kernel
 def gradient(run: Any, warped: Tensor, derivative: Tensor, sigma: Sequence[float], out: Tensor) -> None:
     taps, radii = _taps(tuple(sigma))
     start, end = out.data_ptr(), out.data_ptr() + out.element_size() * out.stride(0) * len(out)

@@ -15,6 +15,7 @@ kernel             launches                                                  V m
 ``lncc``           2, and a sum; a radius above 4: 9 and a sum               11: 5 to 3 V that are kept, 6 from them
 ``mse``            1, and a sum                                              3
 ``ncc``            2, and two sums                                           5
+``mi``             2, a sum, and some 40 in PyTorch on tables of bins        5; up to ½ for ¼ V of parts that is kept
 ``unfolded``       1, and a sum; one more through a second field             3, 12 with 3 V kept; ¼ for the cells
 ``gradient_sums``  1, and some sums                                          3
 ``image_sums``     1, and some sums                                          1
@@ -28,7 +29,8 @@ Sizes are arguments at run time, so one compilation serves all shapes. Places wi
 volumes go to the reference), those of channels and pairs 64. A program writes its part of a sum to a place of its own,
 and the parts are added in one order: results are the same each time. Nothing waits for the device.
 
-What the kernels cannot serve, float64 above all, goes to the reference; ``choose`` and ``mend`` have no kernel here.
+What the kernels cannot serve, float64 above all, and mutual information of more than 64 bins, goes to the reference;
+``choose`` and ``mend`` have no kernel here.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -56,6 +58,7 @@ __all__ = [
     "gradient_sums",
     "image_sums",
     "lncc",
+    "mi",
     "mse",
     "ncc",
     "sample",
@@ -73,6 +76,8 @@ _WIDEST_WINDOW = 4
 _TILE = {"by": 8, "bz": 32}
 _MARCH = {"groups": 4, "bz": 32, "num_warps": 4}
 _BLOCK = 512
+_MOST_BINS = 64
+"""A program has a whole joint histogram in registers."""
 _HIP = torch.version.hip is not None
 _PROGRAMS = 1024
 """About how many programs a launch that marches should have at least, to keep all of a GPU busy."""
@@ -816,6 +821,92 @@ def _ncc(
     tl.store(out + pair * out_pair + channel * size + at, value, mask)
 
 
+@triton.jit
+def _binned(warped, fixed, shift, factor, q, at, mask, bins):
+    """Intensities of the warped image, and for both images first bins, and how far beyond."""
+    i = tl.load(warped + at, mask, 0.0).to(tl.float32)
+    j = _ranged(tl.load(fixed + at, mask, 0.0).to(tl.float32), shift, factor, q)
+    column, t = _cell((bins - 4) * i + 0.5, bins - 2)
+    row, s = _cell((bins - 1) * j, bins)
+    return i, column, t, row, s
+
+
+@_kernel
+def _joint_histogram(
+    warped, warped_pair: tl.int64, fixed, fixed_pair: tl.int64, shift, factor, weight, weight_pair: tl.int64, parts,
+    channels, size, bins, chunk, width: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """Of a chunk of voxels, as a product of matrices: what they share in bins of either image."""
+    chunks = tl.cdiv(size, chunk)
+    q = (tl.program_id(0) // chunks).to(tl.int64)
+    start = (tl.program_id(0) % chunks) * chunk
+    pair = q // channels
+    warped += pair * warped_pair + (q % channels) * size
+    fixed += pair * fixed_pair + (q % channels) * size
+    if weight is not None:
+        weight += pair * weight_pair
+    each = tl.arange(0, width)
+    sums = tl.zeros([width, width], tl.float64)
+    end = tl.minimum(start + chunk, size)
+    for first in range(start, end, block):
+        at = first + tl.arange(0, block)
+        mask = at < end
+        _, column, t, row, s = _binned(warped, fixed, shift, factor, q, at, mask, bins)
+        w = mask.to(tl.float32)
+        if weight is not None:
+            w = tl.load(weight + at, mask, 0.0).to(tl.float32)
+        linear = _chosen((0.0, (w - w * s)[None, :], (w * s)[None, :]), each[:, None] - row[None, :] + 1)
+        b0, b1, b2, b3 = _cubic(t[:, None])
+        cubic = _chosen((0.0, b0, b1, b2, b3), each[None, :] - column[:, None] + 1)
+        sums += tl.dot(linear, cubic, input_precision="ieee").to(tl.float64)
+    tl.store(parts + tl.program_id(0).to(tl.int64) * (width * width) + each[:, None] * width + each[None, :], sums)
+
+
+@triton.jit
+def _cubic(t):
+    """See :func:`monai_lm.kernels.reference._cubic`."""
+    u = 1.0 - t
+    return (
+        u * u * u / 6.0,
+        (t * t * (3.0 * t - 6.0) + 4.0) / 6.0,
+        (u * u * (3.0 * u - 6.0) + 4.0) / 6.0,
+        t * t * t / 6.0,
+    )
+
+
+@triton.jit
+def _cubic_slope(t):
+    u = 1.0 - t
+    return -0.5 * u * u, 0.5 * t * (3.0 * t - 4.0), -0.5 * u * (3.0 * u - 4.0), 0.5 * t * t
+
+
+@_kernel
+def _mi(
+    warped, warped_pair: tl.int64, fixed, fixed_pair: tl.int64, shift, factor, weight, weight_pair: tl.int64, slope,
+    out, out_pair: tl.int64, channels, size, bins, block: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(size, block)
+    q = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    mask = at < size
+    pair = q // channels
+    channel = q % channels
+    warped += pair * warped_pair + channel * size
+    fixed += pair * fixed_pair + channel * size
+    i, column, t, row, s = _binned(warped, fixed, shift, factor, q, at, mask, bins)
+    slope += q * bins * bins + row * bins + column
+    parts = _cubic_slope(t)
+    value = tl.zeros([block], tl.float32)
+    for n in tl.static_range(4):
+        near = tl.load(slope + n)
+        value += parts[n] * (near + s * (tl.load(slope + bins + n) - near))
+    margin = 0.5 / (bins - 4).to(tl.float32)
+    value = tl.where((i >= -margin) & (i <= 1.0 + margin), value, 0.0)
+    if weight is not None:
+        value *= tl.load(weight + pair * weight_pair + at, mask, 0.0).to(tl.float32)
+    tl.store(out + pair * out_pair + channel * size + at, value, mask)
+
+
 # --- kernels: one step
 
 
@@ -1262,6 +1353,33 @@ def ncc(
     given = parts.sum(2), *images, *_pair(out), losses, channels, size, float(epsilon)
     _run(_ncc, volumes * blocks, out, *given, block=_BLOCK)
     return losses.mean(1)
+
+
+def mi(
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    bins: int,
+    out: Tensor,
+) -> Tensor:
+    """See :func:`monai_lm.kernels.reference.mi`."""
+    if not _served(warped, fixed, weight, out) or bins > _MOST_BINS:
+        return reference.mi(warped, fixed, shift, factor, weight, bins, out)
+    (size, blocks), (batch, channels) = _blocks(out), out.shape[:2]
+    images = *_pair(warped), *_pair(fixed), _floats(shift), _floats(factor), *_pair(weight)
+    width = max(16, triton.next_power_of_2(bins))
+    block = 64 if width < 64 else 32  # there are no registers for more
+    chunk = max(8 * width * width, -(-size // _PROGRAMS))  # its histogram takes a quarter of its image
+    parts = torch.empty(batch, channels, -(-size // chunk), width, width, dtype=torch.float64, device=out.device)
+    programs = batch * channels * parts.shape[2]
+    sums = *images, parts, channels, size, bins, chunk
+    _run(_joint_histogram, programs, out, *sums, width=width, block=block)
+    loss, slope = reference.information(parts[..., :bins, :bins].sum(2))
+    given = *images, _floats(slope), *_pair(out), channels, size, bins
+    _run(_mi, batch * channels * blocks, out, *given, block=_BLOCK)
+    return loss.float()
 
 
 def gradient(warped: Tensor, derivative: Tensor, sigma: Sequence[float], out: Tensor) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "image_sums",
     "lncc",
     "mend",
+    "mi",
     "mse",
     "ncc",
     "sample",
@@ -338,6 +339,134 @@ def ncc(
     ratio = covariance / (variance * (mean(j * j) + epsilon))
     out.copy_(2 * ratio * (covariance / variance * i - j) * w / i.shape[1])
     return (total * (1 - covariance * ratio)).flatten(1).mean(1)
+
+
+_SLAB = 2**18
+"""Voxels that :func:`mi` looks at together."""
+
+_RARE = 1e-14
+"""Probabilities up to this count as zero in :func:`mi`, and information below 1e-10 as none."""
+
+_BLUR = 0.86635
+"""Entropy of the four weights of a cubic B-spline, at least: it is .8664 to .8676."""
+
+
+def mi(
+    warped: Tensor,
+    fixed: Tensor,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    bins: int,
+    out: Tensor,
+) -> Tensor:
+    """Mutual information, ``W (1 - MI / M)`` averaged over channels, with its derivative.
+
+    ``MI`` is that of a joint histogram of ``bins × bins``, ``M`` the most that it could be: the entropy of the warped
+    image in it, less what the windows add. ``W`` is the sum of the weights. A voxel counts in four bins of the warped
+    image ``I``, by a cubic B-spline ``β`` around ``1.5 + (bins - 4) I``, and in two of the fixed image ``J``, linearly
+    around ``(bins - 1) J``. Intensities are meant to lie in [0, 1]: those of ``J`` beyond are clamped, and those of
+    ``I`` half a bin later, where they have no derivative. NaN counts as the lowest.
+
+    With ``p`` the histogram, of sum 1, ``p_i`` its marginal and ``T_ij = (log p_i - log p_ij - MI / M log p_i) / M``,
+    the derivative is ``(bins - 4) Σ_ij β'_i(I) λ_j(J) T_ij``, times the weight. Where ``MI`` is zero, so is it.
+
+    It goes through the images twice, slab by slab; what it keeps is ``(B, C, bins, bins)``.
+
+    Args:
+        warped: ``(B, C, *S)``.
+        fixed: ``(B, C, *S)``, compared as for :func:`lncc`, and so are ``shift``, ``factor`` and ``weight``.
+        shift: ``(B, C)`` or ``None``.
+        factor: ``(B, C)`` or ``None``.
+        weight: ``(B, 1, *S)`` or ``None``.
+        bins: of each image, at least 5.
+        out: ``(B, C, *S)``, the derivative.
+
+    Returns:
+        ``(B,)`` in the wide type.
+
+    Source:
+        Mattes et al., "PET-CT image registration in the chest using free-form deformations", IEEE Transactions on
+        Medical Imaging 2003, but for the division by ``M``.
+    """
+    dtype, exact = _wide(warped, fixed, out), widest_float(warped.device)
+    batch, channels = warped.shape[:2]
+    rows = max(1, _SLAB // (batch * channels * warped[0, 0, 0].numel()))
+    slabs = [(first, min(rows, warped.shape[2] - first)) for first in range(0, warped.shape[2], rows)]
+    table = (torch.arange(batch * channels, device=warped.device) * bins * bins).view(batch, channels, 1)
+
+    def located(first: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """First cell of every voxel of a slab, how far in it, its weight, and where there is a derivative."""
+        i = warped.narrow(2, first, count).to(dtype).flatten(2)
+        j = ranged(fixed.narrow(2, first, count).to(dtype), shift, factor).flatten(2)
+        w = None if weight is None else weight.narrow(2, first, count).to(dtype).flatten(2).to(exact)
+        margin = 0.5 / (bins - 4)
+        p = ((bins - 4) * i + 0.5).nan_to_num(0.0).clamp(0, bins - 3)
+        q = ((bins - 1) * j).nan_to_num(0.0).clamp(0, bins - 1)
+        cell, other = p.detach().long().clamp(max=bins - 4), q.detach().long().clamp(max=bins - 2)
+        inside = (i >= -margin) & (i <= 1 + margin)
+        return table + other * bins + cell, (p - cell).to(exact), (q - other).to(exact), w, inside
+
+    joint = torch.zeros(batch * channels * bins * bins, dtype=exact, device=warped.device)
+    for slab in slabs:
+        cell, t, s, w, _ = located(*slab)
+        for row, share in enumerate((1 - s, s)):
+            share = share if w is None else share * w
+            for column, part in enumerate(_cubic(t)):
+                joint = joint.index_add(0, (cell + row * bins + column).flatten(), (share * part).flatten())
+
+    loss, slope = information(joint.view(batch, channels, bins, bins))
+    slope = slope.detach().flatten()
+    for first, count in slabs:
+        cell, t, s, w, inside = located(first, count)
+        derivative = torch.zeros_like(t)
+        for column, part in enumerate(_cubic_slope(t)):
+            near, far = slope[cell + column], slope[cell + bins + column]
+            derivative = derivative + part * (near + s * (far - near))
+        derivative = torch.where(inside, derivative if w is None else derivative * w, 0.0)
+        place = out.narrow(2, first, count)
+        place.copy_(derivative.detach().view(place.shape))
+    return loss.to(dtype)
+
+
+def information(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of :func:`mi`, and what its derivative is made of.
+
+    Args:
+        joint: ``(B, C, bins, bins)``, weights that voxels have in the bins of the fixed and the warped image.
+
+    Returns:
+        Loss ``(B,)``, and ``(bins - 4) T / C``, ``(B, C, bins, bins)``.
+    """
+    channels, bins = joint.shape[1:3]
+    total = joint.sum((2, 3))
+    p = joint / total.clamp(min=torch.finfo(joint.dtype).tiny)[:, :, None, None]
+    of_fixed, of_warped = p.sum(3, keepdim=True), p.sum(2, keepdim=True)
+    log_warped = _log(of_warped)
+    ratio = (_log(p) - log_warped).masked_fill(p <= _RARE, 0.0)
+    shared = (p * (ratio - _log(of_fixed))).sum((2, 3))
+    own = -(of_warped * log_warped).sum((2, 3)) - _BLUR
+    inverse = (shared > 1e-10).to(own.dtype) / own
+    known = shared * inverse
+    slope = (ratio + known[..., None, None] * log_warped) * (inverse * ((4 - bins) / channels))[..., None, None]
+    return (total * (1 - known)).mean(1), slope
+
+
+def _cubic(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cubic B-spline at ``-1 - t``, ``-t``, ``1 - t`` and ``2 - t``, for ``t`` in [0, 1]."""
+    u = 1 - t
+    return u**3 / 6, (t * t * (3 * t - 6) + 4) / 6, (u * u * (3 * u - 6) + 4) / 6, t**3 / 6
+
+
+def _cubic_slope(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of :func:`_cubic`."""
+    u = 1 - t
+    return -u * u / 2, t * (3 * t - 4) / 2, -u * (3 * u - 4) / 2, t * t / 2
+
+
+def _log(p: Tensor) -> Tensor:
+    """Logarithm of probabilities, zero of those that are none."""
+    return p.masked_fill(p <= _RARE, 1.0).log()
 
 
 def ranged(image: Tensor, shift: Tensor | None, factor: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ class NCC(KernelSimilarity):
     """
 
     standardized = True
+    invariant = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         if not epsilon > 0:

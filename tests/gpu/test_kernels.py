@@ -9,7 +9,7 @@ from torch import Tensor
 from monai_lm import fields
 from monai_lm.fields.topology import folded_cells
 from monai_lm.kernels.reference import box_sum, eulerian_gradient
-from monai_lm.similarity import LNCC, MSE, NCC
+from monai_lm.similarity import LNCC, MI, MSE, NCC
 from monai_lm.similarity.weighted import Weighted, with_weight
 from monai_lm.solver.descent import LM, WindowedLM, pull_back
 from monai_lm.solver.method import Method
@@ -70,8 +70,10 @@ KERNELS = {
     "LNCC": lambda x: x.compared(LNCC()),
     "MSE": lambda x: x.compared(MSE()),
     "NCC": lambda x: x.compared(NCC()),
+    "MI": lambda x: x.compared(MI()),
     "LNCC, weighted": lambda x: x.compared_within(LNCC()),
     "MSE, weighted": lambda x: x.compared_within(MSE()),
+    "MI, weighted": lambda x: x.compared_within(MI()),
     "eulerian gradient": lambda x: eulerian_gradient(x.image, x.other),
     "pull back": lambda x: pull_back(x.ddf, x.step),
     "initial trust": lambda x: x.trust.damping,

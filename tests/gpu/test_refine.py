@@ -24,6 +24,7 @@ VARIANTS = [
     {"similarity": "mse", "memory": "half"},
     {"kernels": "reference"},
     {"similarity": "ncc"},
+    {"similarity": "mi"},
     {"similarity": LocalNormalizedCrossCorrelationLoss},
     {"spacing": (1.0, 2.0, 1.5)},
     {"seconds": 60.0},
@@ -99,7 +100,9 @@ def test_the_optimizer_works_where_its_field_is(device, pair):
     assert composed.device == device
 
 
-@pytest.mark.parametrize("variant", [{}, {"control": "trust_region"}, {"window": 3}, {"similarity": "mse"}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"control": "trust_region"}, {"window": 3}, {"similarity": "mse"}, {"similarity": "mi"}], ids=str
+)
 def test_the_host_never_waits_inside_the_iterations(variant, device, pair, monkeypatch):
     """Nine of them: after ten it looks whether to stop. Everything between the first step and the last."""
     if device.type != "cuda":

@@ -65,6 +65,8 @@ CASES = {
     "mse, all": of_image("warped", "fixed", "shift", "factor", "weight"),
     "ncc": of_image("warped", "fixed", None, None, None, 1e-6),
     "ncc, all": of_image("warped", "fixed", "shift", "factor", "weight", 1e-6),
+    "mi": of_image("warped", "fixed", None, None, None, 32),
+    "mi, all": of_image("warped", "fixed", "shift", "factor", "weight", 8),
     "gradient": of_field("warped", "derivative", "sigma"),
     "gradient, no smoothing": lambda g: ([g.warped, g.derivative, (0.0,) * g.n], g.field),
     "step": of_field("smooth", "ddf", "unit", "radius", "damping", None, None),

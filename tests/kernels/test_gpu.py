@@ -160,6 +160,18 @@ def pointwise(name, shape, *epsilon):
     check(name, warped, fixed, None, factor, weight, *epsilon, out=warped * 0)
 
 
+def mi(shape, bins):
+    warped, fixed, shift, factor, weight = images(shape)
+    warped.mul_(1.4).sub_(0.2)  # some are clamped
+    check("mi", warped, fixed, shift, factor, None, bins, out=warped * 0)
+    check("mi", warped, fixed, None, factor, weight, bins, out=warped * 0)
+    check("mi", warped, fixed, None, None, 0 * weight, bins, out=warped)
+    for same in ((torch.full_like(warped, 0.3), fixed), (warped, torch.full_like(fixed, 0.3))):
+        assert not check("mi", *same, None, None, None, bins, out=warped).any()
+    warped[0, 0, 0], warped[-1, -1, -1], fixed[0, 0, :, 0] = float("nan"), float("inf"), float("nan")
+    check("mi", warped, fixed, shift, factor, weight, bins, out=warped * 0)
+
+
 def sums(shape):
     from monai_lm.kernels import gpu
 
@@ -196,6 +208,7 @@ def half(shape):
         check("compose", small, ddf, out=ddf, **settings)
         check("smooth", ddf, (0.4,) * ddf.shape[1], out=ddf, **settings)
         check("mse", image, other, None, None, None, out=image, **settings)
+        check("mi", image, other, None, None, None, 16, out=image, **settings)
         control = torch.rand(2, shape[0]).to(dtype)
         check("step", ddf, small, UNIT[: ddf.shape[1]], *control, None, None, out=ddf, **settings)
 
@@ -205,6 +218,8 @@ def doubles(shape):
     x = field(shape, dtype=torch.float64)
     check("smooth", x, (0.4,) * x.shape[1], out=x * 0, tolerance=0.0)
     check("compose", x, x.float(), out=x * 0, tolerance=0.0)
+    check("mi", x, x, None, None, None, 16, out=x * 0, tolerance=0.0)
+    check("mi", x.float(), x.float(), None, None, None, 65, out=x.float(), tolerance=0.0, exact=torch.float32)
 
 
 def launches(shape):
@@ -216,6 +231,7 @@ def launches(shape):
     calls = {
         "sample": (image, ddf, None, shift, factor, other),
         "lncc": (image, other, shift, factor, None, 2, 1e-3, image.clone()),
+        "mi": (image, other, shift, factor, None, 16, image.clone()),
         "gradient": (image, other, (1.0, 1.0, 1.0), ddf),
         "step": (ddf, small, UNIT, one, one, None, None, ddf),
         "elastic": (ddf, (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), one, small),
@@ -229,7 +245,7 @@ def launches(shape):
 
         with mock.patch.object(gpu, "_run", count):
             getattr(gpu, name)(*args)
-    assert counts == {"sample": 1, "lncc": 2, "gradient": 2, "step": 1, "elastic": 1, "unfolded": 1}
+    assert counts == {"sample": 1, "lncc": 2, "mi": 2, "gradient": 2, "step": 1, "elastic": 1, "unfolded": 1}
 
 
 CASES = {
@@ -247,6 +263,9 @@ CASES = {
     "lncc of radius 5": (lncc, ((1, 1, 2, 2, 4), 5)),
     **{f"mse {name}": (pointwise, ("mse", s)) for name, s in SHAPES.items()},
     **{f"ncc {name}": (pointwise, ("ncc", s, 1e-5)) for name, s in SHAPES.items()},
+    **{f"mi {name}": (mi, (s, 16)) for name, s in SHAPES.items()},
+    **{f"mi of {bins} bins": (mi, (SHAPES["2d"], bins)) for bins in (5, 33, 64)},
+    "mi in parts": (mi, ((1, 1, 40, 60), 16)),
     "half": (half, (SHAPES["2d"],)),
     "double": (doubles, (SHAPES["2d"],)),
     "launches": (launches, (SHAPES["3d"],)),
@@ -322,6 +341,9 @@ def calls(backend):
     gpu.lncc(flat, flat, None, None, None, 3, 1e-5, flat)
     gpu.mse(image, image, number, number, image, image)
     gpu.ncc(image, image, number, number, image, 1e-5, image)
+    for bins in (16, 32, 64):
+        gpu.mi(image, image, number, number, image, bins, image)
+    gpu.mi(image, image, None, None, None, 16, image)
     gpu.image_sums(image)
     gpu.gradient_sums(ddf, UNIT)
     gpu.unfolded(ddf, ddf, 0.0, torch.zeros(1, 5, 5, 5, dtype=torch.bool))

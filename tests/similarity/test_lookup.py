@@ -5,11 +5,11 @@ import re
 import pytest
 from torch import nn
 
-from monai_lm.similarity import LNCC, MSE, NCC, ModuleSimilarity, get_similarity
+from monai_lm.similarity import LNCC, MI, MSE, NCC, ModuleSimilarity, get_similarity
 from monai_lm.similarity.lookup import MEASURES
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mse", MSE), ("ncc", NCC)])
+@pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mi", MI), ("mse", MSE), ("ncc", NCC)])
 def test_a_name_gives_the_measure_with_its_defaults(name, kind):
     measure = get_similarity(name)
     assert type(measure) is kind
@@ -28,7 +28,7 @@ def test_a_module_is_wrapped():
     assert measure.module is module
 
 
-@pytest.mark.parametrize("name", ["mi", "LNCC", ""])
+@pytest.mark.parametrize("name", ["ssim", "LNCC", ""])
 def test_an_unknown_name_is_refused(name):
     message = f"similarity must be one of {sorted(MEASURES)} or a loss module, got '{name}'"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from monai_lm.fields import fold_count, warp
-from monai_lm.similarity import LNCC
+from monai_lm.similarity import LNCC, MI
 from monai_lm.solver.acceptance import ACCEPTANCES
 from tests.solver.pairs import CONTROLS, FLAT, SHAPES, error, noise, pair, run, smooth
 
@@ -33,6 +33,17 @@ def test_improves_an_imperfect_prediction(shape, similarity):
     result = run(fixed, moving, prediction, similarity=similarity)
     assert error(result.ddf, truth) < 0.9 * error(prediction, truth)
     assert float(result.final_loss) < 0.5 * float(result.initial_loss)
+
+
+@pytest.mark.parametrize("remap", [lambda x: x, lambda x: 3 - 2 * x])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mutual_information_recovers_a_warp_from_an_inverted_image_too(shape, remap):
+    fixed, moving, truth = pair(shape)
+    result = run(fixed, remap(moving), similarity=MI(32))
+    assert error(result.ddf, truth) < 0.6 * error(truth, 0)
+    prediction = truth + smooth(shape, 0.8, sigma=3.0, seed=9)
+    near = run(fixed, remap(moving), prediction, similarity=MI(32))
+    assert error(near.ddf, truth) < 0.9 * error(prediction, truth)
 
 
 @pytest.mark.parametrize("similarity", ["lncc", "mse"])
