@@ -391,7 +391,7 @@ def mi(
     """
     dtype, exact = _wide(warped, fixed, out), widest_float(warped.device)
     batch, channels = warped.shape[:2]
-    rows = max(1, _SLAB // (batch * channels * warped[0, 0, 0].numel()))
+    rows = max(1, _SLAB // max(1, batch * channels * math.prod(warped.shape[3:])))
     slabs = [(first, min(rows, warped.shape[2] - first)) for first in range(0, warped.shape[2], rows)]
     table = (torch.arange(batch * channels, device=warped.device) * bins * bins).view(batch, channels, 1)
 

@@ -35,9 +35,6 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit contrast first; the measure must not care."""
 
-    invariant = False
-    """Whether ``a I + b`` of either image gives the same loss, and a constant image a loss of one per voxel."""
-
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 

@@ -31,7 +31,6 @@ class LNCC(KernelSimilarity):
     """
 
     standardized = True
-    invariant = True
 
     def __init__(self, radius: int = 2, epsilon: float = 2e-3) -> None:
         if radius < 1:

@@ -22,7 +22,6 @@ class NCC(KernelSimilarity):
     """
 
     standardized = True
-    invariant = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         if not epsilon > 0:
