@@ -39,17 +39,31 @@ class Similarity(ABC):
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
-        """Shift and scale both images if the measure allows it, and compute what depends on the fixed image only.
+        """Describe both images, shift and scale them if the measure allows it, and do what needs the fixed one only.
 
         Args:
             fixed: ``(B, C, *S)``.
             moving: ``(B, C, *M)``.
 
         Returns:
-            The tensors that ``evaluate`` takes as ``reference``, and the moving image to warp.
+            The tensors that ``evaluate`` takes as ``reference``, and the moving image, described, to warp.
         """
+        fixed, moving = self.described(fixed, moving)
         fixed_range, moving_range = self.ranges(fixed, moving)
         return self.ranged_reference(fixed, fixed_range), normalized(moving, moving_range)
+
+    def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared in the place of the images, ``(B, described_channels(C, n), *S)`` each.
+
+        The images themselves, if a measure does not say otherwise. It is computed once per level, so a moving image is
+        described before it is warped. What follows is of described
+        images, all but ``loss_and_derivative`` and the call.
+        """
+        return fixed, moving
+
+    def described_channels(self, channels: int, n: int) -> int:  # noqa: ARG002
+        """How many channels :meth:`described` makes of so many, in ``n`` dimensions."""
+        return channels
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """How to shift and scale the fixed ``(B, C, *S)`` and the moving image ``(B, C, *M)`` before they are compared.

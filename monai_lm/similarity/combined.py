@@ -55,6 +55,16 @@ class Combined(Similarity):
         self.weights = [float(weight) for weight in weights]
         self.weighable = all(measure.weighable for measure in self.measures)
 
+    def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """Every group of channels as its measure describes it."""
+        groups = zip(self.measures, self._plain(fixed), self._plain(moving), strict=True)
+        of_fixed, of_moving = zip(*(measure.described(f, m) for measure, f, m in groups), strict=True)
+        return torch.cat(of_fixed, 1), torch.cat(of_moving, 1)
+
+    def described_channels(self, channels: int, n: int) -> int:  # noqa: ARG002
+        """Of all the measures together."""
+        return sum(self._counts(n))
+
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """How to shift and scale every group of channels, by its measure."""
         groups = zip(self.measures, self._split(fixed), self._split(moving), strict=True)
@@ -71,8 +81,10 @@ class Combined(Similarity):
 
     def ranged_reference(self, fixed: Tensor, range_: Range, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The same of an image that is still to be shifted and scaled."""
-        images = self._split(fixed)
-        ranges = [None] * len(images) if range_ is None else list(zip(*map(self._split, range_), strict=True))
+        images, counts = self._split(fixed), self._counts(fixed.dim() - 2)
+        ranges = (
+            [None] * len(images) if range_ is None else list(zip(*(r.split(counts, 1) for r in range_), strict=True))
+        )
         groups = zip(self.measures, images, ranges, strict=True)
         return tuple(measure.ranged_reference(f, range_, weight) for measure, f, range_ in groups)
 
@@ -83,10 +95,17 @@ class Combined(Similarity):
 
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``(B,)`` and its derivative with respect to ``warped`` as it was passed in, ``(B, C, *S)``."""
-        groups = zip(self.measures, self._split(warped), self._split(fixed), strict=True)
+        groups = zip(self.measures, self._plain(warped), self._plain(fixed), strict=True)
         return self._sum([measure.loss_and_derivative(w, f) for measure, w, f in groups])
 
-    def _split(self, image: Tensor) -> tuple[Tensor, ...]:
+    def _counts(self, n: int) -> list[int]:
+        """Channels of every measure, described, in ``n`` dimensions."""
+        return [measure.described_channels(own, n) for measure, own in zip(self.measures, self.channels, strict=True)]
+
+    def _split(self, described: Tensor) -> tuple[Tensor, ...]:
+        return described.split(self._counts(described.dim() - 2), 1)
+
+    def _plain(self, image: Tensor) -> tuple[Tensor, ...]:
         total = sum(self.channels)
         if image.shape[1] != total:
             raise ValueError(f"images must have {total} channels for {self.channels} per measure, got {image.shape[1]}")

@@ -7,13 +7,14 @@ from torch import nn
 from monai_lm.similarity.base import Similarity
 from monai_lm.similarity.lncc import LNCC
 from monai_lm.similarity.mi import MI
+from monai_lm.similarity.mind import MIND
 from monai_lm.similarity.modules import ModuleSimilarity
 from monai_lm.similarity.mse import MSE
 from monai_lm.similarity.ncc import NCC
 
 __all__ = ["MEASURES", "get_similarity"]
 
-MEASURES: dict[str, type[Similarity]] = {"lncc": LNCC, "mi": MI, "mse": MSE, "ncc": NCC}
+MEASURES: dict[str, type[Similarity]] = {"lncc": LNCC, "mi": MI, "mind": MIND, "mse": MSE, "ncc": NCC}
 """The ``similarity`` argument of :func:`monai_lm.refine`."""
 
 

@@ -30,6 +30,11 @@ class Weighted(Similarity):
             )
         self.measure = measure
 
+    def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """As the measure describes the images; the weight stays as it is."""
+        of_fixed, of_moving = self.measure.described(fixed[:, :-1], moving)
+        return torch.cat([of_fixed, fixed[:, -1:]], 1), of_moving
+
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """As the measure shifts and scales the images; the weight stays as it is."""
         return self.measure.ranges(fixed[:, :-1], moving)

@@ -45,7 +45,7 @@ class Engine:
         smooth_gradient: float,
         step: float,
     ) -> None:
-        fixed, self.moving = fixed.contiguous(), moving.contiguous()
+        fixed, self.moving = (image.contiguous() for image in similarity.described(fixed, moving))
         self.prediction = None if prediction is None else prediction.contiguous()
         self.residual, self.similarity, self.method, self.step = residual, similarity, method, step
         self.unit, self.sigma = residual.level.unit, residual.level.in_voxels(smooth_gradient)
@@ -53,10 +53,10 @@ class Engine:
         fixed_range, self.moving_range = similarity.ranges(fixed, self.moving)
         self.reference = similarity.ranged_reference(fixed, fixed_range)
         self.work = torch.empty_like(residual.field)
-        if moving.shape[1] == 1 and not method.damping.needs_promise:
+        if self.moving.shape[1] == 1 and not method.damping.needs_promise:
             self.warped, self.derivative = self.work[:, :1], self.work[:, 1:2]
         else:
-            self.warped, self.derivative = (torch.empty_like(moving, dtype=residual.field.dtype) for _ in range(2))
+            self.warped, self.derivative = (torch.empty_like(self.moving, dtype=residual.field.dtype) for _ in range(2))
 
     @property
     def voxels(self) -> int:

@@ -5,11 +5,11 @@ import re
 import pytest
 from torch import nn
 
-from monai_lm.similarity import LNCC, MI, MSE, NCC, ModuleSimilarity, get_similarity
+from monai_lm.similarity import LNCC, MI, MIND, MSE, NCC, ModuleSimilarity, get_similarity
 from monai_lm.similarity.lookup import MEASURES
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mi", MI), ("mse", MSE), ("ncc", NCC)])
+@pytest.mark.parametrize(("name", "kind"), [("lncc", LNCC), ("mi", MI), ("mind", MIND), ("mse", MSE), ("ncc", NCC)])
 def test_a_name_gives_the_measure_with_its_defaults(name, kind):
     measure = get_similarity(name)
     assert type(measure) is kind

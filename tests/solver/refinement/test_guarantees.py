@@ -39,7 +39,7 @@ def test_the_prediction_does_not_erode_far_from_the_gradient():
     assert torch.equal(result.ddf[..., 24:, 24:], 0.8 * truth[..., 24:, 24:])
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc", nn.MSELoss()])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc", nn.MSELoss()])
 def test_identical_images_stay_at_the_identity(similarity):
     _, moving, _ = pair(FLAT)
     result = run(moving, moving.clone(), similarity=similarity)
@@ -92,7 +92,7 @@ def test_the_dissimilarity_never_rises(control, acceptance):
         assert bool((result.final_loss <= result.initial_loss).all())
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc", nn.MSELoss()])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc", nn.MSELoss()])
 @pytest.mark.parametrize("name", ["fixed", "moving"])
 @pytest.mark.parametrize("value", [0.0, 7.5])
 def test_a_constant_image_warns_and_leaves_the_field(name, value, similarity):

@@ -123,7 +123,7 @@ def test_noncontiguous_and_expanded_inputs():
 def test_channels_are_averaged(channels):
     """Copies of one channel change nothing."""
     fixed, moving, truth = pair(FLAT)
-    for similarity in ("lncc", "mi", "mse", "ncc"):
+    for similarity in ("lncc", "mi", "mind", "mse", "ncc"):
         settings = {"similarity": similarity, "iterations": 5}
         one = run(fixed, moving, 0.5 * truth, **settings)
         many = run(fixed.repeat(1, channels, 1, 1), moving.repeat(1, channels, 1, 1), 0.5 * truth, **settings)
@@ -198,7 +198,7 @@ BAD_SETTINGS = [
     (
         {"similarity": "ssim"},
         ValueError,
-        r"similarity must be one of \['lncc', 'mi', 'mse', 'ncc'\] or a loss module, got 'ss",
+        r"similarity must be one of \['lncc', 'mi', 'mind', 'mse', 'ncc'\] or a loss module, got 'ss",
     ),
     ({"similarity": None}, TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got NoneType"),
     ({"similarity": nn.MSELoss}, TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got type"),

@@ -21,7 +21,7 @@ def test_plain_pytorch_gives_the_same_field(memory):
     assert torch.equal(inside.ddf, native.ddf)
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc"])
 def test_the_number_of_threads_changes_no_bit(similarity):
     fixed, moving, truth = pair((36, 40, 38))
     noisy = 0.5 * truth + 0.8 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))  # to be repaired
@@ -45,7 +45,7 @@ def test_native_kernels_that_are_not_there_are_an_error(monkeypatch):
         refine(fixed, moving, kernels="native")
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc"])
 @pytest.mark.parametrize("predicted", [False, True])
 def test_half_precision_ends_where_the_full_one_does(predicted, similarity):
     fixed, moving, truth = pair(FLAT, batch=2)

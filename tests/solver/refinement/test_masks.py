@@ -17,7 +17,7 @@ def masked_pair(shape: tuple[int, ...], batch: int = 1) -> tuple[Tensor, Tensor,
     return torch.where(mask > 0, fixed, 3 * texture(shape, batch, seed=77)), moving, truth, mask
 
 
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_lies_outside_the_mask_is_not_seen(shape, similarity):
     fixed, moving, truth, mask = masked_pair(shape)

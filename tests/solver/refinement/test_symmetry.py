@@ -93,7 +93,7 @@ def test_lncc_does_not_see_gain_and_offset(scale, offset):
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e3, 1e30])
-@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mind", "mse", "ncc"])
 def test_a_common_intensity_scale_does_not_matter(similarity, factor):
     fixed, moving, truth = pair(FLAT)
     result = run(fixed, moving, 0.5 * truth, similarity=similarity, iterations=15).ddf

@@ -1,0 +1,86 @@
+"""Measures across contrasts: the moving image's intensities are mapped anew, and the same pair is registered again."""
+
+from __future__ import annotations
+
+from itertools import islice, product
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.cases import SETS
+from benchmarks.rows import Row, add_row, read_rows
+from benchmarks.validation import refined
+
+__all__ = ["CONTRASTS", "contrasts", "recolored"]
+
+CONTRASTS: dict[str, tuple[float, ...] | None] = {
+    "same": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "inverted": (1.0, 0.8, 0.6, 0.4, 0.2, 0.0),
+    "like T2": (0.0, 1.0, 0.75, 0.5, 0.35, 0.9), "random": None,
+}  # fmt: skip
+"""What becomes of the intensities 0, .2, …, 1, linearly between them; ``random`` draws an order of these for each pair.
+``like T2``: dark stays dark, what is a little brighter becomes the brightest, as fluid does, white gets darker than
+grey, and fat bright."""
+
+
+def contrasts(
+    sets: tuple[str, ...] = ("hippocampus", "brain", "cardiac", "abdomen"),
+    pairs: int = 4,
+    similarities: tuple[str, ...] = ("lncc", "mi", "mind", "mse"),
+    kinds: tuple[str, ...] = tuple(CONTRASTS),
+    json_file: str | None = None,
+) -> None:
+    """Dice of every measure for every contrast of the moving image, and what it loses to LNCC on the pair as it was.
+
+    Args:
+        sets: of :data:`benchmarks.cases.SETS`; predictions are left aside.
+        pairs: of each set, at most.
+        similarities: names of measures.
+        kinds: of :data:`CONTRASTS`.
+        json_file: write one line per run here, as it goes; what stands in it is not run again.
+    """
+    done = {_key(row): row for row in read_rows(json_file)}
+    names = ("same, lncc", *(f"{kind}, {measure}" for kind, measure in product(kinds, similarities)))
+    for name in sets:
+        shown: list[Row] = []
+        for number, case in enumerate(islice(SETS[name](), pairs)):
+            for column in dict.fromkeys(names):
+                kind, measure = column.split(", ")
+                row: Row = {"set": name, "pair": number, "kind": kind, "similarity": measure}
+                if _key(row) not in done:
+                    moving = recolored(case.moving, kind, number)
+                    done[_key(row)] = row | refined(case._replace(moving=moving), None, {"similarity": measure})
+                    add_row(json_file, done[_key(row)])
+                shown.append(done[_key(row)])
+        _print(name, shown)
+
+
+def recolored(image: Tensor, kind: str, seed: int = 0) -> Tensor:
+    """An image whose intensities, from its .1 to its 99.9 percentile, are mapped as :data:`CONTRASTS` says."""
+    low, high = np.quantile(image.numpy(), (0.001, 0.999))
+    values = CONTRASTS[kind] or tuple(np.random.default_rng(seed).permutation(6) / 5)
+    scaled = (image.numpy() - low) / (high - low)
+    return torch.from_numpy(np.interp(scaled, np.linspace(0, 1, len(values)), values)).to(image.dtype)
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("set", "pair", "kind", "similarity"))
+
+
+def _print(name: str, rows: list[Row]) -> None:
+    best = {row["pair"]: row["dice_after"] for row in rows if (row["kind"], row["similarity"]) == ("same", "lncc")}
+    print(
+        f"| {name}, {len(best)} pairs | Dice before | after | − LNCC on the same contrast (s.e.) | SDlogJ | seconds |"
+    )
+    print("|---|---|---|---|---|---|")
+    for kind, measure in dict.fromkeys((row["kind"], row["similarity"]) for row in rows):
+        found = [row for row in rows if (row["kind"], row["similarity"]) == (kind, measure)]
+        gaps = [row["dice_after"] - best[row["pair"]] for row in found]
+        error = f" ({stdev(gaps) / len(gaps) ** 0.5:.3f})" if len(gaps) > 1 else ""
+        cells = [fmean(row[column] for row in found) for column in ("dice_before", "dice_after")]
+        rest = [fmean(row[column] for row in found) for column in ("sdlogj_after", "seconds")]
+        print(
+            f"| {kind}, {measure} | {cells[0]:.3f} | {cells[1]:.3f} | {fmean(gaps):+.3f}{error} "
+            f"| {rest[0]:.2f} | {rest[1]:.2g} |"
+        )
