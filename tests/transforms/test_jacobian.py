@@ -3,11 +3,16 @@
 import math
 import pickle
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, SaveImaged
 
-from monai_lm.transforms import JacobianDeterminant, JacobianDeterminantd
+from monai_lm.apps.jacobian import jacobian_field
+from monai_lm.io import write_ddf
+from monai_lm.transforms import JacobianDeterminant, JacobianDeterminantd, LoadDDFd
 
 AFFINE = torch.tensor([[0, -1.5, 0, 9.0], [2.0, 0, 0, -4.0], [0, 0, 1.0, 3.0], [0, 0, 0, 1]], dtype=torch.float64)
 SIZES = pytest.mark.parametrize("size", [(7, 6), (6, 5, 7)], ids=["2D", "3D"])
@@ -80,6 +85,18 @@ def test_the_dictionary_version_stores_what_the_array_version_gives(matrix):
     assert "jacobian" not in JacobianDeterminantd("field", allow_missing_keys=True)(data)
     with pytest.raises(KeyError, match="field"):
         JacobianDeterminantd("field")(data)
+
+
+def test_a_pipeline_writes_what_the_command_line_does(tmp_path, matrix):
+    ddf = linear((6, 5, 7), matrix(3)).numpy()
+    write_ddf(tmp_path / "field.nii.gz", ddf, AFFINE.numpy())
+    save = {"output_dir": tmp_path, "output_postfix": "jacobian", "separate_folder": False, "print_log": False}
+    pipeline = Compose([LoadDDFd("ddf"), JacobianDeterminantd("ddf"), SaveImaged("jacobian", **save)])
+    pipeline({"ddf": tmp_path / "field.nii.gz"})
+    jacobian_field(tmp_path / "field.nii.gz", tmp_path / "command.nii.gz")
+    ours, command = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("field_jacobian", "command"))
+    np.testing.assert_allclose(ours.affine, command.affine, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.get_fdata(), command.get_fdata(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("keys", "output_keys"), [(["a", "b"], "jacobian"), (["a", "b"], ["c", "c"]), ("a", [])])
