@@ -99,6 +99,7 @@ def _options(
     device: str = "auto",
     file_format: str = "itk",
     report: bool = True,
+    jacobian: bool = False,
 ) -> dict[str, Any]:
     """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.commands.refine_pair`.
 
@@ -116,6 +117,7 @@ def _options(
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
+        jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
     """
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
@@ -126,7 +128,7 @@ def _options(
         settings = {name: value for name, value in settings.items() if value != defaults[name].default}
     return {
         "bundle": bundle, "ddf_format": ddf_format, "device": device, "file_format": file_format, "report": report,
-        "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
+        "jacobian": jacobian, "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
     }  # fmt: skip
 
 
@@ -182,6 +184,33 @@ def invert(
     from monai_lm.apps import commands
 
     print(commands.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
+
+
+def jacobian(
+    ddf: str,
+    output: str,
+    log: bool = False,
+    fixed: str | None = None,
+    moving: str | None = None,
+    ddf_format: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Write the Jacobian determinant of a field: of the whole map in the file, an affine that it contains included.
+
+    Args:
+        ddf: the field.
+        output: NIfTI image on the field's grid, float32.
+        log: its natural logarithm; determinants below 1e-3, negative ones included, count as 1e-3.
+        fixed: image on the field's grid, for formats that do not say where they lie.
+        moving: image that the field leads to, if its grid is another one.
+        ddf_format: of the field, where its file does not say.
+        device: auto, cpu, cuda, cuda:1, ...
+        overwrite: replace an output that exists.
+    """
+    from monai_lm.apps.jacobian import jacobian_field
+
+    jacobian_field(ddf, output, log, fixed, moving, overwrite, ddf_format, device)
 
 
 def compose(
@@ -240,6 +269,7 @@ def evaluate(
     moving_label: str | None = None,
     fixed_points: str | None = None,
     moving_points: str | None = None,
+    fixed_mask: str | None = None,
     file_format: str = "auto",
     device: str = "auto",
     json: bool = False,
@@ -254,6 +284,7 @@ def evaluate(
         moving_label: labels of the moving image.
         fixed_points: landmarks in the fixed image.
         moving_points: the same points in the moving image.
+        fixed_mask: on the fixed grid: folds and SDlogJ count where it is not zero.
         file_format: of the field.
         device: auto, cpu, cuda, cuda:1, ...
         json: print JSON.
@@ -261,7 +292,7 @@ def evaluate(
     from monai_lm.apps import commands
 
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
-    _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device), json)
+    _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device, fixed_mask), json)
 
 
 def info(json: bool = False) -> None:
@@ -327,7 +358,7 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
 
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
-    commands = (refine, cohort, apply, invert, compose, convert, evaluate, info, demo)
+    commands = (refine, cohort, apply, invert, jacobian, compose, convert, evaluate, info, demo)
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
         auto_cli(named, args=with_values(sys.argv[1:], [*named.values(), _options]) or ["--help"], as_positional=False)

@@ -45,8 +45,8 @@ def refine_cohort(
             complete pair of the list.
         overwrite: do all pairs again.
         progress: show a progress bar.
-        kwargs: ``file_format``, ``device``, ``report``, ``settings``, ``bundle``, ``ddf_format`` and ``command`` of
-            :func:`monai_lm.apps.commands.refine_pair`.
+        kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``settings``, ``bundle``, ``ddf_format`` and
+            ``command`` of :func:`monai_lm.apps.commands.refine_pair`.
 
     Returns:
         The rows of the table, and by name why a pair failed.
@@ -111,10 +111,10 @@ def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any])
                 f"{name}: {file.parent} holds another result: {'; '.join(changes)}. Give the pair another name, or the "
                 "cohort another output_dir, or overwrite the results there"
             )
-        elif all(
-            (file.parent / n).is_file() for n in pair_outputs(file_format, "fixed_label" in entry, kwargs["report"])
-        ):
-            done.add(name)
+        else:
+            further = kwargs["report"], kwargs.get("jacobian", False)
+            if all((file.parent / n).is_file() for n in pair_outputs(file_format, "fixed_label" in entry, *further)):
+                done.add(name)
     raise_all(problems, "pairs")
     return done
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from monai_lm.apps.bundle import RegistrationBundle
+from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
-from monai_lm.fields.space import Grid, resample_moving, share_inside, to_voxel, to_world
+from monai_lm.fields.space import Grid, resample_moving, share_inside, through_affine, to_voxel, to_world
 from monai_lm.io import file_suffix, read_ddf, write_ddf
 from monai_lm.io.formats import check_grid
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
@@ -66,6 +67,7 @@ def refine_pair(
     bundle: str | Path | None = None,
     ddf_format: str = "auto",
     command: str | None = None,
+    jacobian: bool = False,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -81,7 +83,8 @@ def refine_pair(
         mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
-        overwrite: replace what is in ``output_dir``; a former run's report and warped labels do not stay.
+        overwrite: replace what is in ``output_dir``; a former run's report, warped labels and Jacobian
+            do not stay.
         report: write the report; left out with a warning where matplotlib is missing.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
@@ -89,6 +92,8 @@ def refine_pair(
             ``affine``, the identity included, it gets the moving image on the fixed grid, else both files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
         command: recorded as what was called.
+        jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
+            see :func:`monai_lm.apps.jacobian.jacobian_field`.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -105,7 +110,7 @@ def refine_pair(
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
-    names = pair_outputs(file_format, labels is not None, report)
+    names = pair_outputs(file_format, labels is not None, report, jacobian)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, affine, labels, points, mask)
     file_suffix(file_format, len(pair.fixed.grid.size))
@@ -136,12 +141,16 @@ def refine_pair(
     with made(folder, names):  # half a result would be in the way of the next try
         _write_fields(folder, suffix, file_format, pair, result.ddf)
         _write_warped(folder, pair, result.ddf)
+        if jacobian:
+            here = pair.fixed.grid
+            whole = through_affine(result.ddf, here.affine, here.affine, pair.initial)
+            write_jacobian(folder / "jacobian.nii.gz", whole, here)
         if report:
             _write_report(folder, pair, case, found, provenance)
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
-        for name in {"warped_label.nii.gz", "report.html", "report.png"} - set(names):
+        for name in {"warped_label.nii.gz", "jacobian.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
 
@@ -232,13 +241,14 @@ def _case(
 
 
 def _measure(ddf: Tensor, pair: Pair) -> dict[str, float]:
-    """Metrics of a field on the fixed grid, with the affine after it."""
+    """Metrics of a field on the fixed grid, with the affine after it; folds and SDlogJ inside the mask."""
     labels = distances = None
     if pair.labels:
         labels = pair.brought(pair.labels[1], ddf), pair.labels[0].data.to(ddf.device)
     if pair.points:
         distances = ddf.new_tensor([[_landmark_error(ddf, pair)]], dtype=widest_float(ddf.device))
-    return {k: float(value) for k, value in measure(ddf, labels, distances, [pair.fixed.grid.spacing]).items()}
+    mask = None if pair.mask is None else pair.mask.data
+    return {k: float(value) for k, value in measure(ddf, labels, distances, [pair.fixed.grid.spacing], mask).items()}
 
 
 def _landmark_error(ddf: Tensor, pair: Pair) -> float:
@@ -386,9 +396,10 @@ def evaluate_field(
     points: tuple[str | Path, str | Path] | None = None,
     file_format: str = "auto",
     device: str = "auto",
+    mask: str | Path | None = None,
 ) -> dict[str, float]:
-    """Folds and SDlogJ of a field and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
+    """Folds and SDlogJ of a field, inside a mask, and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
     chosen = find_device(device)
-    pair = load_pair(fixed, moving, None, labels, points)
+    pair = load_pair(fixed, moving, None, labels, points, mask)
     field = Field(ddf, pair.fixed, pair.moving, file_format)
     return _measure(field.inner().to(chosen), pair)

@@ -3,7 +3,7 @@
 A metric of MONAI gathers values batch by batch, across processes too::
 
     metric = FoldCountMetric()
-    metric(ddf)              # (B, 1), kept
+    metric(ddf)              # (B, 1), kept; metric(ddf, mask=mask) counts inside a mask
     metric.aggregate()       # mean over all pairs that have a value
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from monai_lm.fields import fold_count, jacobian_determinant, sample_points
 from monai_lm.fields.algebra import compose, lengths
 from monai_lm.fields.finite import check_finite
+from monai_lm.fields.topology import LOG_FLOOR, inside_of
 
 __all__ = [
     "FoldCountMetric",
@@ -39,22 +40,32 @@ __all__ = [
 ]
 
 
-def sd_log_jacobian(ddf: Tensor, floor: float = 1e-3) -> Tensor:
+def sd_log_jacobian(ddf: Tensor, floor: float = LOG_FLOOR, mask: Tensor | None = None) -> Tensor:
     """Standard deviation over all voxels of the logarithm of the Jacobian determinant (central differences).
 
     Args:
         ddf: ``(B, n, *S)`` in voxels.
         floor: smaller determinants, negative ones included, count as this; how many voxels fold is for
             :func:`monai_lm.fields.fold_count` to say.
+        mask: ``(B, 1, *S)``, not zero at the voxels that count; derivatives at its rim see the field outside, too.
 
     Returns:
         ``(B,)``.
+
+    Raises:
+        ValueError: a mask of another shape, one that is not finite, or one that is empty for a pair.
 
     Source:
         Leow et al., "Statistical properties of Jacobian maps and the realization of unbiased large-deformation
         nonlinear image registration", IEEE Transactions on Medical Imaging 2007.
     """
-    return jacobian_determinant(ddf).flatten(1).clamp(min=floor).log().std(1, correction=0)
+    logarithm = jacobian_determinant(ddf).flatten(1).clamp(min=floor).log()
+    if mask is None:
+        return logarithm.std(1, correction=0)
+    inside = inside_of(mask, ddf).flatten(1)
+    count = inside.sum(1)
+    mean = (logarithm * inside).sum(1) / count
+    return (((logarithm - mean[:, None]) ** 2 * inside).sum(1) / count).sqrt()
 
 
 def target_registration_error(ddf: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Tensor) -> Tensor:
@@ -194,6 +205,7 @@ def measure(
     labels: tuple[Tensor, Tensor] | None = None,
     distances: Tensor | None = None,
     spacings: Sequence[Sequence[float]] | None = None,
+    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What a field is worth, ``(B,)`` each: one vocabulary for every table, log and file.
 
@@ -204,12 +216,13 @@ def measure(
         labels: label maps ``(B, 1, *S)``, the warped one and that of the fixed image.
         distances: ``(B, N)`` of every landmark to its counterpart, in millimetres; NaN where there is none.
         spacings: voxel edges of every pair, for surface distances; ``None`` leaves them out.
+        mask: ``(B, 1, *S)``, not zero where ``folds`` and ``sdlogj`` count; default: everywhere.
 
     Returns:
         ``folds``, folded cells; ``sdlogj``; ``dice`` and ``hd95_mm`` with labels, see :func:`compare_labels`;
         ``tre_mm``, the mean distance, with landmarks.
     """
-    out = {"folds": fold_count(ddf).float(), "sdlogj": sd_log_jacobian(ddf)}
+    out = {"folds": fold_count(ddf, mask).float(), "sdlogj": sd_log_jacobian(ddf, mask=mask)}
     if labels is not None:
         out |= compare_labels(*labels, spacings)
     if distances is not None:
@@ -236,17 +249,17 @@ class _FieldMetric(CumulativeIterationMetric):
 
 
 class FoldCountMetric(_FieldMetric):
-    """Folded cells of fields ``(B, n, *S)``, see :func:`monai_lm.fields.fold_count`."""
+    """Folded cells of fields ``(B, n, *S)``, see :func:`monai_lm.fields.fold_count`: ``metric(ddf, mask=None)``."""
 
-    def _compute_tensor(self, y_pred: Tensor, *_: Any, **__: Any) -> Tensor:
-        return fold_count(y_pred).float()[:, None]
+    def _compute_tensor(self, y_pred: Tensor, *_: Any, mask: Tensor | None = None, **__: Any) -> Tensor:
+        return fold_count(y_pred, mask).float()[:, None]
 
 
 class SDLogJacobianMetric(_FieldMetric):
-    """:func:`sd_log_jacobian` of fields ``(B, n, *S)``."""
+    """:func:`sd_log_jacobian` of fields ``(B, n, *S)``: ``metric(ddf, mask=None)``."""
 
-    def _compute_tensor(self, y_pred: Tensor, *_: Any, **__: Any) -> Tensor:
-        return sd_log_jacobian(y_pred)[:, None]
+    def _compute_tensor(self, y_pred: Tensor, *_: Any, mask: Tensor | None = None, **__: Any) -> Tensor:
+        return sd_log_jacobian(y_pred, mask=mask)[:, None]
 
 
 class TargetRegistrationErrorMetric(_FieldMetric):

@@ -13,17 +13,31 @@ import time
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d, max_pool3d
 
 from monai_lm import kernels
+from monai_lm.fields.finite import check_finite
 from monai_lm.kernels.reference import determinant
 
-__all__ = ["MARGIN", "fold_count", "folded_cells", "jacobian_determinant", "repair", "repair_in_place"]
+__all__ = [
+    "LOG_FLOOR",
+    "MARGIN",
+    "fold_count",
+    "folded_cells",
+    "inside_of",
+    "jacobian_determinant",
+    "repair",
+    "repair_in_place",
+]
 
 _MOST_WORK = 4
 """Voxels that a repair smooths, as multiples of those there are; white noise of five voxels takes three and a half."""
 
 MARGIN = 1e-3
 """Determinants are kept above this, so that rounding (float32, other software) cannot turn a cell over."""
+
+LOG_FLOOR = 1e-3
+"""Smaller determinants, negative ones included, count as this where a logarithm is taken."""
 
 _GOAL = 1e-2
 """What a repair brings them above: cells that are left at the margin fold again at the next step, and while their
@@ -39,7 +53,12 @@ def jacobian_determinant(ddf: Tensor) -> Tensor:
 
     Returns:
         ``(B, *S)``; 1 for the identity, dimensionless, independent of the voxel spacing.
+
+    Raises:
+        ValueError: an axis of one voxel.
     """
+    if min(ddf.shape[2:]) < 2:
+        raise ValueError(f"ddf must be at least 2 voxels long along every axis, got shape {tuple(ddf.shape)}")
     n = ddf.shape[1]
     columns = []
     for axis in range(n):
@@ -65,17 +84,41 @@ def folded_cells(ddf: Tensor, margin: float = 0.0, outer: Tensor | None = None) 
     return folded
 
 
-def fold_count(ddf: Tensor) -> Tensor:
+def fold_count(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     """Count the folded cells of each field of a batch.
 
     Args:
         ddf: ``(B, n, *S)`` in voxels.
+        mask: ``(B, 1, *S)``, not zero inside: cells count that have at least one corner voxel inside. Default: all
+            cells, the ring around the grid included.
 
     Returns:
         ``(B,)`` int64; cells at a NaN count. Where it is zero, the non-diffeomorphic volume (NDV; in 2D area) is zero.
+
+    Raises:
+        ValueError: a field or a mask of another shape, or a mask that is not finite, or empty for a pair.
     """
     _check(ddf, None)
-    return kernels.unfolded(ddf.detach().contiguous(), None, 0.0, None)
+    if mask is None:
+        return kernels.unfolded(ddf.detach().contiguous(), None, 0.0, None)
+    inside, pool = inside_of(mask, ddf).float(), max_pool2d if ddf.shape[1] == 2 else max_pool3d
+    cells = pool(inside, 2, stride=1, padding=1)[:, 0] > 0
+    return (folded_cells(ddf.detach()) & cells).flatten(1).sum(1)
+
+
+def inside_of(mask: Tensor, ddf: Tensor) -> Tensor:
+    """Where a mask of a field ``(B, n, *S)`` is not zero, ``(B, 1, *S)`` bool; a GPU is waited for.
+
+    Raises:
+        ValueError: a mask of another shape, one that is not finite, or one that is empty for a pair.
+    """
+    if mask.shape != (expected := (len(ddf), 1, *ddf.shape[2:])):
+        raise ValueError(f"mask must be (B, 1, *S) = {expected} on the grid of ddf, got shape {tuple(mask.shape)}")
+    check_finite("mask", mask)
+    inside = mask.to(ddf.device) != 0
+    if empty := (~inside.flatten(1).any(1)).nonzero().flatten().tolist():
+        raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
+    return inside
 
 
 def _check(ddf: Tensor, outer: Tensor | None) -> None:

@@ -35,11 +35,12 @@ def figure_class() -> Any:
     return Figure
 
 
-def pair_outputs(file_format: str, labels: bool, report: bool) -> list[str]:
+def pair_outputs(file_format: str, labels: bool, report: bool, jacobian: bool = False) -> list[str]:
     """Names of the files that a refined pair consists of, ``metrics.json`` first; it is written last."""
     suffix = file_suffix(file_format)
     names = ["metrics.json", "warped.nii.gz", f"ddf{suffix}", f"inverse{suffix}"]
-    return names + ["warped_label.nii.gz"] * labels + ["report.html", "report.png"] * report
+    further = ["warped_label.nii.gz"] * labels + ["jacobian.nii.gz"] * jacobian
+    return names + further + ["report.html", "report.png"] * report
 
 
 def check_outputs(folder: Path, names: Sequence[str], overwrite: bool, argument: str = "output_dir") -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from monai_lm.fields import jacobian_determinant, warp
-from monai_lm.fields.topology import folded_cells
+from monai_lm.fields.topology import LOG_FLOOR, folded_cells
 from monai_lm.io.outputs import figure_class
 from monai_lm.report.case import Case
 from monai_lm.report.views import View
@@ -195,7 +195,7 @@ def volumes_of(case: Case) -> Volumes:
 
 
 def _log2_jacobian(ddf: Tensor) -> np.ndarray:
-    return np.asarray(jacobian_determinant(ddf)[0].clamp(min=1e-3).log2().numpy())
+    return np.asarray(jacobian_determinant(ddf)[0].clamp(min=LOG_FLOOR).log2().numpy())
 
 
 def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> None:

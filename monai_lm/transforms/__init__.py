@@ -1,10 +1,21 @@
 """MONAI transforms on fields, array and dictionary versions."""
 
-from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints
+from monai_lm.transforms.array import (
+    InvertDDF,
+    JacobianDeterminant,
+    LoadDDF,
+    RefineDDF,
+    SaveDDF,
+    WarpImage,
+    WarpPoints,
+)
 from monai_lm.transforms.dictionary import (
     InvertDDFD,
     InvertDDFd,
     InvertDDFDict,
+    JacobianDeterminantD,
+    JacobianDeterminantd,
+    JacobianDeterminantDict,
     LoadDDFD,
     LoadDDFd,
     LoadDDFDict,
@@ -30,6 +41,10 @@ __all__ = [
     "InvertDDFD",
     "InvertDDFDict",
     "InvertDDFd",
+    "JacobianDeterminant",
+    "JacobianDeterminantD",
+    "JacobianDeterminantDict",
+    "JacobianDeterminantd",
     "LoadDDF",
     "LoadDDFD",
     "LoadDDFDict",

@@ -14,8 +14,9 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_lm.fields import fold_count, invert, sample_points, warp
+from monai_lm.fields import fold_count, invert, jacobian_determinant, sample_points, warp
 from monai_lm.fields.space import to_voxel, to_world
+from monai_lm.fields.topology import LOG_FLOOR
 from monai_lm.io import READABLE, file_suffix, read_ddf, write_ddf
 from monai_lm.kernels.devices import widest_float
 from monai_lm.solver.checks import check_finite
@@ -30,7 +31,7 @@ from monai_lm.transforms.places import (
     same_directions,
 )
 
-__all__ = ["InvertDDF", "LoadDDF", "RefineDDF", "SaveDDF", "WarpImage", "WarpPoints"]
+__all__ = ["InvertDDF", "JacobianDeterminant", "LoadDDF", "RefineDDF", "SaveDDF", "WarpImage", "WarpPoints"]
 
 
 class RefineDDF(Transform):
@@ -240,6 +241,44 @@ class InvertDDF(Transform):
         if "filename_or_obj" in meta:
             out.meta["filename_or_obj"] = meta["filename_or_obj"]
         return out
+
+
+class JacobianDeterminant(Transform):
+    """Jacobian determinant of the map that a displacement field stands for: how many times larger volumes become.
+
+    Args:
+        log: its natural logarithm; determinants below 1e-3, negative ones included, count as 1e-3, as they do for
+            :func:`monai_lm.fields.metrics.sd_log_jacobian`.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
+
+    def __init__(self, log: bool = False) -> None:
+        self.log = log
+
+    def __call__(self, ddf: NdarrayOrTensor) -> Tensor:
+        """Differentiate.
+
+        Args:
+            ddf: ``(n, *S)`` displacement in voxels on the fixed grid. With ``meta["moving_affine"]`` it leads to
+                the voxels of another grid; how large these are does not count, the determinant is that in space.
+
+        Returns:
+            ``(1, *S)`` float32, dimensionless, see :func:`monai_lm.fields.jacobian_determinant`; a ``MetaTensor`` with
+            the affine and the file name of the field if that is one.
+
+        Raises:
+            ValueError: a field of another shape, or one that is not finite.
+        """
+        determinant = jacobian_determinant(_field(ddf)[None].float())
+        if isinstance(ddf, MetaTensor) and (moving := ddf.meta.get("moving_affine")) is not None:
+            fixed, target = (torch.as_tensor(affine).cpu().double() for affine in (ddf.affine, moving))
+            determinant = determinant / float(torch.linalg.solve(target, fixed)[: len(ddf), : len(ddf)].det())
+        out = determinant.clamp(min=LOG_FLOOR).log() if self.log else determinant
+        if not isinstance(ddf, MetaTensor):
+            return out
+        meta = {k: v for k, v in ddf.meta.items() if k == "filename_or_obj"}
+        return MetaTensor(out, affine=ddf.affine.clone(), meta=meta)
 
 
 def _field(ddf: NdarrayOrTensor) -> Tensor:

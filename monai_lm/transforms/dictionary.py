@@ -11,14 +11,26 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
 
-from monai_lm.transforms.array import InvertDDF, LoadDDF, RefineDDF, SaveDDF, WarpImage, WarpPoints
+from monai_lm.transforms.array import (
+    InvertDDF,
+    JacobianDeterminant,
+    LoadDDF,
+    RefineDDF,
+    SaveDDF,
+    WarpImage,
+    WarpPoints,
+)
 from monai_lm.transforms.places import has_affine
 
 __all__ = [
     "InvertDDFD",
     "InvertDDFDict",
     "InvertDDFd",
+    "JacobianDeterminantD",
+    "JacobianDeterminantDict",
+    "JacobianDeterminantd",
     "LoadDDFD",
     "LoadDDFDict",
     "LoadDDFd",
@@ -171,6 +183,39 @@ class InvertDDFd(MapTransform):
         return d
 
 
+class JacobianDeterminantd(MapTransform):
+    """Dictionary version of :class:`JacobianDeterminant`: stores the determinants of fields.
+
+    Args:
+        keys: displacement fields ``(n, *S)`` in voxels.
+        output_keys: where the determinants ``(1, *S)`` are stored, one per key; ``None`` replaces the fields.
+        log: the logarithm of the determinant.
+        allow_missing_keys: do not raise for missing ``keys``.
+    """
+
+    backend = JacobianDeterminant.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_keys: KeysCollection | None = "jacobian",
+        log: bool = False,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys = self.keys if output_keys is None else ensure_tuple(output_keys)
+        if len(self.output_keys) != len(self.keys) or len(set(self.output_keys)) < len(self.keys):
+            raise ValueError(f"output_keys must be one per key of {self.keys}, all different, got {self.output_keys}")
+        self.determinant = JacobianDeterminant(log)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Differentiate every field."""
+        d = dict(data)
+        for key, output_key in self.key_iterator(d, self.output_keys):
+            d[output_key] = self.determinant(d[key])
+        return d
+
+
 class LoadDDFd(MapTransform):
     """Dictionary version of :class:`LoadDDF`: replaces file names by the fields in them.
 
@@ -302,5 +347,6 @@ RefineDDFD = RefineDDFDict = RefineDDFd
 WarpImageD = WarpImageDict = WarpImaged
 WarpPointsD = WarpPointsDict = WarpPointsd
 InvertDDFD = InvertDDFDict = InvertDDFd
+JacobianDeterminantD = JacobianDeterminantDict = JacobianDeterminantd
 SaveDDFD = SaveDDFDict = SaveDDFd
 OnFixedGridD = OnFixedGridDict = OnFixedGridd

@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
-from monai_lm.fields import fold_count, gaussian_smooth, invert
+from monai_lm.fields import fold_count, gaussian_smooth, invert, jacobian_determinant
 from monai_lm.fields.metrics import (
     FoldCountMetric,
     InverseConsistencyMetric,
@@ -16,9 +16,11 @@ from monai_lm.fields.metrics import (
     compare_labels,
     inverse_consistency,
     label_overlap,
+    measure,
     sd_log_jacobian,
     target_registration_error,
 )
+from monai_lm.fields.topology import LOG_FLOOR
 
 SPACING = (1.0, 0.5, 2.0)
 
@@ -40,6 +42,35 @@ def test_sd_log_jacobian_vanishes_for_uniform_scaling_and_is_finite_for_folds():
     values = sd_log_jacobian(torch.stack([scaled, folded]))
     assert float(values[0]) == pytest.approx(0, abs=1e-5)
     assert torch.isfinite(values).all()
+
+
+@pytest.mark.parametrize("size", [(9, 8), (7, 6, 8)], ids=["2D", "3D"])
+def test_inside_a_mask_sd_log_jacobian_is_that_of_its_voxels(size, random_tensor):
+    ddf, mask = 0.2 * random_tensor((3, len(size), *size)), random_tensor((3, 1, *size), 1) > 0.5
+    log = np.log(jacobian_determinant(ddf).clamp(min=LOG_FLOOR).numpy())
+    expected = [log[pair][mask[pair, 0].numpy()].std() for pair in range(3)]
+    np.testing.assert_allclose(sd_log_jacobian(ddf, mask=mask), expected, rtol=1e-10)
+    np.testing.assert_allclose(sd_log_jacobian(ddf, mask=0.5 * mask.float()), expected, rtol=1e-10)  # weights
+    np.testing.assert_allclose(sd_log_jacobian(ddf, mask=torch.ones_like(mask)), sd_log_jacobian(ddf), rtol=1e-10)
+    values = measure(ddf, mask=mask)
+    np.testing.assert_allclose(values["sdlogj"], expected, rtol=1e-10)
+    assert values["folds"].tolist() == fold_count(ddf, mask).tolist() != fold_count(ddf).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 5, 4), r"mask must be \(B, 1, \*S\) = \(2, 1, 5, 4\) .* got shape \(2, 5, 4\)"),
+        (torch.ones(1, 1, 5, 4), r"mask must be .* got shape \(1, 1, 5, 4\)"),
+        (torch.ones(2, 1, 5, 4) * torch.tensor([1, 0]).view(2, 1, 1, 1), r"mask must not be zero .* for pairs \[1\]"),
+        (torch.full((2, 1, 5, 4), torch.nan), "mask must be finite"),
+    ],
+    ids=["no channel", "another batch", "empty", "NaN"],
+)
+@pytest.mark.parametrize("function", [fold_count, lambda ddf, mask: sd_log_jacobian(ddf, mask=mask)])
+def test_masks_that_do_not_do_are_refused(function, mask, message):
+    with pytest.raises(ValueError, match=message):
+        function(torch.zeros(2, 2, 5, 4), mask)
 
 
 def test_target_registration_error_is_a_distance_in_millimetres():
@@ -74,10 +105,13 @@ def test_metrics_of_monai_gather_what_the_functions_say():
     points = torch.full((3, 2, 3), 2.0)
     points[1, 0] = points[2] = torch.nan
     spacing = torch.tensor([[1.0, 2.0, 0.5]]).expand(3, 3)
+    mask = ddf[:, :1] > 0.5
     error = target_registration_error(ddf, points, points, spacing).nanmean(1)
     for metric, arguments, keywords, expected in (
         (FoldCountMetric(), (), {}, fold_count(ddf).float()),
         (SDLogJacobianMetric(), (), {}, sd_log_jacobian(ddf)),
+        (FoldCountMetric(), (), {"mask": mask}, fold_count(ddf, mask).float()),
+        (SDLogJacobianMetric(), (), {"mask": mask}, sd_log_jacobian(ddf, mask=mask)),
         (InverseConsistencyMetric(), (-ddf,), {}, inverse_consistency(ddf, -ddf)),
         (TargetRegistrationErrorMetric(), (points,), {"fixed_points": points, "spacing": spacing}, error),
     ):

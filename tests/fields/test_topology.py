@@ -144,6 +144,23 @@ def test_nan_counts_as_folded(size):
     assert counts[1] >= 2 ** len(size)
 
 
+@pytest.mark.parametrize("size", [(10, 12), (4, 3, 5)], ids=["2D", "3D"])
+def test_inside_a_mask_cells_count_that_have_a_corner_there(size, random_tensor):
+    field, mask = 0.5 * random_tensor((2, len(size), *size), 1), random_tensor((2, 1, *size), 2) > 0.5
+    folded, expected = folded_cells(field), [0, 0]
+    for pair, *cell in folded.nonzero().tolist():
+        corners = [[v for v in (i - 1, i) if 0 <= v < s] for i, s in zip(cell, size, strict=True)]
+        expected[pair] += any(bool(mask[(pair, 0, *corner)]) for corner in itertools.product(*corners))
+    assert fold_count(field, mask).tolist() == expected
+    assert all(0 < some < every for some, every in zip(expected, fold_count(field).tolist(), strict=True))
+    assert torch.equal(fold_count(field, torch.ones_like(mask)), fold_count(field))
+
+
+def test_an_axis_of_one_voxel_has_no_jacobian():
+    with pytest.raises(ValueError, match=r"ddf must be at least 2 voxels long .* got shape \(1, 2, 4, 1\)"):
+        jacobian_determinant(torch.zeros(1, 2, 4, 1))
+
+
 def test_a_collapsed_cell_counts_as_folded():
     field = torch.zeros(1, 2, 6, 4)
     field[:, 0] = torch.tensor([0.0, 0.0, 0.0, -1.0, -1.0, -1.0]).view(1, 6, 1)

@@ -17,7 +17,7 @@ from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.fields.topology import jacobian_determinant
 from monai_lm.training import RegistrationModule
 from monai_lm.training.batch import measure_batch
-from monai_lm.transforms import InvertDDF, RefineDDF, WarpImage, WarpPoints
+from monai_lm.transforms import InvertDDF, JacobianDeterminant, RefineDDF, WarpImage, WarpPoints
 
 SIZE = (17, 16, 14)
 AFFINE = np.array([[-1.5, 0, 0, 10], [0, 1, 0, -20], [0, 0, 1.25, 5], [0, 0, 0, 1]])
@@ -77,6 +77,7 @@ def through_transforms(fixed, moving, ddf, points, settings):
         "refined": refined,
         "warped": WarpImage()(images[1], refined),
         "inverse": inverse,
+        "jacobian": JacobianDeterminant(log=True)(refined),
         "voxels": WarpPoints()(points, refined),
         "space": WarpPoints(world=True)(points, refined),
     }

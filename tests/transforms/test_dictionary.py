@@ -39,7 +39,7 @@ def plain(x: Tensor) -> Tensor:
     return x.as_tensor() if isinstance(x, MetaTensor) else x
 
 
-@pytest.mark.parametrize("name", ["LoadDDF", "RefineDDF", "WarpImage", "SaveDDF"])
+@pytest.mark.parametrize("name", ["LoadDDF", "RefineDDF", "WarpImage", "SaveDDF", "JacobianDeterminant"])
 def test_aliases_are_the_same_class(name):
     transforms = {getattr(package, name + suffix) for suffix in ("d", "D", "Dict")}
     assert len(transforms) == 1
