@@ -11,6 +11,7 @@ from jsonargparse import auto_cli
 from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
+from benchmarks.contrasts import contrasts
 from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
 from benchmarks.optimizers import optimizers
@@ -41,6 +42,7 @@ if __name__ == "__main__":
         knee,
         supervision,
         optimizers,
+        contrasts,
         repairs,
         validation,
         verdict,

@@ -107,7 +107,7 @@ def _options(
         bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
             replaces its settings.
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
-        similarity: lncc, mi, mse or ncc.
+        similarity: lncc, mi, mind, mse or ncc.
         scales: reduction per level, coarse to fine, or auto.
         iterations: most iterations per level, or auto.
         step: largest displacement per iteration, in voxels.

@@ -26,7 +26,7 @@ class Weighted(Similarity):
         if not measure.weighable:
             raise ValueError(
                 f"mask must be None for a similarity that cannot weigh voxels, got one with {type(measure).__name__}; "
-                "LNCC, MI, MSE, NCC and their combinations can"
+                "LNCC, MI, MIND, MSE, NCC and their combinations can"
             )
         self.measure = measure
 

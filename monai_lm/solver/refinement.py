@@ -84,7 +84,7 @@ def refine(
             no field does, is not used, with a warning that names likely reasons.
         mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
             For the measures of this package. Outside of it the field continues smoothly.
-        similarity: ``"lncc"``, ``"mi"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
+        similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
             ``(warped, fixed)``.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.

@@ -1,0 +1,37 @@
+"""The command for contrasts: what becomes of intensities, rows that are run once, differences to LNCC."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import contrasts as module
+from benchmarks.cases import Case
+from benchmarks.contrasts import CONTRASTS, contrasts, recolored
+
+
+def test_intensities_are_mapped_as_the_table_says():
+    ramp = torch.linspace(-3, 7, 2001).view(1, 1, -1, 1)
+    for kind in CONTRASTS:
+        out = recolored(ramp, kind, 5).flatten().numpy()
+        values = CONTRASTS[kind] or np.random.default_rng(5).permutation(6) / 5
+        np.testing.assert_allclose(out[[0, 401, 800, 1200, 1599, 2000]], values, atol=0.01)
+    np.testing.assert_allclose(recolored(ramp, "inverted"), 1 - recolored(ramp, "same"), atol=1e-6)
+    assert not torch.equal(recolored(ramp, "random", 0), recolored(ramp, "random", 1))
+
+
+def test_every_measure_is_run_once_and_compared_with_lncc(smooth_image, monkeypatch, tmp_path, capsys):
+    image, label = smooth_image((1, 1, 24, 22), 1.5, 0, torch.float32), torch.zeros(1, 1, 24, 22)
+    label[..., 8:16, 8:14] = 1
+    case = Case(image.roll(2, 2), image, (label.roll(2, 2), label))
+    monkeypatch.setattr(module, "SETS", {"squares": lambda: iter([case, case])})
+    file = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        contrasts(("squares",), 2, ("lncc", "mse"), ("same", "inverted"), str(file))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 2 * 4
+    dice = {(row["kind"], row["similarity"]): row["dice_after"] for row in rows}
+    assert dice["same", "lncc"] == pytest.approx(dice["inverted", "lncc"], abs=0.02)
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| inverted, mse")]
+    assert float(table[0][4].split()[0]) == pytest.approx(dice["inverted", "mse"] - dice["same", "lncc"], abs=6e-4)
