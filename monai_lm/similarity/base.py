@@ -38,6 +38,9 @@ class Similarity(ABC):
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
+    weighs_moving = False
+    """Whether the first channel of the moving image is a weight, which ``evaluate_into`` writes no derivative for."""
+
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """Shift and scale both images if the measure allows it, and compute what depends on the fixed image only.
 
