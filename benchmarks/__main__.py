@@ -13,6 +13,7 @@ from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
+from benchmarks.moving_mask import moving_mask
 from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
@@ -42,6 +43,7 @@ if __name__ == "__main__":
         supervision,
         optimizers,
         repairs,
+        moving_mask,
         validation,
         verdict,
     ]
