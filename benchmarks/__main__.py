@@ -14,6 +14,7 @@ from benchmarks.brain_bundle import brain_bundle
 from benchmarks.contrasts import contrasts
 from benchmarks.gpu.command import gpu
 from benchmarks.hippocampus import hippocampus
+from benchmarks.moving_mask import moving_mask
 from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
@@ -44,6 +45,7 @@ if __name__ == "__main__":
         optimizers,
         contrasts,
         repairs,
+        moving_mask,
         validation,
         verdict,
     ]

@@ -59,7 +59,7 @@ def test_the_snippets_on_usage_refine(run_page):
     names = run_page("docs/usage.md")
     example = names["example"]
     start = endpoint_error(example, example.prediction)[0]
-    for ddf in (names["result"].ddf, names["ddf"], names["matched"], names["refined"]):
+    for ddf in (names["result"].ddf, names["masked"].ddf, names["ddf"], names["matched"], names["refined"]):
         assert endpoint_error(example, ddf)[0] < 0.97 * start
 
 

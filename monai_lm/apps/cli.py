@@ -34,6 +34,7 @@ def refine(
     fixed_points: str | None = None,
     moving_points: str | None = None,
     fixed_mask: str | None = None,
+    moving_mask: str | None = None,
     overwrite: bool = False,
     json: bool = False,
     **options: Any,
@@ -51,6 +52,7 @@ def refine(
         fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
+        moving_mask: the same on the grid of the moving image, zero on a lesion for one.
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
         options: see :func:`_options`.
@@ -62,7 +64,7 @@ def refine(
         how["settings"]["progress"] = True
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
     metrics = commands.refine_pair(
-        fixed, moving, output_dir, ddf, affine, labels, points, fixed_mask, overwrite=overwrite, **how
+        fixed, moving, output_dir, ddf, affine, labels, points, fixed_mask, moving_mask, overwrite=overwrite, **how
     )
     _show(metrics, json)
 
@@ -72,7 +74,7 @@ def cohort(pairs: str, output_dir: str, overwrite: bool = False, **options: Any)
 
     Args:
         pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
-            moving_points, fixed_mask, ddf, affine, name. Relative paths start from its folder.
+            moving_points, fixed_mask, moving_mask, ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
         overwrite: do pairs again that are complete, and replace what other files or settings left.
         options: see :func:`_options`.

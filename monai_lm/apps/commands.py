@@ -59,6 +59,7 @@ def refine_pair(
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
     mask: str | Path | None = None,
+    moving_mask: str | Path | None = None,
     file_format: str = "itk",
     device: str = "auto",
     overwrite: bool = False,
@@ -81,6 +82,7 @@ def refine_pair(
         labels: label maps of the fixed and the moving image, to warp and to measure.
         points: landmarks in the fixed and the moving image, to measure; see :func:`monai_lm.io.read_points`.
         mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
+        moving_mask: the same on the moving grid; what is under its zeros is warped, but not seen by the refinement.
         file_format: of the fields written.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``; a former run's report, warped labels and Jacobian
@@ -88,7 +90,7 @@ def refine_pair(
         report: write the report; left out with a warning where matplotlib is missing.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
-            :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``, without ``mask``. With an
+            :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``, without masks. With an
             ``affine``, the identity included, it gets the moving image on the fixed grid, else both files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
         command: recorded as what was called.
@@ -105,18 +107,21 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
-    given = [name for name, value in (("ddf", ddf), ("mask", mask)) if value is not None]
+    own = {"ddf": ddf, "mask": mask, "moving_mask": moving_mask}
+    given = [name for name, value in own.items() if value is not None]
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
     names = pair_outputs(file_format, labels is not None, report, jacobian)
     check_outputs(folder, names, overwrite)
-    pair = load_pair(fixed, moving, affine, labels, points, mask)
+    pair = load_pair(fixed, moving, affine, labels, points, mask, moving_mask)
     file_suffix(file_format, len(pair.fixed.grid.size))
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
-    recipe = pair_recipe(fixed, moving, ddf, affine, labels, points, mask, bundle, settings, file_format, ddf_format)
+    recipe = pair_recipe(
+        fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format
+    )
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
@@ -125,7 +130,8 @@ def refine_pair(
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            result = refine(pair.fixed.data.to(chosen), onto, predicted, weight, **keywords)
+            shown, hides = (onto, None) if pair.moving_mask is None else pair.masked(onto)
+            result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, moving_mask=hides, **keywords)
             used = settings_of(keywords)
         else:
             predicted, result, used = _registered(bundle, pair, chosen, settings)

@@ -14,6 +14,8 @@ from torch import Tensor
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import load_nifti
+from monai_lm.similarity.weighted import with_moving_weight
+from monai_lm.solver.checks import check_mask
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
@@ -120,6 +122,7 @@ class Pair:
         labels: label maps of the fixed and of the moving image.
         points: landmarks ``(N, n)`` in RAS millimetres in the fixed and in the moving image.
         mask: where the similarity counts, on the fixed grid.
+        moving_mask: the same on the moving grid.
     """
 
     fixed: Image
@@ -128,6 +131,7 @@ class Pair:
     labels: tuple[Image, Image] | None = None
     points: tuple[Tensor, Tensor] | None = None
     mask: Image | None = None
+    moving_mask: Image | None = None
 
     def whole(self, ddf: Tensor) -> Tensor:
         """A field ``(1, n, *S)`` on the fixed grid and the affine after it, as one into voxels of the moving image."""
@@ -147,6 +151,18 @@ class Pair:
         data = image.data.to(ddf.device)
         return resample_moving(data, ddf, self.fixed.grid.affine, image.grid.affine, self.initial, mode, outside)
 
+    def masked(self, onto: Tensor) -> tuple[Tensor, Tensor]:
+        """The moving image as its mask shows it, and the mask, sampled like ``onto`` ``(1, 1, *S)``, without a field.
+
+        What the mask hides is hidden before: sampled on other voxels, it would reach those that count.
+        """
+        assert self.moving_mask is not None  # for mypy: the caller looked
+        both = with_moving_weight(self.moving.data.to(onto.device), self.moving_mask.data.to(onto.device))
+        still = onto.new_zeros(1, onto.dim() - 2, *onto.shape[2:])
+        affines = self.fixed.grid.affine, self.moving.grid.affine, self.initial
+        weight, shown = resample_moving(both, still, *affines).split(1, 1)
+        return shown, weight
+
 
 def load_pair(
     fixed: str | Path,
@@ -155,6 +171,7 @@ def load_pair(
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
     mask: str | Path | None = None,
+    moving_mask: str | Path | None = None,
 ) -> Pair:
     """Load a pair and what is known of it.
 
@@ -168,19 +185,21 @@ def load_pair(
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.grid.size} and {m.grid.size}")
     _check_planes(f, m, {"affine": affine, "points": points})
     maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
-    weight = None if mask is None else Image(mask)
-    for image in (*(maps or ())[:1], *([weight] if weight else [])):
-        if not f.grid.is_close(image.grid):
+    weights = [None if path is None else Image(path) for path in (mask, moving_mask)]
+    for image, its in ((maps and maps[0], f), (weights[0], f), (weights[1], m)):
+        if image and not its.grid.is_close(image.grid):
             raise ValueError(
-                f"{image.path} must lie on the grid of its image {f.path}, {f.grid.size} voxels, got "
-                f"{image.grid.size}; affines\n{f.grid.affine}\nand\n{image.grid.affine}"
+                f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
+                f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
+    if weights[1]:
+        check_mask(weights[1].data, m.data, "moving_mask", "moving")
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]
         raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
     initial = None if affine is None else read_affine(affine, n)
-    return Pair(f, m, initial, maps, landmarks, weight)
+    return Pair(f, m, initial, maps, landmarks, *weights)
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from monai_lm.similarity import Similarity
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
-from monai_lm.solver.refinement import refine
+from monai_lm.solver.refinement import defaults
 from monai_lm.solver.smoothing import Smoothing
 
 __all__ = [
@@ -87,6 +86,7 @@ def pair_recipe(
     labels: tuple[str | Path, str | Path] | None = None,
     points: tuple[str | Path, str | Path] | None = None,
     mask: str | Path | None = None,
+    moving_mask: str | Path | None = None,
     bundle: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     file_format: str = "itk",
@@ -96,7 +96,8 @@ def pair_recipe(
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf, "affine": affine}
     for name, two in (("label", labels), ("points", points)):
         given |= {f"{role}_{name}": path for role, path in zip(("fixed", "moving"), two or (), strict=False)}
-    files = {k: Path(v).absolute() for k, v in {**given, "mask": mask, "bundle": bundle}.items() if v is not None}
+    given |= {"mask": mask, "moving_mask": moving_mask, "bundle": bundle}
+    files = {k: Path(v).absolute() for k, v in given.items() if v is not None}
     chosen = settings_of(settings) if bundle is None else describe(settings or {})
     kept = {name: value for name, value in chosen.items() if name not in NEUTRAL}
     return Recipe(files, kept | {"file_format": file_format, "ddf_format": ddf_format})
@@ -110,8 +111,7 @@ def machine() -> dict[str, str]:
 
 def settings_of(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every setting of :func:`monai_lm.refine` but its tensors: the given ones, else its defaults; JSON values."""
-    keywords = [p for p in signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    out: dict[str, Any] = describe({p.name: p.default for p in keywords} | dict(given or {}))
+    out: dict[str, Any] = describe(defaults() | dict(given or {}))
     return out
 
 

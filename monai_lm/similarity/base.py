@@ -38,6 +38,9 @@ class Similarity(ABC):
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
+    weighs_moving = False
+    """Whether the first channel of the moving image is a weight, which ``evaluate_into`` writes no derivative for."""
+
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """Describe both images, shift and scale them if the measure allows it, and do what needs the fixed one only.
 

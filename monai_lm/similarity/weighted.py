@@ -5,56 +5,110 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from monai_lm.similarity.base import Range, Similarity
 
-__all__ = ["Weighted", "with_weight"]
+__all__ = ["Weighted", "continued", "with_moving_weight", "with_weight"]
 
 
 class Weighted(Similarity):
-    """Another measure, with a weight for every voxel: the last channel of the fixed image, see :func:`with_weight`.
+    """Another measure, with a weight for every voxel of the fixed image, of the moving image, or of both.
+
+    The fixed image has its weight as its last channel, see :func:`with_weight`; the moving image as its first, see
+    :func:`with_moving_weight`, and that one is warped with it. A voxel counts with the product of the two, and the loss
+    is the weighted mean times the number of voxels: none of it is won by leading voxels out of the mask.
+
+    The derivative is that of the loss with the weights held fixed: what a shift of the warped weight would change is
+    left out, see ``docs/method.md``.
 
     Args:
         measure: a measure that is ``weighable``.
+        fixed: whether the fixed image has a weight.
+        moving: whether the moving image has one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the measure cannot weigh voxels.
     """
 
-    def __init__(self, measure: Similarity) -> None:
+    def __init__(self, measure: Similarity, fixed: bool = True, moving: bool = False) -> None:
         if not measure.weighable:
+            name = "mask" if fixed else "moving_mask"
             raise ValueError(
-                f"mask must be None for a similarity that cannot weigh voxels, got one with {type(measure).__name__}; "
-                "LNCC, MI, MIND, MSE, NCC and their combinations can"
+                f"{name} must be None for a similarity that cannot weigh voxels, got one with "
+                f"{type(measure).__name__}; LNCC, MI, MIND, MSE, NCC and their combinations can"
             )
-        self.measure = measure
+        self.measure, self.weighs_fixed, self.weighs_moving = measure, fixed, moving
 
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
-        """As the measure describes the images; the weight stays as it is."""
-        of_fixed, of_moving = self.measure.described(fixed[:, :-1], moving)
-        return torch.cat([of_fixed, fixed[:, -1:]], 1), of_moving
+        """As the measure describes the images; the weights stay as they are."""
+        image, own = (fixed[:, :-1], fixed[:, -1:]) if self.weighs_fixed else (fixed, fixed[:, :0])
+        first = int(self.weighs_moving)
+        shown = moving[:, first:]
+        of_fixed, of_moving = self.measure.described(image, shown)
+        if of_fixed is image and of_moving is shown:
+            return fixed, moving
+        return torch.cat([of_fixed, own], 1), torch.cat([moving[:, :first], of_moving], 1)
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
-        """As the measure shifts and scales the images; the weight stays as it is."""
-        return self.measure.ranges(fixed[:, :-1], moving)
+        """As the measure shifts and scales the images; the weights stay as they are."""
+        image = fixed[:, :-1] if self.weighs_fixed else fixed
+        of_fixed, of_moving = self.measure.ranges(image, moving[:, int(self.weighs_moving) :])
+        if self.weighs_moving and of_moving is not None:
+            shift, factor = of_moving
+            of_moving = (
+                torch.cat([torch.zeros_like(shift[:, :1]), shift], 1),
+                torch.cat([torch.ones_like(factor[:, :1]), factor], 1),
+            )
+        return of_fixed, of_moving
 
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
-        """The measure's reference."""
+        """The measure's reference, or what it is made of where the moving image has a weight."""
         return self.ranged_reference(fixed, None, weight)
 
     def ranged_reference(self, fixed: Tensor, range_: Range, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The same of an image that is still to be shifted and scaled; its weight is not."""
-        own = fixed[:, -1:]
-        return self.measure.ranged_reference(fixed[:, :-1], range_, own if weight is None else own * weight)
+        if self.weighs_fixed:
+            fixed, own = fixed[:, :-1], fixed[:, -1:]
+            weight = own if weight is None else own * weight
+        return (fixed, range_, weight) if self.weighs_moving else self.measure.ranged_reference(fixed, range_, weight)
 
     def evaluate(self, warped: Tensor, reference: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Loss ``(B,)`` and derivative ``(B, C, *S)``; see :class:`Similarity`."""
-        return self.measure.evaluate(warped, reference)
+        """Loss ``(B,)`` and derivative ``(B, C, *S)``, zero for the warped weight; see :class:`Similarity`."""
+        if not self.weighs_moving:
+            return self.measure.evaluate(warped, reference)
+        given, there = self._counted(warped[:, :1].clone(), reference)
+        loss, derivative = self.measure.evaluate(warped[:, 1:], given)
+        return _unless_nothing_counts(loss, there), torch.cat([torch.zeros_like(warped[:, :1]), derivative], 1)
 
     def evaluate_into(self, warped: Tensor, reference: tuple[Any, ...], out: Tensor) -> Tensor:
-        """Loss ``(B,)``, and its derivative in ``out`` ``(B, C, *S)``; see :class:`Similarity`."""
-        return self.measure.evaluate_into(warped, reference, out)
+        """Loss ``(B,)``, and its derivative in ``out`` ``(B, C, *S)``; see :class:`Similarity`.
+
+        ``out`` has no channel for a warped weight, and that one is overwritten by the weights that count.
+        """
+        if not self.weighs_moving:
+            return self.measure.evaluate_into(warped, reference, out)
+        given, there = self._counted(warped[:, :1], reference)
+        return _unless_nothing_counts(self.measure.evaluate_into(warped[:, 1:], given, out), there)
+
+    def _counted(self, weight: Tensor, reference: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor]:
+        """The measure's reference for a warped weight ``(B, 1, *S)``, and where it is not zero everywhere, ``(B,)``.
+
+        The weight is overwritten: times that of the fixed image, brought to mean 1.
+        """
+        fixed, range_, own = reference
+        if own is not None:
+            weight.mul_(own)
+        axes = tuple(range(1, weight.dim()))
+        mean = weight.mean(axes, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
+        there = mean > 0
+        weight.mul_(torch.where(there, 1 / mean, mean).to(weight.dtype))
+        return self.measure.ranged_reference(fixed, range_, weight), there.flatten()
+
+
+def _unless_nothing_counts(loss: Tensor, there: Tensor) -> Tensor:
+    return torch.where(there, loss, float("inf"))
 
 
 def with_weight(fixed: Tensor, mask: Tensor) -> Tensor:
@@ -67,3 +121,31 @@ def with_weight(fixed: Tensor, mask: Tensor) -> Tensor:
     weight = mask / mask.mean(axes, keepdim=True)
     level = (fixed * weight).mean(axes, keepdim=True).to(fixed.dtype)
     return torch.cat([torch.where(mask > 0, fixed, level), weight.to(fixed.dtype)], 1)
+
+
+def with_moving_weight(moving: Tensor, mask: Tensor) -> Tensor:
+    """The moving image ``(B, C, *M)`` with its mask ``(B, 1, *M)`` as its first channel, ``(B, 1 + C, *M)``.
+
+    Where the mask is zero the image is :func:`continued`, so that nothing there is seen.
+    """
+    return torch.cat([mask.to(moving.dtype), continued(moving, mask)], 1)
+
+
+def continued(image: Tensor, mask: Tensor) -> Tensor:
+    """An image ``(B, C, *M)`` that goes on smoothly where the mask ``(B, 1, *M)`` is zero, as it is beside the hole.
+
+    A warped image is interpolated between what counts and what does not, and its gradient reaches there, so a step at
+    the edge of the mask would be taken for an edge of the image. Holes are filled from half the resolution, and that
+    in turn from half of it: means over what counts, which see nothing else.
+    """
+    if bool((mask > 0).all()):
+        return image
+    wide = torch.promote_types(image.dtype, torch.float32)
+    weight = mask.to(wide)
+    pool, mode = (F.avg_pool2d, "bilinear") if image.dim() == 4 else (F.avg_pool3d, "trilinear")
+    means = pool(weight, 2, ceil_mode=True)
+    coarse = pool(image.to(wide) * weight, 2, ceil_mode=True) / means.clamp(min=torch.finfo(wide).tiny)
+    if max(means.shape[2:]) > 1:
+        coarse = continued(coarse, means)
+    filled = F.interpolate(coarse, size=image.shape[2:], mode=mode, align_corners=False)
+    return torch.where(mask > 0, image, filled.to(image.dtype))

@@ -72,19 +72,19 @@ def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device:
     check_finite(name, ddf)
 
 
-def check_mask(mask: Tensor, fixed: Tensor) -> None:
-    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the fixed image, not all zero for any pair."""
-    expected = (fixed.shape[0], 1, *fixed.shape[2:])
+def check_mask(mask: Tensor, image: Tensor, name: str = "mask", of: str = "fixed") -> None:
+    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the image ``of``, not all zero for any pair."""
+    expected = (image.shape[0], 1, *image.shape[2:])
     if tuple(mask.shape) != expected:
-        raise ValueError(f"mask must be (B, 1, *S) = {expected} on the grid of fixed, got shape {tuple(mask.shape)}")
-    if mask.device != fixed.device:
-        raise ValueError(f"mask must be on the device of fixed, {fixed.device}, got {mask.device}")
-    check_finite("mask", mask)
+        raise ValueError(f"{name} must be (B, 1, *S) = {expected} on the grid of {of}, got shape {tuple(mask.shape)}")
+    if mask.device != image.device:
+        raise ValueError(f"{name} must be on the device of {of}, {image.device}, got {mask.device}")
+    check_finite(name, mask)
     low, high = float(mask.min()), float(mask.max())
     if low < 0 or high > 1:
-        raise ValueError(f"mask must be weights in [0, 1], got values from {low:g} to {high:g}")
+        raise ValueError(f"{name} must be weights in [0, 1], got values from {low:g} to {high:g}")
     if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
-        raise ValueError(f"mask must not be zero everywhere, got that for pairs {empty}")
+        raise ValueError(f"{name} must not be zero everywhere, got that for pairs {empty}")
 
 
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:

@@ -3,10 +3,13 @@
 In V, the size of one image in float32, an engine keeps beside the two images and a prediction, which are the caller's:
 the residual 3, the best residual 3, and 3 more that the warped image and the derivative of the loss share with the
 gradient that is made of them and with the residual after the step. With more channels than one, or where a step's
-promise needs the images again, those have memory of their own. In half precision all of it is half as much.
+promise needs the images again, those have memory of their own. A weight of the moving image takes 1 more when it is
+warped. In half precision all of it is half as much.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ class Engine:
 
     Args:
         fixed: ``(B, C, *S)`` on the residual's grid.
-        moving: ``(B, C, *S)``.
+        moving: ``(B, C, *S)``; a measure that ``weighs_moving`` has a weight as a further channel before them.
         prediction: ``(B, n, *S)`` or ``None``; read, never written.
         residual: what is refined; its precision is that of all that is kept.
         similarity: what to minimise.
@@ -52,11 +55,10 @@ class Engine:
         self.descent = method.descent.start()
         fixed_range, self.moving_range = similarity.ranges(fixed, self.moving)
         self.reference = similarity.ranged_reference(fixed, fixed_range)
-        self.work = torch.empty_like(residual.field)
-        if self.moving.shape[1] == 1 and not method.damping.needs_promise:
-            self.warped, self.derivative = self.work[:, :1], self.work[:, 1:2]
-        else:
-            self.warped, self.derivative = (torch.empty_like(self.moving, dtype=residual.field.dtype) for _ in range(2))
+        self.sampled, self.derivative, self.work = _memory(
+            self.moving.shape, int(similarity.weighs_moving), residual.field, not method.damping.needs_promise
+        )
+        self.warped = self.sampled[:, int(similarity.weighs_moving) :]
 
     @property
     def voxels(self) -> int:
@@ -72,8 +74,8 @@ class Engine:
     def loss(self, residual: Tensor | None) -> Tensor:
         """Loss ``(B,)`` at a residual, ``None`` for zero; call :meth:`evaluate` before the next step."""
         shift, factor = self.moving_range or (None, None)
-        kernels.sample(self.moving, residual, self.prediction, shift, factor, self.warped)
-        return self.similarity.evaluate_into(self.warped, self.reference, self.derivative)
+        kernels.sample(self.moving, residual, self.prediction, shift, factor, self.sampled)
+        return self.similarity.evaluate_into(self.sampled, self.reference, self.derivative)
 
     @property
     def gradient(self) -> Tensor:
@@ -114,10 +116,32 @@ class Engine:
 
         The field takes the place of the residual, which is given up for it.
         """
-        del self.work, self.warped, self.derivative
+        del self.work, self.sampled, self.warped, self.derivative
         wide = torch.promote_types(self.residual.field.dtype, torch.float32)
         field = self.residual.field = self.residual.field.to(wide)
         field.masked_fill_(per_voxel(~better, field), 0.0)
         if self.prediction is not None:
             kernels.compose(self.prediction, field, field)
         return field
+
+
+def _memory(shape: Sequence[int], weights: int, field: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a level works in, in the precision of the field ``(B, n, *S)``; every pair is contiguous.
+
+    Args:
+        shape: of the moving image, ``(B, weights + C, *S)``.
+        weights: channels of it that come first and have no derivative.
+        field: what is refined.
+        shared: whether the warped image and its derivative may give way to the gradient.
+
+    Returns:
+        The warped channels ``(B, weights + C, *S)``, the derivative ``(B, C, *S)`` and the gradient ``(B, n, *S)``, of
+        which the image and the derivative of one channel are the first two.
+    """
+    channels, n = shape[1] - weights, field.shape[1]
+    if shared and channels == 1:
+        whole = field.new_empty(len(field), weights + n, *field.shape[2:])
+        work = whole[:, weights:]
+        return whole[:, : weights + 1], work[:, 1:2], work
+    sampled = field.new_empty(shape)
+    return sampled, field.new_empty(len(field), channels, *field.shape[2:]), torch.empty_like(field)

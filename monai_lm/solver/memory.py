@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monai_lm import kernels
 from monai_lm.similarity import Similarity
-from monai_lm.similarity.base import normalized
+from monai_lm.similarity.base import Range, normalized
 
 __all__ = ["MODES", "automatic_mode", "halved"]
 
@@ -38,12 +38,15 @@ def automatic_mode(fixed: Tensor) -> str:
 def halved(fixed: Tensor, moving: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
     """Both images ``(B, C, *S)`` in half precision: as they are if they are, else shifted and scaled into its range.
 
-    A weight, the last channel of a fixed image with one channel more than the moving one, is not shifted.
+    A weight of the fixed image, its last channel, is not shifted; the ranges of the moving one leave its own alone.
     """
-    ranges = similarity.ranges(fixed, moving)
-    images = []
-    for image, range_ in zip((fixed, moving), ranges, strict=True):
-        half = image.dtype in (torch.float16, torch.bfloat16)
-        intensities, weight = image.split([moving.shape[1], image.shape[1] - moving.shape[1]], 1)
-        images.append(image if half else torch.cat([normalized(intensities, range_), weight], 1).half())
-    return images[0], images[1]
+    of_fixed, of_moving = similarity.ranges(fixed, moving)
+    channels = moving.shape[1] - int(similarity.weighs_moving)
+
+    def half(image: Tensor, range_: Range) -> Tensor:
+        if image.dtype in (torch.float16, torch.bfloat16):
+            return image
+        intensities, weight = image.tensor_split([channels if image is fixed else image.shape[1]], 1)
+        return torch.cat([normalized(intensities, range_), weight], 1).half()
+
+    return half(fixed, of_fixed), half(moving, of_moving)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from monai_lm.fields.finite import check_number
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.weighted import Weighted, with_weight
+from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.checks import check_field, check_images, check_mask, check_spacing, plain
 from monai_lm.solver.damping import Damping
@@ -35,7 +35,9 @@ from monai_lm.solver.run import Problem, Settings, descend, engine_of
 from monai_lm.solver.schedule import Stage, make_schedule
 from monai_lm.solver.smoothing import Smoothing
 
-__all__ = ["check_keywords", "refine"]
+__all__ = ["check_keywords", "defaults", "refine"]
+
+_Masks = tuple[Tensor | None, Tensor | None]
 
 _GOAL = 0.5
 """What determinants of a folded prediction are brought above: what is rough in it folds again with the residual, and
@@ -50,6 +52,7 @@ def refine(
     ddf: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    moving_mask: Tensor | None = None,
     similarity: str | Similarity | nn.Module = "lncc",
     scales: str | Sequence[float] = "auto",
     iterations: str | int | Sequence[int] = "auto",
@@ -84,6 +87,9 @@ def refine(
             no field does, is not used, with a warning that names likely reasons.
         mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
             For the measures of this package. Outside of it the field continues smoothly.
+        moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
+            A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
+            What is under its zeros is not seen. Of ones everywhere it is left out.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
             ``(warped, fixed)``.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
@@ -152,10 +158,7 @@ def refine(
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
-    measure = get_similarity(similarity)
-    if mask is not None:
-        mask, measure = plain("mask", mask), Weighted(measure)
-        check_mask(mask, fixed)
+    measure, masks = _weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask))
     if memory == "auto":
         memory = automatic_mode(fixed)
     settings = Settings(
@@ -173,16 +176,42 @@ def refine(
         def run(how: Settings) -> RefinementResult:
             bar.reset()
             record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
-            return _coarse_to_fine((fixed, moving, mask), ddf, stages, finest, how, record, bar)
+            return _coarse_to_fine((fixed, moving), masks, ddf, stages, finest, how, record, bar)
 
         return _as_memory_allows(run, settings, fixed)
 
 
+def defaults() -> dict[str, Any]:
+    """The settings of :func:`refine`, all its arguments that are not of a pair, and what they are unless given."""
+    keywords = [p for p in inspect.signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: p.default for p in keywords if p.name != "moving_mask"}
+
+
 def check_keywords(owner: str, names: Iterable[str]) -> None:
-    """Keyword arguments of :func:`refine` that its callers keep until they call it; TypeError for any other name."""
-    known = [p.name for p in inspect.signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    """Settings of :func:`refine` that its callers keep until they call it; TypeError for any other name."""
+    known = list(defaults())
     if unknown := sorted(set(names) - set(known)):
         raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
+
+
+def _weighted(measure: Similarity, images: tuple[Tensor, Tensor], masks: _Masks) -> tuple[Similarity, _Masks]:
+    """The measure that counts what the masks of the fixed and of the moving image show, and the masks, checked.
+
+    A mask of the moving image that hides nothing is left out: warped, it would be one but for rounding.
+    """
+    mask, moving_mask = masks
+    if mask is not None:
+        mask = plain("mask", mask)
+        check_mask(mask, images[0])
+    if moving_mask is not None:
+        moving_mask = plain("moving_mask", moving_mask)
+        check_mask(moving_mask, images[1], "moving_mask", "moving")
+        if bool((moving_mask == 1).all()):
+            Weighted(measure, mask is not None)  # raises where it would for any other mask
+            moving_mask = None
+    if mask is None and moving_mask is None:
+        return measure, (None, None)
+    return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
 
 
 def _as_memory_allows(
@@ -204,7 +233,8 @@ def _as_memory_allows(
 
 
 def _coarse_to_fine(
-    images: tuple[Tensor, Tensor, Tensor | None],
+    images: tuple[Tensor, Tensor],
+    masks: _Masks,
     ddf: Tensor | None,
     stages: list[Stage],
     finest: Stage,
@@ -213,9 +243,10 @@ def _coarse_to_fine(
     bar: tqdm,
 ) -> RefinementResult:
     """Run the stages, and end on the finest one, which has the grid of the images."""
-    (fixed, moving), mask = (_normal(image) for image in images[:2]), images[2]
-    constant = _constant(fixed, moving)
-    fixed = fixed if mask is None else with_weight(fixed, mask)
+    fixed, moving = (_normal(image) for image in images)
+    constant = _constant(images, masks)
+    fixed = fixed if masks[0] is None else with_weight(fixed, masks[0])
+    moving = moving if masks[1] is None else with_moving_weight(moving, masks[1])
     if settings.memory == "half":
         fixed, moving = halved(fixed, moving, settings.similarity)
     ddf = None if ddf is None else _normal(ddf)
@@ -245,11 +276,12 @@ def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _constant(fixed: Tensor, moving: Tensor) -> Tensor:
-    """Pairs of which an image has one value only, ``(B,)``, with a warning."""
-    constant = torch.zeros(fixed.shape[0], dtype=torch.bool, device=fixed.device)
-    for name, image in (("fixed", fixed), ("moving", moving)):
-        same = image.flatten(1).amax(1) == image.flatten(1).amin(1)
+def _constant(images: tuple[Tensor, Tensor], masks: _Masks) -> Tensor:
+    """Pairs of which an image has one value only, or under its mask, ``(B,)``, with a warning."""
+    constant = torch.zeros(len(images[0]), dtype=torch.bool, device=images[0].device)
+    for name, image, mask in zip(("fixed", "moving"), images, masks, strict=True):
+        upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
+        same = upper.flatten(1).amax(1) == lower.flatten(1).amin(1)
         if bool(same.any()):
             pairs = same.nonzero().flatten().tolist()
             warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)

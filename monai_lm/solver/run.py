@@ -35,7 +35,7 @@ class Problem:
 
     Attributes:
         fixed: ``(B, C, *S)``, with a weight as a last channel where there is a mask.
-        moving: ``(B, C, *S)``.
+        moving: ``(B, C, *S)``, with a weight as a first channel where it has a mask.
         prediction: ``(B, n, *S)`` without folds, or ``None``.
     """
 

@@ -60,6 +60,7 @@ class RefineDDF(Transform):
         moving: NdarrayOrTensor,
         ddf: NdarrayOrTensor | None = None,
         mask: NdarrayOrTensor | None = None,
+        moving_mask: NdarrayOrTensor | None = None,
     ) -> MetaTensor:
         """Refine.
 
@@ -68,6 +69,7 @@ class RefineDDF(Transform):
             moving: ``(C, *S)`` image on the same grid.
             ddf: ``(n, *S)`` predicted displacement in voxels; ``None`` starts from the identity.
             mask: ``(1, *S)`` on the fixed grid, weights in [0, 1]: the similarity counts where it is not zero.
+            moving_mask: ``(1, *S)``, the same on the moving grid; it goes with the moving image.
 
         Returns:
             ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
@@ -82,13 +84,16 @@ class RefineDDF(Transform):
         check_same_axes("fixed", fixed, "moving", moving)
         check_same_axes("fixed", fixed, "ddf", ddf)
         check_same_axes("fixed", fixed, "mask", mask)
+        check_same_axes("moving", moving, "moving_mask", moving_mask)
         check_target(ddf, moving)
-        images = [convert_to_tensor(x, device=self.device)[None] for x in (fixed, moving)]
-        further = [None if x is None else convert_to_tensor(x, device=self.device)[None] for x in (ddf, mask)]
+        given = {"fixed": fixed, "moving": moving, "ddf": ddf, "mask": mask, "moving_mask": moving_mask}
+        pair: dict[str, Any] = {
+            k: None if x is None else convert_to_tensor(x, device=self.device)[None] for k, x in given.items()
+        }
         kwargs = dict(self.kwargs)
         if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
             kwargs["spacing"] = fixed.pixdim.tolist()
-        result = refine(*images, *further, **kwargs)
+        result = refine(**pair, **kwargs)
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
             out.meta["filename_or_obj"] = fixed.meta["filename_or_obj"]

@@ -63,6 +63,7 @@ class RefineDDFd(MapTransform):
             it is. Otherwise a missing key raises.
         device: where to compute; default: where the fixed image is.
         mask_key: weights ``(1, *S)`` on the fixed grid, see :class:`RefineDDF`; ``None``: every voxel counts.
+        moving_mask_key: weights ``(1, *S)`` on the moving grid; ``None``: every voxel counts.
         kwargs: keyword arguments of :func:`monai_lm.refine`.
     """
 
@@ -76,11 +77,13 @@ class RefineDDFd(MapTransform):
         allow_missing_keys: bool = False,
         device: torch.device | str | None = None,
         mask_key: str | None = None,
+        moving_mask_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        keys = (fixed_key, moving_key, ddf_key)
-        super().__init__(keys if mask_key is None else (*keys, mask_key), allow_missing_keys)
-        self.fixed_key, self.moving_key, self.ddf_key, self.mask_key = fixed_key, moving_key, ddf_key, mask_key
+        masks = [key for key in (mask_key, moving_mask_key) if key is not None]
+        super().__init__((fixed_key, moving_key, ddf_key, *masks), allow_missing_keys)
+        self.fixed_key, self.moving_key, self.ddf_key = fixed_key, moving_key, ddf_key
+        self.mask_key, self.moving_mask_key = mask_key, moving_mask_key
         self.refine = RefineDDF(device, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -93,8 +96,8 @@ class RefineDDFd(MapTransform):
         d = dict(data)
         present = set(self.key_iterator(d))
         if {self.fixed_key, self.moving_key} <= present:
-            mask = None if self.mask_key is None else d.get(self.mask_key)
-            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), mask)
+            masks = [None if key is None else d.get(key) for key in (self.mask_key, self.moving_mask_key)]
+            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), *masks)
         return d
 
 

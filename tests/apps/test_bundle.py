@@ -218,6 +218,8 @@ def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
 
     with pytest.raises(ValueError, match="mask cannot be used together with bundle"):
         commands.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
+    with pytest.raises(ValueError, match="moving_mask cannot be used together with bundle"):
+        commands.refine_pair(**pair, output_dir=tmp_path / "out", moving_mask=pair["moving"], bundle=bundle)
     weights = bundle / "models" / "model.pt"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:100])

@@ -1,5 +1,6 @@
 """The monai-lm command."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 
 from monai_lm.apps import cli, commands
 from monai_lm.fields import gaussian_smooth
+
+REFINE_PAIR = commands.refine_pair
 
 
 def test_demo_runs_as_a_command(tmp_path):
@@ -122,6 +125,16 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
     assert of_cohort[0]["settings"].keys() > {"similarity", "seconds", "memory"}
     assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3}  # what differs from the bundle's own
     assert (of_cohort[1]["bundle"], of_cohort[0]["bundle"]) == ("folder", None)
+
+
+def test_masks_of_either_side_reach_the_work(monkeypatch):
+    given = []
+    monkeypatch.setattr(commands, "refine_pair", lambda *files, **_: given.append(files) or {})
+    words = ["--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "refine", *words, "--fixed_mask", "a.nii", "--moving_mask", "b.nii"])
+    cli.main()
+    named = inspect.signature(REFINE_PAIR).bind(*given[0]).arguments
+    assert (named["mask"], named["moving_mask"]) == ("a.nii", "b.nii")
 
 
 def test_no_command_at_all_prints_the_help(monkeypatch, capsys):

@@ -74,6 +74,35 @@ def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
+    world = _world((26, 27, 20), MOVING)
+    distance = np.linalg.norm(world - world.mean((0, 1, 2)), axis=-1)
+    healthy, shown = nib.load(pair["moving"]).get_fdata(), (distance > 7).astype(np.uint8)
+    paths = {}
+    for value in (4.0, -300.0):
+        lesion = np.where(distance < 7, value, healthy)
+        paths[value] = _save(tmp_path / f"lesion{value}.nii.gz", lesion.astype(np.float32), MOVING)
+    mask = _save(tmp_path / "shown.nii.gz", shown, MOVING)
+    fields, metrics = {}, {}
+    for name, value, given in (("plain", 4.0, None), ("masked", 4.0, mask), ("other", -300.0, mask)):
+        metrics[name] = _refine(pair | {"moving": paths[value]}, tmp_path / name, moving_mask=given)
+        fields[name] = nib.load(tmp_path / name / "ddf.nii.gz").get_fdata()
+    np.testing.assert_array_equal(fields["masked"], fields["other"])
+    after = {name: m["tre_mm_after"] for name, m in metrics.items()}  # the landmarks lie in the lesion
+    assert after["masked"] < 0.4 * metrics["masked"]["tre_mm_before"]
+    assert after["masked"] < 0.3 * after["plain"]
+    assert metrics["masked"]["provenance"]["inputs"]["moving_mask"]["path"] == str(mask)
+    assert nib.load(tmp_path / "other" / "warped.nii.gz").get_fdata().min() < -250  # what is written is whole
+    for values, affine, message in (
+        (shown, FIXED, r"no.nii.gz must lie on the grid of its image .*lesion4.0.nii.gz"),
+        (2 * shown, MOVING, r"moving_mask must be weights in \[0, 1\], got values from 0 to 2"),
+    ):
+        wrong = _save(tmp_path / "no.nii.gz", values, affine)
+        with pytest.raises(ValueError, match=message):
+            _refine(pair | {"moving": paths[4.0]}, tmp_path / "no", moving_mask=wrong)
+    assert not (tmp_path / "no").exists()
+
+
 def test_two_grids_are_registered_in_the_world(pair, tmp_path):
     metrics = _refine(pair, tmp_path / "out")
     assert metrics["tre_mm_before"] == pytest.approx(np.linalg.norm(pair["shift"]), rel=1e-4)

@@ -77,6 +77,25 @@ def test_a_device_refines_as_the_cpu_does(variant, n, predicted, device, pair, r
 
 
 @pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("similarity", ["lncc", "mi", "mse", "ncc"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_masks_of_both_images_count_on_a_device_as_on_the_cpu(n, similarity, memory, device, pair):
+    *images, prediction = pair(n)
+    masks = [torch.ones_like(images[0]) for _ in range(2)]
+    masks[0][:, :, :5], masks[1][:, :, :, -4:] = 0, 0.5
+    masks[1][1, :, 6:9, 6:9] = 0
+    settings = SETTINGS | {"similarity": similarity, "memory": memory}
+    expected = refine(*images, prediction, masks[0], moving_mask=masks[1], **settings)
+    fixed, moving, ddf, mask, moving_mask = moved([*images, prediction, *masks], device)
+    result = refine(fixed, moving, ddf, mask, moving_mask=moving_mask, **settings)
+    assert result.ddf.device == device
+    assert float(torch.linalg.vector_norm(result.ddf.cpu() - expected.ddf, dim=1).mean()) < 0.01
+    assert (result.final_loss < result.initial_loss).all()
+    with pytest.raises(ValueError, match=r"moving_mask must be on the device of moving"):
+        refine(fixed, moving, ddf, mask, moving_mask=masks[1], **settings)
+
+
+@pytest.mark.parametrize("memory", MODES)
 def test_the_same_call_gives_the_same_field(memory, device, pair):
     given = moved(pair(3), device)
     results = [refine(*given, **SETTINGS, memory=memory) for _ in range(2)]
@@ -104,7 +123,7 @@ def test_the_optimizer_works_where_its_field_is(device, pair):
     "variant", [{}, {"control": "trust_region"}, {"window": 3}, {"similarity": "mse"}, {"similarity": "mi"}], ids=str
 )
 def test_the_host_never_waits_inside_the_iterations(variant, device, pair, monkeypatch):
-    """Nine of them: after ten it looks whether to stop. Everything between the first step and the last."""
+    """Four of them: after five it looks for folds. Everything between the first step and the last."""
     if device.type != "cuda":
         pytest.skip("only CUDA can say that nobody waited")
     advance, settle = Engine.advance, Residual.settle
@@ -120,7 +139,7 @@ def test_the_host_never_waits_inside_the_iterations(variant, device, pair, monke
     monkeypatch.setattr(Engine, "advance", silent)
     monkeypatch.setattr(Residual, "settle", loud)
     try:
-        refine(*moved(pair(3), device), **SETTINGS | {"iterations": 9} | variant)
+        refine(*moved(pair(3), device), **SETTINGS | {"iterations": 4} | variant)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

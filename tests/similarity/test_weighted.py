@@ -1,11 +1,11 @@
-"""Measures with a weight per voxel: the law, the derivative, what lies outside, the errors."""
+"""Measures with a weight per voxel, on either side: the law, the derivative, what lies outside, the errors."""
 
 import pytest
 import torch
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 
 from monai_lm.similarity import LNCC, MSE, NCC, Combined, get_similarity, lookup
-from monai_lm.similarity.weighted import Weighted, with_weight
+from monai_lm.similarity.weighted import Weighted, continued, with_moving_weight, with_weight
 
 MEASURES = [measure for make in lookup.MEASURES.values() if (measure := make()).weighable]
 MEASURES.append(Combined([LNCC(1), MSE()], [1, 1], [1.0, 3.0]))
@@ -90,5 +90,106 @@ def test_ranges_leave_the_weight_alone(size, random_tensor):
 
 def test_loss_modules_cannot_be_weighted(size):
     module = get_similarity(LocalNormalizedCrossCorrelationLoss(spatial_dims=len(size)))
-    with pytest.raises(ValueError, match=r"mask must be None .* ModuleSimilarity"):
+    with pytest.raises(ValueError, match=r"^mask must be None .* ModuleSimilarity"):
         Weighted(module)
+    with pytest.raises(ValueError, match=r"^moving_mask must be None .* ModuleSimilarity"):
+        Weighted(module, fixed=False, moving=True)
+
+
+# --- a weight of the moving image, which is warped with it
+
+
+@pytest.mark.parametrize("of_fixed", [False, True], ids=["moving", "both"])
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: type(m).__name__)
+def test_the_derivative_is_that_of_the_loss_with_the_warped_weight_held(measure, of_fixed, size, random_tensor):
+    """And of it none is told for the weight: that part is left out, see ``docs/method.md``."""
+    warped, fixed, own = images(measure, size, random_tensor)
+    weighted = Weighted(measure, fixed=of_fixed, moving=True)
+    reference = weighted.reference(torch.cat([fixed, own], 1) if of_fixed else fixed)
+    both = torch.cat([random_tensor((2, 1, *size), 3).abs(), warped], 1)
+    derivative = weighted.evaluate(both, reference)[1]
+    assert not derivative[:, :1].any()
+    direction, h = random_tensor(tuple(both.shape), 5), 1e-5
+    direction[:, :1] = 0
+    ahead, behind = (weighted.evaluate(both + s * direction, reference)[0] for s in (h, -h))
+    slope = (derivative * direction).flatten(1).sum(1)
+    assert slope.abs().min() > 1e-6
+    torch.testing.assert_close((ahead - behind) / (2 * h), slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: type(m).__name__)
+def test_a_voxel_counts_with_the_product_of_both_weights(measure, size, random_tensor):
+    warped, fixed, own = images(measure, size, random_tensor)
+    other = random_tensor((2, 1, *size), 3).abs()
+    both, product = Weighted(measure, moving=True), own * other
+    product = product / product.mean(tuple(range(1, product.dim())), keepdim=True)
+    expected = measure.evaluate(warped, measure.reference(fixed, product))
+    for scale in (1.0, 0.3):  # a mean over the weights: less of them is not less of the loss
+        given = both.evaluate(torch.cat([scale * other, warped], 1), both.reference(torch.cat([fixed, own], 1)))
+        torch.testing.assert_close(given[0], expected[0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(given[1][:, 1:], expected[1], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: type(m).__name__)
+def test_a_weight_means_the_same_on_either_side(measure, size, random_tensor):
+    warped, fixed, own = images(measure, size, random_tensor)
+    own = own / own.flatten(1).mean(1).view(-1, *[1] * (own.dim() - 1))
+    there, here = Weighted(measure, fixed=False, moving=True), Weighted(measure)
+    loss, derivative = there.evaluate(torch.cat([own, warped], 1), there.reference(fixed))
+    expected = here.evaluate(warped, here.reference(torch.cat([fixed, own], 1)))
+    torch.testing.assert_close(loss, expected[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(derivative[:, 1:], expected[1], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: type(m).__name__)
+def test_the_derivative_is_written_for_the_image_alone(measure, size, random_tensor):
+    warped, fixed, own = images(measure, size, random_tensor)
+    weighted = Weighted(measure, fixed=False, moving=True)
+    both, out = torch.cat([own, warped], 1), torch.empty_like(warped)
+    loss, derivative = weighted.evaluate(both, weighted.reference(fixed))
+    assert torch.equal(weighted.evaluate_into(both, weighted.reference(fixed), out), loss)
+    assert torch.equal(out, derivative[:, 1:])
+
+
+def test_a_pair_of_which_nothing_counts_has_no_finite_loss(size, random_tensor):
+    warped, fixed, own = images(MSE(), size, random_tensor)
+    own[1] = 0
+    weighted = Weighted(MSE(), fixed=False, moving=True)
+    loss, derivative = weighted.evaluate(torch.cat([own, warped], 1), weighted.reference(fixed))
+    assert loss.isinf().tolist() == [False, True]
+    assert not derivative[1].any()
+
+
+def test_the_moving_weight_is_a_channel_before_an_image_that_hides_the_rest(size, random_tensor):
+    _, moving, weight = images(MSE(), size, random_tensor)
+    mask = (weight > 0.5).double()
+    joined = with_moving_weight(moving, 0.5 * mask)
+    assert torch.equal(joined[:, :1], 0.5 * mask)
+    assert torch.equal(joined[:, 1:][mask > 0], moving[mask > 0])
+    assert torch.equal(joined, with_moving_weight(torch.where(mask > 0, moving, 1e3 - moving), 0.5 * mask))
+
+
+def test_an_image_goes_on_smoothly_where_its_mask_is_zero():
+    size = (24, 20)
+    slope = torch.linspace(0, 1, 24, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, *size)
+    mask = torch.ones(1, 1, *size)
+    mask[:, :, 8:15, 5:12] = 0
+    goes_on = continued(torch.where(mask > 0, slope, 99.0), mask)
+    assert (goes_on - slope).abs().max() < 0.15  # its mean over the mask is .35 off at worst
+    steps = goes_on.diff(dim=2).abs()
+    assert steps.max() < 3 / 23
+    constant = continued(torch.where(mask > 0, 3.0, slope), mask)
+    torch.testing.assert_close(constant, torch.full_like(constant, 3.0))
+    assert continued(slope, torch.ones(1, 1, *size)) is slope
+
+
+def test_ranges_do_not_see_the_moving_weight(size, random_tensor):
+    warped, fixed, weight = images(LNCC(), size, random_tensor)
+    weighted = Weighted(LNCC(), fixed=False, moving=True)
+    both = torch.cat([weight, warped], 1)
+    of_fixed, (shift, factor) = weighted.ranges(fixed, both)
+    expected_fixed, expected = LNCC().ranges(fixed, warped)
+    assert all(torch.equal(a, b) for a, b in zip(of_fixed, expected_fixed, strict=True))
+    assert torch.equal(shift[:, 1:], expected[0])
+    assert torch.equal(factor[:, 1:], expected[1])
+    assert torch.equal(weighted.prepare(fixed, both)[1][:, :1], weight)

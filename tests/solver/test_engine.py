@@ -1,5 +1,6 @@
 """The passes over a level: what they compute, what they share memory for, what comes back."""
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.kernels.reference import eulerian_gradient
 from monai_lm.similarity import LNCC, MSE, NCC, Combined
 from monai_lm.similarity.base import normalized
+from monai_lm.similarity.weighted import Weighted
 from monai_lm.solver.acceptance import Always, Descent, Metropolis
 from monai_lm.solver.damping import Simple, TrustRegion
 from monai_lm.solver.descent import LM, WindowedLM, expected_decrease
@@ -66,6 +68,29 @@ def test_images_that_share_memory_with_the_gradient_change_nothing(measure, wind
             assert got.isnan().all()
         else:
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=["lncc", "mse", "ncc", "combined"])
+def test_a_weight_of_the_moving_image_takes_one_volume_more_to_warp(measure, build, random_tensor):
+    plain, fixed = build(measure)
+    weight = random_tensor((2, 1, *SIZE), 9).abs().float().clamp(max=1)
+    alone, shared = (
+        Engine(
+            fixed, torch.cat([weight, plain.moving], 1), plain.prediction, copy(plain.residual),
+            Weighted(measure, fixed=False, moving=True), replace(plain.method, damping=damping), 1.0, 0.5,
+        )
+        for damping in (TrustRegion(), Simple())
+    )  # fmt: skip
+    assert kept(shared) - kept(plain) == weight.numel()
+    assert torch.equal(alone.evaluate(), shared.evaluate())
+    assert torch.equal(alone.gradient, shared.gradient)
+    assert not torch.equal(shared.gradient, (plain.evaluate(), plain.gradient)[1])
+
+
+def kept(engine):
+    """Numbers that a level works in."""
+    tensors = (engine.sampled, engine.derivative, engine.work)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in tensors}.values())
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=["lncc", "mse", "ncc", "combined"])

@@ -337,6 +337,20 @@ def test_nearest_keeps_the_dtype_and_large_label_values(dtype):
 def test_unknown_settings_are_found_when_the_transform_is_made():
     with pytest.raises(TypeError, match=r"RefineDDF takes the keyword arguments .* got \['scale'\]"):
         RefineDDF(scale=2)
+    with pytest.raises(TypeError, match=r"RefineDDF takes the keyword arguments .* got \['moving_mask'\]"):
+        RefineDDF(moving_mask=torch.ones(1, 20, 22))  # it is of a pair, not a setting
+
+
+def test_masks_of_both_images_are_those_of_refine():
+    fixed, moving, ddf = pair((20, 22))
+    mask, moving_mask = torch.ones(1, 20, 22), torch.ones(1, 20, 22, dtype=torch.bool)
+    mask[:, :6], moving_mask[..., 14:] = 0, False
+    out = RefineDDF(**SETTINGS)(fixed, moving, ddf, mask, moving_mask)
+    images = [x[None] for x in (fixed, moving, ddf, mask)]
+    assert torch.equal(out.as_tensor()[None], refine(*images, moving_mask=moving_mask[None], **SETTINGS).ddf)
+    moved, other = (MetaTensor(x, affine=torch.diag(torch.tensor([s, 1.0, 1, 1]))) for x, s in ((moving, 3), (mask, 2)))
+    with pytest.raises(ValueError, match="moving and moving_mask"):
+        RefineDDF(**SETTINGS)(fixed, moved, ddf, mask, other)
 
 
 def test_the_refined_field_carries_the_file_name_of_the_fixed_image():

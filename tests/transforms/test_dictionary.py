@@ -84,6 +84,12 @@ def test_a_mask_can_be_a_key():
     assert not torch.equal(plain(out["ddf"]), refine(*images, **SETTINGS).ddf[0])
     with pytest.raises(KeyError, match=r"organ.*RefineDDFd"):
         RefineDDFd(mask_key="organ", **SETTINGS)(data)
+    moving = RefineDDFd(mask_key="organ", moving_mask_key="healthy", **SETTINGS)
+    both = moving(data | {"organ": mask, "healthy": mask.flip(2)})
+    expected = refine(*images, mask[None], moving_mask=mask.flip(2)[None], **SETTINGS)
+    assert torch.equal(plain(both["ddf"]), expected.ddf[0])
+    with pytest.raises(KeyError, match=r"healthy.*RefineDDFd"):
+        moving(data | {"organ": mask})
     unmasked = RefineDDFd(mask_key="organ", allow_missing_keys=True, **SETTINGS)(data)
     assert torch.equal(plain(unmasked["ddf"]), refine(*images, **SETTINGS).ddf[0])
 
