@@ -1,8 +1,9 @@
-"""Whether a report's doubts are raised by nonsense and not by real pairs: false alarms and misses."""
+"""Whether a report's doubts are raised by fields that are wrong and not by those that are right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -12,32 +13,38 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.cases import SETS, Case
+from benchmarks.contrasts import recolored
 from benchmarks.data import BUNDLE, hippocampus_network
 from benchmarks.rows import add_row, read_rows
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.fields.metrics import compare_labels
 from monai_lm.kernels.devices import find_device
-from monai_lm.report.evidence import AGREEMENT, EXTREMES, ROUGHNESS, Evidence, agreement, doubts_of, evidence_of
+from monai_lm.report import evidence
+from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
 
 
 def verdict(
     sets: tuple[str, ...] = ("hippocampus", "bundle", "brain", "cardiac", "abdomen"),
     pairs: int = 10,
     nonsense: int = 3,
+    contrasts: int = 3,
     device: str = "cpu",
     json_file: str | None = None,
     rows: str | None = None,
 ) -> None:
-    """Register real pairs of the validation sets and nonsense in their place, and count doubts.
+    """Register real pairs of the validation sets, other contrasts and nonsense in their place, and count doubts.
 
-    In place of the moving image: noise, white and smoothed by 1, 2 and 4 voxels, and the moving image mirrored along
-    its second axis. A real pair that is doubted is a false alarm, nonsense that is not is a miss.
+    In place of the moving image: noise, white and smoothed by 1, 2 and 4 voxels, the moving image mirrored along its
+    second axis, and the moving image in the contrasts of :data:`benchmarks.contrasts.CONTRASTS`, once with the measure
+    that cannot cope and once with ``mi``. A field that raised Dice and is doubted is a false alarm, a field that
+    lowered it, or of nonsense, that is not doubted is a miss.
 
     Args:
         sets: of the shared data; of hippocampus and brain (at 2 mm) the validation subjects; ``bundle``: the hippocampi
             as their bundle predicts and refines them.
         pairs: real pairs of each set, at most.
         nonsense: how many of them also get each kind of nonsense.
+        contrasts: how many of them also get each kind of contrast; not those of the bundle.
         device: where to refine: cpu, cuda, ...
         json_file: write one line per registration here, as it goes.
         rows: do not register, count what an earlier run wrote to this ``json_file``.
@@ -51,7 +58,8 @@ def verdict(
     chosen = find_device(device)
     for name in sets:
         for number, case in enumerate(islice(SETS["hippocampus" if name == "bundle" else name](), pairs)):
-            for kind in ("real", *(_NONSENSE if number < nonsense else ())):
+            others = _RECOLORED if number < contrasts and name != "bundle" else {}
+            for kind in ("real", *(_NONSENSE if number < nonsense else ()), *others):
                 done.append({"set": name, "kind": kind, **_row(name, case, kind, number, chosen)})
                 add_row(json_file, done[-1])
     _print(done)
@@ -59,7 +67,12 @@ def verdict(
 
 def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> dict[str, Any]:
     fixed, moving, labels, spacing, _ = case
-    moving = moving if kind == "real" else _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
+    similarity = "lncc"
+    if kind in _NONSENSE:
+        moving = _NONSENSE[kind](moving, torch.Generator().manual_seed(seed))
+    if kind in _RECOLORED:
+        color, similarity = _RECOLORED[kind]
+        moving = recolored(moving, color, seed)
     fixed, moving, labels = fixed.to(device), moving.to(device), (labels[0].to(device), labels[1].to(device))
     if name == "bundle":
         network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt", device)
@@ -67,11 +80,12 @@ def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> d
         with torch.no_grad():
             result = inferer.refined(images, inferer.predict(images, network))
     else:
-        result = monai_lm.refine(fixed, moving, spacing=spacing)
-    found = evidence_of(fixed, warp(moving, result.ddf), result.ddf)
+        result = monai_lm.refine(fixed, moving, spacing=spacing, similarity=similarity)
+    measure = None if name == "bundle" else similarity
+    found = evidence_of(fixed, warp(moving, result.ddf), result.ddf, None, moving, measure)
     out = {"agreement_before": agreement(fixed, moving), **vars(found), "seconds": result.seconds}
     out |= {"loss_before": float(result.initial_loss), "loss_after": float(result.final_loss)}
-    if kind == "real":
+    if kind not in _NONSENSE:
         moved = warp(labels[1], result.ddf, mode="nearest")
         dice = [float(compare_labels(label, labels[0])["dice"]) for label in (labels[1], moved)]
         out |= {"dice_before": dice[0], "dice_after": dice[1]}
@@ -79,28 +93,40 @@ def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> d
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"doubted: agreement < {AGREEMENT:g}, SDlogJ > {ROUGHNESS:g}, extremes > {EXTREMES:g}")
-    print(
-        "| set | moving | pairs | Dice | agreement | SDlogJ | extremes | doubted |\n|---|---|---|---|---|---|---|---|"
-    )
+    bounds = (evidence.AGREEMENT, evidence.ROUGHNESS, evidence.EXTREMES, evidence.POLARITY)
+    print("doubted: agreement < {:g}, SDlogJ > {:g}, extremes > {:g}, polarity < {:g}, information < 0".format(*bounds))
+    print("| set | moving | pairs | worse | Dice | agreement | SDlogJ | extremes | polarity | information | doubted |")
+    print("|" + "---|" * 11)
     for name in dict.fromkeys(row["set"] for row in rows):
-        for kind in ("real", *_NONSENSE):
+        for kind in ("real", *_NONSENSE, *_RECOLORED):
             found = [row for row in rows if (row["set"], row["kind"]) == (name, kind)]
             if not found:
                 continue
             dice = "–"
-            if kind == "real":
+            if kind not in _NONSENSE:
                 dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice_after"))
             cells = [f"{_mean(found, 'agreement_before')} → {_range(found, 'agreement')}"]
-            cells += [_range(found, "sdlogj"), _range(found, "extremes"), f"{sum(map(_doubted, found))}"]
-            print(f"| {name} | {kind} | {len(found)} | {dice} | {' | '.join(cells)} |")
-    real, false = [[row for row in rows if (row["kind"] == "real") is real] for real in (True, False)]
-    misses = sum(not _doubted(row) for row in false)
-    print(f"false alarms: {sum(map(_doubted, real))} of {len(real)}; misses: {misses} of {len(false)}")
+            cells += [_range(found, column) for column in ("sdlogj", "extremes", "polarity", "information")]
+            worse = sum(map(_wrong, found))
+            doubted = f"{sum(map(_doubted, found))}"
+            print(f"| {name} | {kind} | {len(found)} | {worse} | {dice} | {' | '.join(cells)} | {doubted} |")
+    for what, chosen in (
+        ("pairs as they are", [row for row in rows if row["kind"] == "real"]),
+        ("other contrasts", [row for row in rows if row["kind"] in _RECOLORED]),
+        ("nonsense", [row for row in rows if row["kind"] in _NONSENSE]),
+        ("all", rows),
+    ):
+        right, wrong = [[row for row in chosen if _wrong(row) is kind] for kind in (False, True)]
+        missed = sum(not _doubted(row) for row in wrong)
+        print(f"{what}: false alarms {sum(map(_doubted, right))} of {len(right)}, misses {missed} of {len(wrong)}")
+
+
+def _wrong(row: dict[str, Any]) -> bool:
+    return row["kind"] in _NONSENSE or row["dice_after"] < row["dice_before"]
 
 
 def _doubted(row: dict[str, Any]) -> bool:
-    return bool(doubts_of(Evidence(*(row[key] for key in ("agreement", "sdlogj", "extremes")))))
+    return bool(doubts_of(Evidence(**{f.name: row[f.name] for f in fields(Evidence)})))
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:
@@ -109,7 +135,8 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
 
 def _range(rows: list[dict[str, Any]], key: str) -> str:
     values = [row[key] for row in rows]
-    return f"{min(values):.2f}–{max(values):.2f}"
+    known = [value for value in values if value == value]  # NaN is not itself
+    return f"{min(known):.2f}–{max(known):.2f}" if known else "–"
 
 
 def _noise(sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
@@ -124,3 +151,10 @@ _NONSENSE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "noise": _noise(0), "noise 1": _noise(1), "noise 2": _noise(2), "noise 4": _noise(4),
     "mirrored": lambda moving, _: moving.flip(3),
 }  # fmt: skip
+
+
+_RECOLORED = {
+    "inverted, mse": ("inverted", "mse"), "like T2, lncc": ("like T2", "lncc"), "random, lncc": ("random", "lncc"),
+    "like T2, mi": ("like T2", "mi"), "random, mi": ("random", "mi"),
+}  # fmt: skip
+"""A contrast and the measure that the pair is registered by."""

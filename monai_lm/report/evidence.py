@@ -1,4 +1,4 @@
-"""What speaks for or against a field beside the loss: how far the images explain each other, and how hard it pulls.
+"""What speaks for or against a field beside the loss: how the images explain each other, and how hard it pulls.
 
 The bounds are from real pairs and from nonsense, noise and an image the wrong way round, in place of the moving image;
 ``docs/results.md`` has the table and the command that makes it.
@@ -14,18 +14,23 @@ from torch import Tensor
 from monai_lm.fields import jacobian_determinant
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
-from monai_lm.similarity.base import contrast
+from monai_lm.similarity import LNCC, MI, MSE, NCC
+from monai_lm.similarity.base import contrast, normalized
+from monai_lm.similarity.lookup import MEASURES
 
 __all__ = [
     "AGREEMENT",
     "EXTREMES",
     "NOISE",
+    "POLARITY",
     "ROUGHNESS",
     "Evidence",
     "agreement",
     "doubts_of",
     "evidence_of",
     "extremes",
+    "information",
+    "local_fit",
 ]
 
 AGREEMENT = 0.5
@@ -34,7 +39,11 @@ AGREEMENT = 0.5
 NOISE = 0.77
 """What the agreement of noise, .01 to .20 before, has come to by being refined onto a real image."""
 
-ROUGHNESS = 0.65
+POLARITY = 0.96
+"""A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
+brighter there' holds in some places, and its opposite in others."""
+
+ROUGHNESS = 0.7
 """A field whose log Jacobian varies more than this is doubted."""
 
 EXTREMES = 0.07
@@ -48,46 +57,104 @@ class Evidence:
     """Values of one field.
 
     Attributes:
-        agreement: see :func:`agreement`; NaN for a constant fixed image.
+        agreement: see :func:`local_fit`; NaN for a constant fixed image.
         sdlogj: standard deviation of the logarithm of the Jacobian determinant.
         extremes: see :func:`extremes`.
+        polarity: see :func:`local_fit`; its absolute value where a measure does not care for the sign; NaN where it
+            does not ask for one contrast everywhere, or nobody knows.
+        information: by how much :func:`information` rose with the field; NaN where it was not looked at.
     """
 
     agreement: float
     sdlogj: float
     extremes: float
+    polarity: float = float("nan")
+    information: float = float("nan")
 
 
-def evidence_of(fixed: Tensor, warped: Tensor, ddf: Tensor, mask: Tensor | None = None) -> Evidence:
-    """Evidence on the first channels of two images ``(1, C, *S)`` and a field ``(1, n, *S)`` in voxels."""
-    shown = agreement(fixed[:, :1], warped[:, :1], mask)
-    return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf))
+def evidence_of(
+    fixed: Tensor,
+    warped: Tensor,
+    ddf: Tensor,
+    mask: Tensor | None = None,
+    before: Tensor | None = None,
+    similarity: object = None,
+) -> Evidence:
+    """Evidence on the first channels of two images and a field.
+
+    Args:
+        fixed: ``(1, C, *S)``.
+        warped: ``(1, C, *S)``, the moving image under the field.
+        ddf: ``(1, n, *S)`` in voxels.
+        mask: ``(1, 1, *S)`` weights, or None.
+        before: ``(1, C, *S)``, the moving image under the field that the refinement started from, or None.
+        similarity: what was optimised, as for :func:`monai_lm.refine`, or None.
+    """
+    shown, polarity = local_fit(fixed[:, :1], warped[:, :1], mask)
+    gained = float("nan")
+    if before is not None:
+        gained = information(fixed[:, :1], warped[:, :1], mask) - information(fixed[:, :1], before[:, :1], mask)
+    return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), _asked(similarity, polarity), gained)
 
 
-def agreement(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:
-    """Share of the fixed image's local variance that the warped image explains, whatever its contrast, in [0, 1].
+def _asked(similarity: object, polarity: float) -> float:
+    """The polarity that a measure should have brought about, see :class:`Evidence`."""
+    measure = MEASURES.get(similarity) if isinstance(similarity, str) else type(similarity)
+    return polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan")
 
-    In windows of 5 voxels the warped image is fitted linearly to the fixed one: the sum of what the fits explain over
-    the sum of the variances. Background, which has none, does not count.
+
+def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:
+    """Share of the warped image's intensities that the fixed one tells by any map of intensities, in [0, 1].
+
+    It is what :class:`monai_lm.similarity.MI` maximises.
 
     Args:
         fixed: ``(1, 1, *S)``.
         warped: ``(1, 1, *S)``.
         mask: ``(1, 1, *S)`` weights, or None.
     """
+    measure = MI()
+    fixed_range, warped_range = measure.ranges(fixed, warped)
+    weight = torch.ones_like(fixed) if mask is None else mask.to(fixed)
+    reference = measure.ranged_reference(fixed, fixed_range, weight)
+    return 1 - float(measure.evaluate(normalized(warped, warped_range), reference)[0] / weight.sum())
+
+
+def agreement(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:
+    """The first value of :func:`local_fit`."""
+    return local_fit(fixed, warped, mask)[0]
+
+
+def local_fit(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """How the warped image explains the fixed one in windows of 5 voxels.
+
+    Args:
+        fixed: ``(1, 1, *S)``.
+        warped: ``(1, 1, *S)``.
+        mask: ``(1, 1, *S)`` weights, or None.
+
+    Returns:
+        The *agreement*, the share of the fixed image's local variance that a linear fit of the warped image explains,
+        whatever its contrast, in [0, 1]: the sum of what the fits explain over the sum of the variances. Background,
+        which has none, does not count. And the *polarity*, the sum of the covariances over that of their sizes: 1 where
+        what is brighter is brighter in the other image everywhere, -1 where it is darker. NaN where nothing varies.
+    """
     images = [_standardized(image, mask) for image in (fixed, warped)]
-    explained, whole = 0.0, 0.0
+    explained, whole, together, sizes = 0.0, 0.0, 0.0, 0.0
     for first in range(0, fixed.shape[2], _ROWS):  # slabs: a volume of windows' statistics is large
         low, high = max(0, first - _RADIUS), first + _ROWS + _RADIUS
         f, w = (image[:, :, low:high] for image in images)
         means = box_sum(torch.cat([f, w, f * f, w * w, f * w], 1), _RADIUS) * inverse_window_counts(f, _RADIUS)
         mf, mw, ff, ww, fw = means[:, :, first - low : first - low + _ROWS].split(1, 1)
-        variance, other = (ff - mf * mf).clamp(min=0), (ww - mw * mw).clamp(min=0)
-        fit = (fw - mf * mw).square() / (other + _EPSILON)
+        variance, other, both = (ff - mf * mf).clamp(min=0), (ww - mw * mw).clamp(min=0), fw - mf * mw
+        fit = both.square() / (other + _EPSILON)
         weight = 1.0 if mask is None else mask[:, :, first : first + _ROWS]
         explained += float((torch.minimum(fit, variance) * weight).double().sum())
         whole += float((variance * weight).double().sum())
-    return explained / whole if whole > 0 else float("nan")
+        together += float((both * weight).double().sum())
+        sizes += float((both.abs() * weight).double().sum())
+    nothing = float("nan")
+    return explained / whole if whole > 0 else nothing, together / sizes if sizes > 0 else nothing
 
 
 def _standardized(image: Tensor, mask: Tensor | None) -> Tensor:
@@ -120,5 +187,16 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
         found["extreme"] = (
             f"The field changes the volume of {100 * evidence.extremes:.1f} % of the voxels more than four-fold, "
             f"beyond the {100 * EXTREMES:g} % that real pairs keep to."
+        )
+    if evidence.polarity < POLARITY:
+        found["contrast"] = (
+            f"The images' contrasts do not correspond: what is brighter in the one is brighter in the other in some "
+            f"places and darker in others (polarity {evidence.polarity:.2f}, same or inverted contrast keeps to "
+            f"{POLARITY:g}), and the measure expects one relation. Use similarity mi or mind, and look at the result."
+        )
+    if evidence.information < 0:
+        found["information"] = (
+            f"Mutual information, which the refinement did not look at, fell by {-evidence.information:.2f}: what the "
+            "images gained in similarity was bought elsewhere."
         )
     return found

@@ -27,7 +27,10 @@ __all__ = [
     "warnings_of",
 ]
 
-_DOUBTS = {"agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot"}
+_DOUBTS = {
+    "agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot",
+    "contrast": "their contrasts do not correspond", "information": "mutual information fell",
+}  # fmt: skip
 """What :func:`~monai_lm.report.evidence.doubts_of` finds, for the headline."""
 
 ALIKE = 0.98
@@ -133,7 +136,8 @@ class Assessment:
             **{f"{name}_before": value for name, value in self.before.values().items()},
             **{f"{name}_after": value for name, value in self.after.values().items()},
             "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
-            "extremes_after": self.evidence.extremes, "verdict": self.state, "headline": self.headline,
+            "extremes_after": self.evidence.extremes, "polarity_after": self.evidence.polarity,
+            "information_gain": self.evidence.information, "verdict": self.state, "headline": self.headline,
             "remarks": self.remarks,
         }  # fmt: skip
 
@@ -141,8 +145,10 @@ class Assessment:
 def assess(case: Case) -> Assessment:
     """Measure the fields of a case and say what they are worth."""
     before, after = (measure_field(case, ddf) for ddf in (case.start, case.ddf))
-    evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask)
-    start = agreement(case.fixed[:, :1], warp(case.moving[:, :1], case.start), case.mask)
+    started = warp(case.moving, case.start)
+    similarity = case.settings.get("similarity", "lncc")
+    evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask, started, similarity)
+    start = agreement(case.fixed[:, :1], started[:, :1], case.mask)
     remarks = warnings_of(case, before, after) | doubts_of(evidence)
     if start > ALIKE and set(remarks) == {"similarity"}:
         text = f"The images matched already: they explain {start:.2f} of each other, and nothing was left to refine."

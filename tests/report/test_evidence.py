@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from monai_lm.fields import warp
-from monai_lm.report.evidence import AGREEMENT, Evidence, agreement, doubts_of, evidence_of, extremes
+from monai_lm.report.evidence import (
+    AGREEMENT,
+    Evidence,
+    agreement,
+    doubts_of,
+    evidence_of,
+    extremes,
+    information,
+    local_fit,
+)
+from monai_lm.similarity import LNCC, MI, MSE
 
 
 @pytest.mark.parametrize("size", [(40, 30), (40, 20, 18)])
@@ -66,6 +76,8 @@ def test_doubts_name_the_bound_that_is_crossed():
         (Evidence(0.3, 0.3, 0.01), "agreement", "explains only 0.30 of the fixed one's local variance"),
         (Evidence(0.95, 1.29, 0.01), "rough", "varies by 1.29 (SDlogJ)"),
         (Evidence(0.95, 0.3, 0.2), "extreme", "the volume of 20.0 % of the voxels more than four-fold"),
+        (Evidence(0.95, 0.3, 0.01, 0.47), "contrast", "(polarity 0.47, same or inverted contrast keeps to 0.96)"),
+        (Evidence(0.95, 0.3, 0.01, 0.99, -0.12), "information", "did not look at, fell by 0.12"),
     ):
         found = doubts_of(evidence)
         assert list(found) == [name]
@@ -78,3 +90,38 @@ def test_evidence_is_of_the_first_channel(smooth_image, random_tensor):
     found = evidence_of(torch.cat([image, image], 1), torch.cat([warp(image, ddf), noise], 1), ddf)
     assert found.agreement > AGREEMENT
     assert (found.sdlogj, found.extremes) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (40, 20, 18)])
+def test_polarity_tells_one_contrast_from_two(smooth_image, size):
+    image = smooth_image((1, 1, *size)).float()
+    assert local_fit(image, 3 * image + 1)[1] == pytest.approx(1)
+    assert local_fit(image, 3 - image)[1] == pytest.approx(-1)
+    row = torch.arange(size[0]).view(1, 1, -1, *[1] * (len(size) - 1))
+    both = torch.where(row < size[0] // 2 + 4, image, -image)
+    assert abs(local_fit(image, both)[1]) < 0.5
+    assert local_fit(image, both, (row < size[0] // 2).expand_as(image))[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "expected"),
+    [("lncc", 1.0), ("ncc", 1.0), (LNCC(3), 1.0), ("mse", -1.0), (MSE(), -1.0), ("mi", None), ("mind", None),
+     (MI(), None), (None, None), ("<SSIMLoss>", None), ({"similarity": 1}, None)],
+)  # fmt: skip
+def test_polarity_is_asked_of_measures_that_expect_one_contrast(smooth_image, similarity, expected):
+    image = smooth_image((1, 1, 24, 22)).float()
+    found = evidence_of(image, -image, torch.zeros(1, 2, 24, 22), similarity=similarity).polarity
+    assert found != found if expected is None else found == pytest.approx(expected)
+
+
+def test_information_is_that_of_any_map_and_falls_with_noise(smooth_image, random_tensor):
+    image = smooth_image((1, 1, 60, 50)).float()
+    noise = random_tensor(image.shape, 1).float()
+    same, mapped, other = (information(image, x) for x in (image, (image - image.mean()).abs(), noise))
+    assert same > mapped > 0.6 > 0.1 > other
+    found = evidence_of(image, noise, torch.zeros(1, 2, 60, 50), before=image)
+    assert found.information == pytest.approx(other - same)
+    assert found.polarity != found.polarity
+    mask = torch.zeros_like(image)
+    mask[..., :30, :] = 1
+    assert information(image, torch.where(mask > 0, image, noise), mask) > 0.7
