@@ -94,8 +94,8 @@ def _row(name: str, case: Case, kind: str, seed: int, device: torch.device) -> d
 
 def _print(rows: list[dict[str, Any]]) -> None:
     bounds = (evidence.AGREEMENT, evidence.ROUGHNESS, evidence.EXTREMES, evidence.POLARITY)
-    print("doubted: agreement < {:g}, SDlogJ > {:g}, extremes > {:g}, polarity < {:g}, information < 0".format(*bounds))
-    print("| set | moving | pairs | worse | Dice | agreement | SDlogJ | extremes | polarity | information | doubted |")
+    print("doubted: agreement < {:g}, SDlogJ > {:g}, extremes > {:g}, polarity < {:g}, or information".format(*bounds))
+    print("| set | moving | pairs | worse | Dice | agreement | SDlogJ | extremes | polarity | gained | doubted |")
     print("|" + "---|" * 11)
     for name in dict.fromkeys(row["set"] for row in rows):
         for kind in ("real", *_NONSENSE, *_RECOLORED):
@@ -106,19 +106,24 @@ def _print(rows: list[dict[str, Any]]) -> None:
             if kind not in _NONSENSE:
                 dice = " → ".join(f"{np.mean([row[k] for row in found]):.3f}" for k in ("dice_before", "dice_after"))
             cells = [f"{_mean(found, 'agreement_before')} → {_range(found, 'agreement')}"]
-            cells += [_range(found, column) for column in ("sdlogj", "extremes", "polarity", "information")]
+            cells += [_range(found, column) for column in ("sdlogj", "extremes", "polarity", "gained")]
             worse = sum(map(_wrong, found))
             doubted = f"{sum(map(_doubted, found))}"
             print(f"| {name} | {kind} | {len(found)} | {worse} | {dice} | {' | '.join(cells)} | {doubted} |")
     for what, chosen in (
         ("pairs as they are", [row for row in rows if row["kind"] == "real"]),
-        ("other contrasts", [row for row in rows if row["kind"] in _RECOLORED]),
+        ("other contrasts, by a measure for one", [row for row in rows if row["kind"] in _RECOLORED and not _fit(row)]),
+        ("other contrasts, by mi", [row for row in rows if row["kind"] in _RECOLORED and _fit(row)]),
         ("nonsense", [row for row in rows if row["kind"] in _NONSENSE]),
         ("all", rows),
     ):
         right, wrong = [[row for row in chosen if _wrong(row) is kind] for kind in (False, True)]
         missed = sum(not _doubted(row) for row in wrong)
         print(f"{what}: false alarms {sum(map(_doubted, right))} of {len(right)}, misses {missed} of {len(wrong)}")
+
+
+def _fit(row: dict[str, Any]) -> bool:
+    return bool(row["kind"].endswith("mi"))
 
 
 def _wrong(row: dict[str, Any]) -> bool:

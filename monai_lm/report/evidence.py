@@ -14,7 +14,7 @@ from torch import Tensor
 from monai_lm.fields import jacobian_determinant
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
-from monai_lm.similarity import LNCC, MI, MSE, NCC
+from monai_lm.similarity import LNCC, MI, MIND, MSE, NCC
 from monai_lm.similarity.base import contrast, normalized
 from monai_lm.similarity.lookup import MEASURES
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 AGREEMENT = 0.5
-"""A field whose images explain less of each other than this is doubted."""
+"""A field whose images explain less of each other than this is doubted, if the measure asks for one contrast."""
 
 NOISE = 0.77
 """What the agreement of noise, .01 to .20 before, has come to by being refined onto a real image."""
@@ -43,10 +43,14 @@ POLARITY = 0.96
 """A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
 brighter there' holds in some places, and its opposite in others."""
 
-ROUGHNESS = 0.7
+LOSS, LITTLE, KNOWN = -0.02, 0.02, 0.5
+"""A field that costs more :func:`information` than the first is doubted, and one that gains less than the second where
+the images tell less than the third of each other."""
+
+ROUGHNESS = 0.82
 """A field whose log Jacobian varies more than this is doubted."""
 
-EXTREMES = 0.07
+EXTREMES = 0.15
 """A field that changes the volume of more than this share of the voxels more than four-fold is doubted."""
 
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
@@ -62,7 +66,9 @@ class Evidence:
         extremes: see :func:`extremes`.
         polarity: see :func:`local_fit`; its absolute value where a measure does not care for the sign; NaN where it
             does not ask for one contrast everywhere, or nobody knows.
-        information: by how much :func:`information` rose with the field; NaN where it was not looked at.
+        information: see :func:`information`; NaN where it was not looked at.
+        gained: by how much that rose with the field.
+        any_contrast: whether the measure is made for images of different contrast.
     """
 
     agreement: float
@@ -70,6 +76,8 @@ class Evidence:
     extremes: float
     polarity: float = float("nan")
     information: float = float("nan")
+    gained: float = float("nan")
+    any_contrast: bool = False
 
 
 def evidence_of(
@@ -91,16 +99,14 @@ def evidence_of(
         similarity: what was optimised, as for :func:`monai_lm.refine`, or None.
     """
     shown, polarity = local_fit(fixed[:, :1], warped[:, :1], mask)
-    gained = float("nan")
-    if before is not None:
-        gained = information(fixed[:, :1], warped[:, :1], mask) - information(fixed[:, :1], before[:, :1], mask)
-    return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), _asked(similarity, polarity), gained)
-
-
-def _asked(similarity: object, polarity: float) -> float:
-    """The polarity that a measure should have brought about, see :class:`Evidence`."""
     measure = MEASURES.get(similarity) if isinstance(similarity, str) else type(similarity)
-    return polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan")
+    asked = polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan")
+    told = gained = float("nan")
+    if before is not None:
+        told, started = (information(fixed[:, :1], image[:, :1], mask) for image in (warped, before))
+        gained = told - started
+    known = measure in (MI, MIND)
+    return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), asked, told, gained, known)
 
 
 def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:
@@ -173,7 +179,7 @@ def extremes(ddf: Tensor) -> float:
 def doubts_of(evidence: Evidence) -> dict[str, str]:
     """What is unusual about a field: a short name of each bound that it is beyond, and a sentence."""
     found = {}
-    if evidence.agreement < AGREEMENT:
+    if evidence.agreement < AGREEMENT and not evidence.any_contrast:
         found["agreement"] = (
             f"The refined image explains only {evidence.agreement:.2f} of the fixed one's local variance, less than "
             f"{AGREEMENT:g}, which matched pairs of one contrast exceed. Noise, refined too, came to {NOISE:g}."
@@ -194,9 +200,10 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"places and darker in others (polarity {evidence.polarity:.2f}, same or inverted contrast keeps to "
             f"{POLARITY:g}), and the measure expects one relation. Use similarity mi or mind, and look at the result."
         )
-    if evidence.information < 0:
+    gained = evidence.gained
+    if gained < LOSS or (gained < LITTLE and evidence.information < KNOWN):
         found["information"] = (
-            f"Mutual information, which the refinement did not look at, fell by {-evidence.information:.2f}: what the "
-            "images gained in similarity was bought elsewhere."
+            f"Mutual information does not confirm the field: the fixed image tells {evidence.information:.2f} of the "
+            f"warped one's intensities, {abs(gained):.2f} {'less' if gained < 0 else 'more'} than before."
         )
     return found

@@ -29,7 +29,7 @@ __all__ = [
 
 _DOUBTS = {
     "agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot",
-    "contrast": "their contrasts do not correspond", "information": "mutual information fell",
+    "contrast": "their contrasts do not correspond", "information": "mutual information did not rise",
 }  # fmt: skip
 """What :func:`~monai_lm.report.evidence.doubts_of` finds, for the headline."""
 
@@ -137,8 +137,8 @@ class Assessment:
             **{f"{name}_after": value for name, value in self.after.values().items()},
             "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
             "extremes_after": self.evidence.extremes, "polarity_after": self.evidence.polarity,
-            "information_gain": self.evidence.information, "verdict": self.state, "headline": self.headline,
-            "remarks": self.remarks,
+            "information_after": self.evidence.information, "information_gained": self.evidence.gained,
+            "verdict": self.state, "headline": self.headline, "remarks": self.remarks,
         }  # fmt: skip
 
 

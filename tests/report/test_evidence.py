@@ -70,14 +70,28 @@ def test_extremes_are_voxels_that_change_four_fold():
 
 
 def test_doubts_name_the_bound_that_is_crossed():
-    good = Evidence(0.95, 0.3, 0.01)
-    assert doubts_of(good) == {}
+    good = [
+        Evidence(0.95, 0.3, 0.01),
+        Evidence(0.95, 0.3, 0.01, 0.99, 0.9, 0.01),
+        Evidence(0.95, 0.3, 0.01, 1.0, 0.4, 0.1),
+    ]
+    good.append(Evidence(0.3, 0.3, 0.01, information=0.6, gained=0.2, any_contrast=True))
+    assert [doubts_of(evidence) for evidence in good] == [{}] * 4
     for evidence, name, text in (
         (Evidence(0.3, 0.3, 0.01), "agreement", "explains only 0.30 of the fixed one's local variance"),
         (Evidence(0.95, 1.29, 0.01), "rough", "varies by 1.29 (SDlogJ)"),
         (Evidence(0.95, 0.3, 0.2), "extreme", "the volume of 20.0 % of the voxels more than four-fold"),
         (Evidence(0.95, 0.3, 0.01, 0.47), "contrast", "(polarity 0.47, same or inverted contrast keeps to 0.96)"),
-        (Evidence(0.95, 0.3, 0.01, 0.99, -0.12), "information", "did not look at, fell by 0.12"),
+        (
+            Evidence(0.95, 0.3, 0.01, 0.99, 0.8, -0.12),
+            "information",
+            "tells 0.80 of the warped one's intensities, 0.12 less",
+        ),
+        (
+            Evidence(0.95, 0.3, 0.01, 0.99, 0.4, 0.01),
+            "information",
+            "tells 0.40 of the warped one's intensities, 0.01 more",
+        ),
     ):
         found = doubts_of(evidence)
         assert list(found) == [name]
@@ -120,7 +134,8 @@ def test_information_is_that_of_any_map_and_falls_with_noise(smooth_image, rando
     same, mapped, other = (information(image, x) for x in (image, (image - image.mean()).abs(), noise))
     assert same > mapped > 0.6 > 0.1 > other
     found = evidence_of(image, noise, torch.zeros(1, 2, 60, 50), before=image)
-    assert found.information == pytest.approx(other - same)
+    assert (found.information, found.gained) == pytest.approx((other, other - same))
+    assert not found.any_contrast
     assert found.polarity != found.polarity
     mask = torch.zeros_like(image)
     mask[..., :30, :] = 1
