@@ -57,11 +57,12 @@ def contrasts(
 
 
 def recolored(image: Tensor, kind: str, seed: int = 0) -> Tensor:
-    """An image whose intensities, from its .1 to its 99.9 percentile, are mapped as :data:`CONTRASTS` says."""
+    """An image whose intensities, from its .1 to its 99.9 percentile, are mapped as :data:`CONTRASTS` says, within it."""
     low, high = np.quantile(image.numpy(), (0.001, 0.999))
     values = CONTRASTS[kind] or tuple(np.random.default_rng(seed).permutation(6) / 5)
     scaled = (image.numpy() - low) / (high - low)
-    return torch.from_numpy(np.interp(scaled, np.linspace(0, 1, len(values)), values)).to(image.dtype)
+    mapped = np.interp(scaled, np.linspace(0, 1, len(values)), values)
+    return torch.from_numpy(low + (high - low) * mapped).to(image.dtype)
 
 
 def _key(row: Row) -> tuple[object, ...]:
