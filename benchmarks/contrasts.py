@@ -57,7 +57,7 @@ def contrasts(
 
 
 def recolored(image: Tensor, kind: str, seed: int = 0) -> Tensor:
-    """An image whose intensities, from its .1 to its 99.9 percentile, are mapped as :data:`CONTRASTS` says, within it."""
+    """An image with its intensities, from the .1 to the 99.9 percentile, mapped within them by :data:`CONTRASTS`."""
     low, high = np.quantile(image.numpy(), (0.001, 0.999))
     values = CONTRASTS[kind] or tuple(np.random.default_rng(seed).permutation(6) / 5)
     scaled = (image.numpy() - low) / (high - low)
