@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from monai_lm import kernels
-from monai_lm.kernels.reference import in_units, over_voxels
+from monai_lm.kernels.reference import over_voxels
 
 __all__ = ["Grid", "Guidance", "Guide", "Term"]
 
@@ -121,7 +121,10 @@ class Guide:
             sums = kernels.gradient_sums(gradient, self.unit)
             typical = (sums[:, 1] / sums[:, 2]).nan_to_num(0.0, 0.0, 0.0)
             self._typical = torch.where(typical > 0, typical, 1.0)
-        rest = 1 / (1 + torch.linalg.vector_norm(in_units(pull, self.unit), dim=1, keepdim=True))
+        rest = torch.zeros_like(pull[:, 0])
+        for axis, unit in enumerate(self.unit):
+            rest.addcmul_(pull[:, axis], pull[:, axis], value=unit**2)
+        rest = rest.sqrt_().add_(1).reciprocal_().unsqueeze(1)
         pull.mul_(over_voxels(self._typical, pull)).add_(gradient).mul_(rest)
         gradient.copy_(pull)
         return loss
