@@ -18,15 +18,19 @@ from monai_lm.guidance.base import Grid, Guidance, Term
 
 __all__ = ["Keypoints"]
 
-_REACH = 2.0
-"""Of a point's Gaussian, in standard deviations of the Gaussian on the images' gradient."""
+import os
+
+_FAR = 10.0
+"""Times the tolerance: the mean distance at which the loss is a half."""
 
 
 class Keypoints(Guidance):
-    """Corresponding points: the mean of ``√(d² + tolerance²) - tolerance`` over the distances ``d`` in millimetres.
+    """Corresponding points that the map shall take to each other.
 
-    Every point pulls with the same strength however far it is from its counterpart, and less within ``tolerance``; so
-    a few wrong ones do little harm. Its pull fades as a Gaussian does, and where several reach, their mean counts.
+    With ``m`` the mean of ``√(d² + τ²) - τ`` over the distances ``d`` in millimetres the loss is ``m / (m + 10 t)``,
+    where ``t`` is the tolerance and ``τ² = t² + edge²`` with the finest voxel edge of the level. So every point pulls
+    with the same strength however far it is from its counterpart, less within the tolerance, and wrong ones do little
+    harm. Its pull reaches as far as the Gaussian on the images' gradient; where several reach, their mean counts.
     Extra memory beside what every guidance needs, 6 V and 3 more with a prediction, where V is one image in float32:
     3 V for a moment.
 
@@ -99,7 +103,7 @@ class _Points(Term):
     """Keypoints on the grid of a level."""
 
     def __init__(self, points: Keypoints, grid: Grid) -> None:
-        self.grid, self.known, self.tolerance = grid, points.known, points.tolerance
+        self.grid, self.known = grid, points.known
         fixed, moving = (x.clone() for x in (points.fixed, points.moving))
         for axis in range(len(grid.size)):
             for x in (fixed, moving):
@@ -109,13 +113,16 @@ class _Points(Term):
         edges = points.spacing or grid.edges
         self.edges = fixed.new_tensor([e * f for e, f in zip(edges, grid.factor, strict=True)])
         self.finest = min(e * f for e, f in zip(grid.edges, grid.factor, strict=True))
-        self.sigma = [max(_REACH * s, u) for s, u in zip(grid.sigma, grid.unit, strict=True)]
+        self.far = _FAR * points.tolerance
+        self.tolerance = math.hypot(points.tolerance, self.finest)  # a level knows no better than its voxels
+        self.sigma = [max(s, u) for s, u in zip(grid.sigma, grid.unit, strict=True)]
 
     @override
     def evaluate(self, ddf: Tensor, pull: Tensor | None, weight: float) -> Tensor:
         missed = self._missed(ddf)
         robust = (missed.square().sum(2) + self.tolerance**2).sqrt()
-        loss = ((robust - self.tolerance) * self.known).sum(1) / self.known.sum(1)
+        mean = ((robust - self.tolerance) * self.known).sum(1) / self.known.sum(1)
+        loss = mean / (mean + self.far)
         if pull is not None:
             force = self.force(ddf) / self.finest
             peak = math.prod(max(math.sqrt(2 * math.pi) * s, 1.0) for s in self.sigma)
