@@ -12,6 +12,7 @@ from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.gpu.command import gpu
+from benchmarks.guidance import guidance
 from benchmarks.hippocampus import hippocampus
 from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
@@ -38,6 +39,7 @@ if __name__ == "__main__":
         first,
         profile,
         gpu,
+        guidance,
         knee,
         supervision,
         optimizers,

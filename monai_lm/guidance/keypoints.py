@@ -18,7 +18,6 @@ from monai_lm.guidance.base import Grid, Guidance, Term
 
 __all__ = ["Keypoints"]
 
-import os
 
 _FAR = 10.0
 """Times the tolerance: the mean distance at which the loss is a half."""

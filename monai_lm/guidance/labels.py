@@ -244,7 +244,7 @@ def _bounds(labels: Tensor, values: Sequence[int]) -> list[_Box]:
 
 
 def _soft(labels: Tensor, value: int, held: _Box, grid: Grid, sigma: Sequence[float]) -> tuple[_Box, Tensor]:
-    """A label of a map ``(*full)`` that a box holds, on the grid of a level, low-pass filtered as the images are, then smoothed."""
+    """A label of a map ``(*full)``, in the box that holds it, on a level: low-pass filtered, then smoothed."""
     n, dtype = len(grid.size), torch.float32
     low_pass = [0.5 * f if f > 1 else 0.0 for f in grid.factor]
     near, far, first, last = [], [], [], []
