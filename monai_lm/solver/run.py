@@ -38,15 +38,15 @@ class Problem:
         fixed: ``(B, C, *S)``, with a weight as a last channel where there is a mask.
         moving: ``(B, C, *S)``.
         prediction: ``(B, n, *S)`` without folds, or ``None``.
-        edges: voxel edge per axis, in millimetres.
+        edges: voxel edge per axis, in millimetres; for the guidance only.
         guidance: what guides beside the images.
     """
 
     fixed: Tensor
     moving: Tensor
     prediction: Tensor | None
-    edges: tuple[float, ...]
-    guidance: tuple[Guidance, ...]
+    edges: tuple[float, ...] = ()
+    guidance: tuple[Guidance, ...] = ()
 
 
 @dataclass(frozen=True)
