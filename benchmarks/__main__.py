@@ -13,6 +13,7 @@ from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.contrasts import contrasts
 from benchmarks.gpu.command import gpu
+from benchmarks.guidance import guidance
 from benchmarks.hippocampus import hippocampus
 from benchmarks.moving_mask import moving_mask
 from benchmarks.optimizers import optimizers
@@ -40,6 +41,7 @@ if __name__ == "__main__":
         first,
         profile,
         gpu,
+        guidance,
         knee,
         supervision,
         optimizers,

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields.finite import check_finite
+from monai_lm.guidance import Guidance
 
 __all__ = [
     "check_field",
     "check_finite",
+    "check_guidance",
     "check_images",
     "check_mask",
     "check_spacing",
@@ -85,6 +87,20 @@ def check_mask(mask: Tensor, image: Tensor, name: str = "mask", of: str = "fixed
         raise ValueError(f"{name} must be weights in [0, 1], got values from {low:g} to {high:g}")
     if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
         raise ValueError(f"{name} must not be zero everywhere, got that for pairs {empty}")
+
+
+def check_guidance(guidance: Any, fixed: Tensor, promised: bool) -> tuple[Guidance, ...]:
+    """What guides, as a tuple, each fit for the images; not for a damping that asks what a step promises."""
+    if guidance is None:
+        return ()
+    guides = (guidance,) if isinstance(guidance, Guidance) else guidance
+    if not isinstance(guides, Sequence) or not all(isinstance(one, Guidance) for one in guides):
+        raise TypeError(f"guidance must be a Guidance, a sequence of them, or None, got {guidance!r}")
+    if guides and promised:
+        raise ValueError("guidance must be None with a control that compares what a step promised, as 'trust_region'")
+    for one in guides:
+        one.check(fixed)
+    return tuple(guides)
 
 
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:

@@ -4,7 +4,8 @@ In V, the size of one image in float32, an engine keeps beside the two images an
 the residual 3, the best residual 3, and 3 more that the warped image and the derivative of the loss share with the
 gradient that is made of them and with the residual after the step. With more channels than one, or where a step's
 promise needs the images again, those have memory of their own. A weight of the moving image takes 1 more when it is
-warped. In half precision all of it is half as much.
+warped. In half precision all of it is half as much. What guides needs memory for a moment, see
+:mod:`monai_lm.guidance`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from monai_lm import kernels
+from monai_lm.guidance.base import Guide
 from monai_lm.similarity import Similarity
 from monai_lm.solver.method import Method
 from monai_lm.solver.residual import Residual
@@ -35,6 +37,7 @@ class Engine:
         method: how.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the finest axis.
         step: largest displacement per iteration, in voxels of the finest axis.
+        guide: what pulls beside the images, or ``None``.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Engine:
         method: Method,
         smooth_gradient: float,
         step: float,
+        guide: Guide | None = None,
     ) -> None:
         fixed, self.moving = (image.contiguous() for image in similarity.described(fixed, moving))
         self.prediction = None if prediction is None else prediction.contiguous()
         self.residual, self.similarity, self.method, self.step = residual, similarity, method, step
+        self.guide = guide
         self.unit, self.sigma = residual.level.unit, residual.level.in_voxels(smooth_gradient)
         self.descent = method.descent.start()
         fixed_range, self.moving_range = similarity.ranges(fixed, self.moving)
@@ -67,12 +72,17 @@ class Engine:
 
     def evaluate(self) -> Tensor:
         """Loss ``(B,)`` at the residual; from now on :attr:`gradient` and :meth:`advance` are those of this point."""
-        loss = self.loss(self.residual.field)
+        loss = self._dissimilarity(self.residual.field)
         kernels.gradient(self.warped, self.derivative, self.sigma, self.work)
-        return loss
+        return loss if self.guide is None else loss + self.guide.pull(self.residual.field, self.prediction, self.work)
 
     def loss(self, residual: Tensor | None) -> Tensor:
         """Loss ``(B,)`` at a residual, ``None`` for zero; call :meth:`evaluate` before the next step."""
+        loss = self._dissimilarity(residual)
+        return loss if self.guide is None else loss + self.guide.loss(residual, self.prediction, self.residual.field)
+
+    def _dissimilarity(self, residual: Tensor | None) -> Tensor:
+        """That of the images, ``(B,)``; what warps and derives stays in memory."""
         shift, factor = self.moving_range or (None, None)
         kernels.sample(self.moving, residual, self.prediction, shift, factor, self.sampled)
         return self.similarity.evaluate_into(self.sampled, self.reference, self.derivative)

@@ -17,11 +17,12 @@ from monai_lm import kernels as kernels_
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.finite import check_number
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
+from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
 from monai_lm.solver.acceptance import Acceptance
-from monai_lm.solver.checks import check_field, check_images, check_mask, check_spacing, plain
+from monai_lm.solver.checks import check_field, check_guidance, check_images, check_mask, check_spacing, plain
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -64,6 +65,7 @@ def refine(
     window: int = 1,
     smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
     smooth_residual: float | Smoothing = 0.6,
+    guidance: Guidance | Sequence[Guidance] | None = None,
     spacing: Sequence[float] | None = None,
     seconds: float | None = None,
     tolerance: float = 0.005,
@@ -109,6 +111,9 @@ def refine(
         smooth_residual: how far the residual is smoothed after every step, as an elastic solid comes to rest, in
             voxels of the finest axis: the field gets smoother, and fits less. Or a
             :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`.
+        guidance: what guides beside the images, :class:`~monai_lm.guidance.Labels`,
+            :class:`~monai_lm.guidance.Keypoints`, or several. Losses are then the dissimilarity per voxel plus
+            the guidance's, times its weight. Not with ``control="trust_region"``.
         spacing: voxel edge per axis, in millimetres; steps and ``smooth_gradient`` are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
             returned when it is spent. Making sure that the result has no folds comes on top.
@@ -158,6 +163,7 @@ def refine(
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
+    guides = check_guidance(guidance, fixed, method.damping.needs_promise)
     measure, masks = _weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask))
     if memory == "auto":
         memory = automatic_mode(fixed)
@@ -176,7 +182,8 @@ def refine(
         def run(how: Settings) -> RefinementResult:
             bar.reset()
             record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
-            return _coarse_to_fine((fixed, moving), masks, ddf, stages, finest, how, record, bar)
+            problem = Problem(fixed, moving, ddf, edges, guides)
+            return _coarse_to_fine(problem, masks, stages, finest, how, record, bar)
 
         return _as_memory_allows(run, settings, fixed)
 
@@ -233,9 +240,8 @@ def _as_memory_allows(
 
 
 def _coarse_to_fine(
-    images: tuple[Tensor, Tensor],
+    problem: Problem,
     masks: _Masks,
-    ddf: Tensor | None,
     stages: list[Stage],
     finest: Stage,
     settings: Settings,
@@ -243,8 +249,8 @@ def _coarse_to_fine(
     bar: tqdm,
 ) -> RefinementResult:
     """Run the stages, and end on the finest one, which has the grid of the images."""
-    fixed, moving = (_normal(image) for image in images)
-    constant = _constant(images, masks)
+    fixed, moving, ddf = _normal(problem.fixed), _normal(problem.moving), problem.prediction
+    constant = _constant((problem.fixed, problem.moving), masks)
     fixed = fixed if masks[0] is None else with_weight(fixed, masks[0])
     moving = moving if masks[1] is None else with_moving_weight(moving, masks[1])
     if settings.memory == "half":
@@ -256,7 +262,7 @@ def _coarse_to_fine(
         start, used = believed(ddf, fixed, moving, settings.similarity, finest.level, edges)
         repaired = repair(start, goal=_GOAL, deadline=settings.deadline)
         del start
-    problem = Problem(fixed, moving, repaired)
+    problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     residual: Residual | None = None
     engine: Engine | None = None
     for stage in stages:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from monai_lm.fields.topology import repair_in_place
+from monai_lm.guidance.base import Grid, Guidance, Guide
 from monai_lm.similarity import Similarity
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.method import Method
@@ -37,11 +38,15 @@ class Problem:
         fixed: ``(B, C, *S)``, with a weight as a last channel where there is a mask.
         moving: ``(B, C, *S)``, with a weight as a first channel where it has a mask.
         prediction: ``(B, n, *S)`` without folds, or ``None``.
+        edges: voxel edge per axis, in millimetres; for the guidance only.
+        guidance: what guides beside the images.
     """
 
     fixed: Tensor
     moving: Tensor
     prediction: Tensor | None
+    edges: tuple[float, ...] = ()
+    guidance: tuple[Guidance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,17 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         method=settings.method,
         smooth_gradient=stage.smooth_gradient,
         step=settings.step,
+        guide=_guide(stage, finest, problem),
     )
+
+
+def _guide(stage: Stage, finest: Stage, problem: Problem) -> Guide | None:
+    """What guides on the grid of a stage."""
+    if not problem.guidance:
+        return None
+    level = stage.level
+    sigma = level.in_voxels(stage.smooth_gradient)
+    return Guide(problem.guidance, Grid(finest.level.size, problem.edges, level.size, level.factor, level.unit, sigma))
 
 
 def descend(engine: Engine, stage: Stage, settings: Settings, record: Record, bar: tqdm) -> Tensor:

@@ -1,0 +1,7 @@
+"""What guides a refinement beside the images: label maps and corresponding keypoints."""
+
+from monai_lm.guidance.base import Guidance
+from monai_lm.guidance.keypoints import Keypoints
+from monai_lm.guidance.labels import Labels
+
+__all__ = ["Guidance", "Keypoints", "Labels"]
