@@ -69,8 +69,8 @@ class Labels(Guidance):
         pairs = zip(self.fixed, self.moving, strict=True)
         common = [sorted(set(f.unique().tolist()) & set(m.unique().tolist())) for f, m in pairs]
         self.values = [[v for v in found if (v if values is None else v in values)] for found in common]
-        self.fixed_boxes = [_bounds(f, found) for f, found in zip(self.fixed, self.values, strict=True)]
-        self.moving_boxes = [_bounds(m, found) for m, found in zip(self.moving, self.values, strict=True)]
+        self._fixed_boxes = [_bounds(f, found) for f, found in zip(self.fixed, self.values, strict=True)]
+        self._moving_boxes = [_bounds(m, found) for m, found in zip(self.moving, self.values, strict=True)]
         if values is not None and (missing := sorted(set(values) - {v for found in common for v in found})):
             raise ValueError(f"values must be labels that both maps have, got {missing}, which no pair has")
         if empty := [pair for pair, found in enumerate(self.values) if not found]:
@@ -141,7 +141,7 @@ class _Overlap(Term):
         sigma = [labels.sigma * unit for unit in grid.unit]
         self.soft = []
         for pair, values in enumerate(labels.values):
-            for value, here, there in zip(values, labels.fixed_boxes[pair], labels.moving_boxes[pair], strict=True):
+            for value, here, there in zip(values, labels._fixed_boxes[pair], labels._moving_boxes[pair], strict=True):
                 fixed = _soft(labels.fixed[pair, 0], value, here, grid, sigma)
                 moving = _soft(labels.moving[pair, 0], value, there, grid, sigma)
                 self.soft.append(_Soft(pair, *fixed, *moving))

@@ -63,7 +63,10 @@ class RefineDDFd(MapTransform):
             it is. Otherwise a missing key raises.
         device: where to compute; default: where the fixed image is.
         mask_key: weights ``(1, *S)`` on the fixed grid, see :class:`RefineDDF`; ``None``: every voxel counts.
-        kwargs: keyword arguments of :func:`monai_lm.refine`.
+        label_keys: label maps ``(1, *S)`` of the fixed and of the moving image, that guide; ``None``: none.
+        point_keys: points ``(N, n)`` in voxels of the fixed and of the moving image, that guide; ``None``: none.
+        kwargs: ``guide_values`` and ``guide_weight`` of :class:`RefineDDF`, and keyword arguments of
+            :func:`monai_lm.refine`.
     """
 
     backend = RefineDDF.backend
@@ -76,10 +79,14 @@ class RefineDDFd(MapTransform):
         allow_missing_keys: bool = False,
         device: torch.device | str | None = None,
         mask_key: str | None = None,
+        label_keys: tuple[str, str] | None = None,
+        point_keys: tuple[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         keys = (fixed_key, moving_key, ddf_key)
-        super().__init__(keys if mask_key is None else (*keys, mask_key), allow_missing_keys)
+        self.label_keys, self.point_keys = label_keys, point_keys
+        further = (*(() if mask_key is None else (mask_key,)), *(label_keys or ()), *(point_keys or ()))
+        super().__init__((*keys, *further), allow_missing_keys)
         self.fixed_key, self.moving_key, self.ddf_key, self.mask_key = fixed_key, moving_key, ddf_key, mask_key
         self.refine = RefineDDF(device, **kwargs)
 
@@ -94,7 +101,11 @@ class RefineDDFd(MapTransform):
         present = set(self.key_iterator(d))
         if {self.fixed_key, self.moving_key} <= present:
             mask = None if self.mask_key is None else d.get(self.mask_key)
-            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), mask)
+            guides = [
+                tuple(d[key] for key in keys) if keys is not None and set(keys) <= present else None
+                for keys in (self.label_keys, self.point_keys)
+            ]
+            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), mask, *guides)
         return d
 
 
