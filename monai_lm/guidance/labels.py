@@ -28,10 +28,11 @@ class Labels(Guidance):
     """Labels that shall lie on each other: the mean over labels of one minus soft Dice, ``2 Σ F W / (Σ F² + Σ W²)``.
 
     ``F`` is the fixed and ``W`` the warped moving label, both smoothed. Every border pulls with the same strength,
-    whatever the size and the number of labels. Labels are handled one by one, in the boxes that hold them, which
-    takes about 1 ms per label and iteration on a CPU core, at 2 mm. Extra memory beside what every guidance needs, 6 V and 3 more
-    with a prediction, where V is one image in float32: 4 V for a moment, and the boxes, which are .4 to 1.5 V for a few
-    organs and 8.6 V for the 138 structures of a brain.
+    whatever the size and the number of labels: with a weight of 1 where it is off by its width ten times as hard as
+    images do. Labels are handled one by one, in the boxes that hold them, which takes about 1 ms per label and
+    iteration on a CPU core for a brain at 2 mm. Extra memory beside what every guidance needs, 6 V and 3 more with a
+    prediction, where V is one image in float32: 4 V for a moment, and the boxes, which are .4 to 1.5 V for a few organs
+    and 8.6 V for the 138 structures of a brain.
 
     Args:
         fixed: ``(B, 1, *S)`` whole numbers, on the grid of the images; 0 is background.
