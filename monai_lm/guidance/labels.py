@@ -31,7 +31,7 @@ class Labels(Guidance):
     whatever the size and the number of labels: with a weight of 1 where it is off by its width ten times as hard as
     images do. Labels are handled one by one, in the boxes that hold them, which takes about 1 ms per label and
     iteration on a CPU core for a brain at 2 mm. Extra memory beside what every guidance needs, 6 V and 3 more with a
-    prediction, where V is one image in float32: 4 V for a moment, and the boxes, which are .4 to 1.5 V for a few organs
+    prediction, where V is one image in float32: 4 V for a moment, and the boxes, which are .4 to .9 V for a few organs
     and 8.6 V for the 138 structures of a brain.
 
     Args:
