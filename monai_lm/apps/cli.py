@@ -102,6 +102,9 @@ def _options(
     file_format: str = "itk",
     report: bool = True,
     jacobian: bool = False,
+    guide_labels: list[int] | str | None = None,
+    guide_points: bool = False,
+    guide_weight: float = 1.0,
 ) -> dict[str, Any]:
     """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.commands.refine_pair`.
 
@@ -120,7 +123,11 @@ def _options(
         file_format: of the fields written: itk, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
+        guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, or all.
+        guide_points: whether fixed_points and moving_points guide the refinement.
+        guide_weight: how hard they pull, relative to the images.
     """
+    guided = guide_labels is not None or guide_points
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
         "memory": memory, "kernels": kernels,
@@ -130,7 +137,9 @@ def _options(
         settings = {name: value for name, value in settings.items() if value != defaults[name].default}
     return {
         "bundle": bundle, "ddf_format": ddf_format, "device": device, "file_format": file_format, "report": report,
-        "jacobian": jacobian, "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
+        "jacobian": jacobian,
+        "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight} if guided else None,
+        "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
     }  # fmt: skip
 
 

@@ -45,8 +45,8 @@ def refine_cohort(
             complete pair of the list.
         overwrite: do all pairs again.
         progress: show a progress bar.
-        kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``settings``, ``bundle``, ``ddf_format`` and
-            ``command`` of :func:`monai_lm.apps.commands.refine_pair`.
+        kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``settings``, ``bundle``, ``ddf_format``,
+            ``guide`` and ``command`` of :func:`monai_lm.apps.commands.refine_pair`.
 
     Returns:
         The rows of the table, and by name why a pair failed.
@@ -94,7 +94,7 @@ def _files_of(entry: Entry) -> dict[str, Any]:
 
 def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any]) -> set[str]:
     """Names of the pairs that are there already; ValueError for folders that hold something else."""
-    how = {key: kwargs[key] for key in ("settings", "bundle", "file_format", "ddf_format") if key in kwargs}
+    how = {key: kwargs[key] for key in ("settings", "bundle", "file_format", "ddf_format", "guide") if key in kwargs}
     file_format = kwargs.get("file_format", "itk")
     done, problems = set(), []
     for entry in entries:

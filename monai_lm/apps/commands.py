@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.apps.bundle import RegistrationBundle
+from monai_lm.apps.guides import check_guide, guides_of
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
@@ -69,6 +70,7 @@ def refine_pair(
     ddf_format: str = "auto",
     command: str | None = None,
     jacobian: bool = False,
+    guide: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -96,6 +98,7 @@ def refine_pair(
         command: recorded as what was called.
         jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
             see :func:`monai_lm.apps.jacobian.jacobian_field`.
+        guide: what guides, of ``labels`` and ``points``; see :func:`monai_lm.apps.guides.guides_of`.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -111,6 +114,7 @@ def refine_pair(
     given = [name for name, value in own.items() if value is not None]
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    check_guide(guide, labels, points, bundle)
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
     names = pair_outputs(file_format, labels is not None, report, jacobian)
@@ -120,7 +124,7 @@ def refine_pair(
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
     recipe = pair_recipe(
-        fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format
+        fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide
     )
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
@@ -131,8 +135,9 @@ def refine_pair(
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
             shown, hides = (onto, None) if pair.moving_mask is None else pair.masked(onto)
-            result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, moving_mask=hides, **keywords)
-            used = settings_of(keywords)
+            beside: dict[str, Any] = {"moving_mask": hides, "guidance": guides_of(pair, guide, chosen)}
+            result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
+            used = settings_of(keywords | {"guidance": guide})
         else:
             predicted, result, used = _registered(bundle, pair, chosen, settings)
     case = _case(pair, onto, result, predicted, used)

@@ -28,9 +28,11 @@ class Labels(Guidance):
     """Labels that shall lie on each other: the mean over labels of one minus soft Dice, ``2 Σ F W / (Σ F² + Σ W²)``.
 
     ``F`` is the fixed and ``W`` the warped moving label, both smoothed. Every border pulls with the same strength,
-    whatever the size and the number of labels. Labels are handled one by one, in the boxes that hold them. Extra memory
-    beside what every guidance needs, 6 V and 3 more with a prediction, where V is one image in float32: the boxes of
-    all labels, twice, and 4 V for a moment.
+    whatever the size and the number of labels: with a weight of 1 where it is off by its width ten times as hard as
+    images do. Labels are handled one by one, in the boxes that hold them, which takes about 1 ms per label and
+    iteration on a CPU core for a brain at 2 mm. Extra memory beside what every guidance needs, 6 V and 3 more with a
+    prediction, where V is one image in float32: 4 V for a moment, and the boxes, which are .4 to .9 V for a few organs
+    and 8.6 V for the 138 structures of a brain.
 
     Args:
         fixed: ``(B, 1, *S)`` whole numbers, on the grid of the images; 0 is background.
@@ -69,8 +71,8 @@ class Labels(Guidance):
         pairs = zip(self.fixed, self.moving, strict=True)
         common = [sorted(set(f.unique().tolist()) & set(m.unique().tolist())) for f, m in pairs]
         self.values = [[v for v in found if (v if values is None else v in values)] for found in common]
-        self.fixed_boxes = [_bounds(f, found) for f, found in zip(self.fixed, self.values, strict=True)]
-        self.moving_boxes = [_bounds(m, found) for m, found in zip(self.moving, self.values, strict=True)]
+        self._fixed_boxes = [_bounds(f, found) for f, found in zip(self.fixed, self.values, strict=True)]
+        self._moving_boxes = [_bounds(m, found) for m, found in zip(self.moving, self.values, strict=True)]
         if values is not None and (missing := sorted(set(values) - {v for found in common for v in found})):
             raise ValueError(f"values must be labels that both maps have, got {missing}, which no pair has")
         if empty := [pair for pair, found in enumerate(self.values) if not found]:
@@ -141,7 +143,7 @@ class _Overlap(Term):
         sigma = [labels.sigma * unit for unit in grid.unit]
         self.soft = []
         for pair, values in enumerate(labels.values):
-            for value, here, there in zip(values, labels.fixed_boxes[pair], labels.moving_boxes[pair], strict=True):
+            for value, here, there in zip(values, labels._fixed_boxes[pair], labels._moving_boxes[pair], strict=True):
                 fixed = _soft(labels.fixed[pair, 0], value, here, grid, sigma)
                 moving = _soft(labels.moving[pair, 0], value, there, grid, sigma)
                 self.soft.append(_Soft(pair, *fixed, *moving))

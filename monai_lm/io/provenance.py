@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import monai_lm
+from monai_lm.guidance import Guidance
 from monai_lm.similarity import Similarity
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.damping import Damping
@@ -91,6 +92,7 @@ def pair_recipe(
     settings: Mapping[str, Any] | None = None,
     file_format: str = "itk",
     ddf_format: str = "auto",
+    guide: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Recipe of :func:`monai_lm.apps.commands.refine_pair`, whose arguments these are."""
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf, "affine": affine}
@@ -100,6 +102,8 @@ def pair_recipe(
     files = {k: Path(v).absolute() for k, v in given.items() if v is not None}
     chosen = settings_of(settings) if bundle is None else describe(settings or {})
     kept = {name: value for name, value in chosen.items() if name not in NEUTRAL}
+    if guide is not None:
+        kept["guidance"] = describe(guide)
     return Recipe(files, kept | {"file_format": file_format, "ddf_format": ddf_format})
 
 
@@ -118,8 +122,8 @@ def settings_of(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def describe(value: Any) -> Any:
     """A setting as JSON: numbers, text, lists and dictionaries as they are, anything else by its type and settings.
 
-    Of a similarity, a module or a part of the method these are its public attributes, and a digest of its weights;
-    other objects and functions are told by their names alone.
+    Of a guidance, a similarity, a module or a part of the method these are its public attributes, and a digest of its
+    weights; other objects and functions are told by their names alone.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -137,7 +141,7 @@ def describe(value: Any) -> Any:
         return f"{type(value).__name__} {tuple(value.shape)} {_digest(torch.as_tensor(value))}"
     kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if not isinstance(value, Similarity | nn.Module | Descent | Damping | Acceptance | Smoothing):
+    if not isinstance(value, Guidance | Similarity | nn.Module | Descent | Damping | Acceptance | Smoothing):
         return name
     out = {k: describe(v) for k, v in vars(value).items() if not k.startswith("_") and k != "training"}
     return {"type": name} | out | ({"weights": weights_digest(value)} if isinstance(value, nn.Module) else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from monai_lm.fields import fold_count, invert, jacobian_determinant, sample_points, warp
 from monai_lm.fields.space import to_voxel, to_world
 from monai_lm.fields.topology import LOG_FLOOR
+from monai_lm.guidance import Guidance, Keypoints, Labels
 from monai_lm.io import READABLE, file_suffix, read_ddf, write_ddf
 from monai_lm.kernels.devices import widest_float
 from monai_lm.solver.checks import check_finite
@@ -39,6 +41,8 @@ class RefineDDF(Transform):
 
     Args:
         device: where to compute; default: where the fixed image is. The result stays there.
+        guide_values: labels that guide, where there are label maps; ``None``: all that both have.
+        guide_weight: how hard labels and points pull, relative to the images.
         kwargs: keyword arguments of :func:`monai_lm.refine`. ``spacing`` defaults to that of the fixed image if it is
             a ``MetaTensor``, else to one.
 
@@ -49,9 +53,15 @@ class RefineDDF(Transform):
 
     backend = [TransformBackends.TORCH]  # noqa: RUF012 (MONAI's class attribute)
 
-    def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        guide_values: Sequence[int] | None = None,
+        guide_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         check_keywords("RefineDDF", kwargs)
-        self.device = device
+        self.device, self.guide_values, self.guide_weight = device, guide_values, guide_weight
         self.kwargs = kwargs
 
     def __call__(  # type: ignore[override]
@@ -61,6 +71,8 @@ class RefineDDF(Transform):
         ddf: NdarrayOrTensor | None = None,
         mask: NdarrayOrTensor | None = None,
         moving_mask: NdarrayOrTensor | None = None,
+        labels: tuple[NdarrayOrTensor, NdarrayOrTensor] | None = None,
+        points: tuple[NdarrayOrTensor, NdarrayOrTensor] | None = None,
     ) -> MetaTensor:
         """Refine.
 
@@ -70,6 +82,9 @@ class RefineDDF(Transform):
             ddf: ``(n, *S)`` predicted displacement in voxels; ``None`` starts from the identity.
             mask: ``(1, *S)`` on the fixed grid, weights in [0, 1]: the similarity counts where it is not zero.
             moving_mask: ``(1, *S)``, the same on the moving grid; it goes with the moving image.
+            labels: ``(1, *S)`` of the fixed and of the moving image, that guide; see :class:`monai_lm.guidance.Labels`.
+            points: ``(N, n)`` in voxels of the fixed and of the moving image, that guide; see
+                :class:`monai_lm.guidance.Keypoints`.
 
         Returns:
             ``(n, *S)`` refined displacement in voxels with the affine of the fixed image; ``meta["refinement"]`` holds
@@ -93,6 +108,7 @@ class RefineDDF(Transform):
         kwargs = dict(self.kwargs)
         if isinstance(fixed, MetaTensor) and kwargs.get("spacing") is None:
             kwargs["spacing"] = fixed.pixdim.tolist()
+        kwargs["guidance"] = self._guides(pair["fixed"].device, labels, points, kwargs.get("guidance"))
         result = refine(**pair, **kwargs)
         out = MetaTensor(result.ddf[0], affine=fixed.affine.clone() if isinstance(fixed, MetaTensor) else None)
         if isinstance(fixed, MetaTensor) and "filename_or_obj" in fixed.meta:
@@ -106,6 +122,19 @@ class RefineDDF(Transform):
             "prediction_used": None if result.prediction_used is None else not result.unused,
             "seconds": result.seconds,
         }
+        return out
+
+    def _guides(
+        self, device: torch.device, labels: Any, points: Any, given: Guidance | Sequence[Guidance] | None
+    ) -> list[Guidance]:
+        """What guides: what the transform was made with, and the labels and points of the pair."""
+        out = [] if given is None else [given] if isinstance(given, Guidance) else list(given)
+        if labels is not None:
+            maps = [convert_to_tensor(x, track_meta=False, device=device)[None] for x in labels]
+            out.append(Labels(maps[0], maps[1], self.guide_weight, self.guide_values))
+        if points is not None:
+            pair = [convert_to_tensor(x, track_meta=False, device=device)[None] for x in points]
+            out.append(Keypoints(pair[0], pair[1], self.guide_weight))
         return out
 
 

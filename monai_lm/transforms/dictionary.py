@@ -64,7 +64,10 @@ class RefineDDFd(MapTransform):
         device: where to compute; default: where the fixed image is.
         mask_key: weights ``(1, *S)`` on the fixed grid, see :class:`RefineDDF`; ``None``: every voxel counts.
         moving_mask_key: weights ``(1, *S)`` on the moving grid; ``None``: every voxel counts.
-        kwargs: keyword arguments of :func:`monai_lm.refine`.
+        label_keys: label maps ``(1, *S)`` of the fixed and of the moving image, that guide; ``None``: none.
+        point_keys: points ``(N, n)`` in voxels of the fixed and of the moving image, that guide; ``None``: none.
+        kwargs: ``guide_values`` and ``guide_weight`` of :class:`RefineDDF`, and keyword arguments of
+            :func:`monai_lm.refine`.
     """
 
     backend = RefineDDF.backend
@@ -78,12 +81,16 @@ class RefineDDFd(MapTransform):
         device: torch.device | str | None = None,
         mask_key: str | None = None,
         moving_mask_key: str | None = None,
+        label_keys: tuple[str, str] | None = None,
+        point_keys: tuple[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         masks = [key for key in (mask_key, moving_mask_key) if key is not None]
-        super().__init__((fixed_key, moving_key, ddf_key, *masks), allow_missing_keys)
+        keys = (fixed_key, moving_key, ddf_key, *masks, *(label_keys or ()), *(point_keys or ()))
+        super().__init__(keys, allow_missing_keys)
         self.fixed_key, self.moving_key, self.ddf_key = fixed_key, moving_key, ddf_key
         self.mask_key, self.moving_mask_key = mask_key, moving_mask_key
+        self.label_keys, self.point_keys = label_keys, point_keys
         self.refine = RefineDDF(device, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -97,7 +104,11 @@ class RefineDDFd(MapTransform):
         present = set(self.key_iterator(d))
         if {self.fixed_key, self.moving_key} <= present:
             masks = [None if key is None else d.get(key) for key in (self.mask_key, self.moving_mask_key)]
-            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), *masks)
+            guides = [
+                tuple(d[key] for key in keys) if keys is not None and set(keys) <= present else None
+                for keys in (self.label_keys, self.point_keys)
+            ]
+            d[self.ddf_key] = self.refine(d[self.fixed_key], d[self.moving_key], d.get(self.ddf_key), *masks, *guides)
         return d
 
 

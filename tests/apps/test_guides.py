@@ -1,0 +1,81 @@
+"""Labels and landmarks of files guide their refinement, on grids and after an affine of any kind."""
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_lm.apps import cli
+from monai_lm.apps.commands import refine_pair
+from monai_lm.fields import gaussian_smooth
+
+FIXED = np.array([[-1.5, 0, 0, 20], [0, 1, 0, -5], [0, 0, 2, 3], [0, 0, 0, 1.0]])
+MOVING = np.array([[0, 1.2, 0, -3], [1.0, 0, 0, -6], [0, 0, 1.6, 2], [0, 0, 0, 1.0]])
+SHIFT = np.array([1.5, 1.0, -2.0])
+QUICK = {"iterations": 30, "similarity": "mse"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Images that say little, and a ball and points that are shifted in space; the paths by their roles."""
+    noise = 1e-3 * torch.randn(2, 1, 22, 21, 20, generator=torch.Generator().manual_seed(0))
+    paths = {}
+    for role, affine, image in zip(("fixed", "moving"), (FIXED, MOVING), gaussian_smooth(noise, 2.0), strict=True):
+        centre = np.array([4.0, 5.0, 22.0]) + (SHIFT if role == "moving" else 0)
+        voxels = np.stack(np.meshgrid(*(np.arange(s) for s in image.shape[1:]), indexing="ij"), -1)
+        space = voxels @ affine[:3, :3].T + affine[:3, 3]
+        ball = (np.linalg.norm(space - centre, axis=-1) < 6).astype(np.uint8)
+        for kind, values in (("", image[0].numpy()), ("_label", ball)):
+            paths[role + kind] = tmp_path / f"{role}{kind}.nii.gz"
+            nib.save(nib.Nifti1Image(values, affine), paths[role + kind])
+        points = centre + 4 * np.vstack([np.eye(3), -np.eye(3)])
+        paths[role + "_points"] = tmp_path / f"{role}.csv"
+        np.savetxt(paths[role + "_points"], points, delimiter=",", header="x,y,z", comments="")
+    return paths
+
+
+def test_labels_and_points_of_files_are_brought_together(files, tmp_path):
+    labels, points = ((files[f"fixed_{k}"], files[f"moving_{k}"]) for k in ("label", "points"))
+    images = files["fixed"], files["moving"]
+    for guide in ({"labels": "all", "weight": 50}, {"points": True, "weight": 50}):
+        out = tmp_path / next(iter(guide))
+        metrics = refine_pair(
+            *images, out, labels=labels, points=points, report=False, settings=QUICK, guide=guide, device="cpu"
+        )
+        name, better = ("dice", 1) if "labels" in guide else ("tre", -1)
+        key = next(k for k in metrics if k.startswith(name) and k.endswith("_before"))
+        assert better * metrics[key.replace("before", "after")] > better * metrics[key] * (1.05 if better > 0 else 0.5)
+        assert metrics["folds_after"] == 0
+        assert metrics["provenance"]["settings"]["guidance"] == guide
+
+
+def test_the_command_line_says_what_guides(files, tmp_path, monkeypatch, capsys):
+    roles = [f"--{role}={path}" for role, path in files.items()]
+    options = [
+        "--guide_labels=[1]",
+        "--guide_points=true",
+        "--guide_weight=2",
+        "--report=false",
+        "--iterations=2",
+        "--json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "refine", *roles, f"--output_dir={tmp_path / 'out'}", *options])
+    cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["provenance"]["settings"]["guidance"] == {"labels": [1], "points": True, "weight": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        ({"labels": "all"}, "guide_labels needs fixed_label and moving_label"),
+        ({"points": True}, "guide_points needs fixed_points and moving_points"),
+        ({"labels": "some"}, "guide_labels must be a list of labels or 'all'"),
+    ],
+)
+def test_what_is_not_there_cannot_guide(files, tmp_path, guide, message):
+    with pytest.raises(ValueError, match=message):
+        refine_pair(files["fixed"], files["moving"], tmp_path / "out", report=False, guide=guide)
