@@ -47,6 +47,9 @@ LOSS, LITTLE, KNOWN = -0.02, 0.02, 0.5
 """A field that costs more :func:`information` than the first is doubted, and one that gains less than the second where
 the images tell less than the third of each other."""
 
+TOLD = 0.3
+"""Below this :func:`information` a field of MI or MIND is doubted, of which no local fit can be asked."""
+
 ROUGHNESS = 0.82
 """A field whose log Jacobian varies more than this is doubted."""
 
@@ -201,7 +204,8 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"{POLARITY:g}), and the measure expects one relation. Use similarity mi or mind, and look at the result."
         )
     gained = evidence.gained
-    if gained < LOSS or (gained < LITTLE and evidence.information < KNOWN):
+    untold = evidence.any_contrast and evidence.information < TOLD
+    if untold or gained < LOSS or (gained < LITTLE and evidence.information < KNOWN):
         found["information"] = (
             f"Mutual information does not confirm the field: the fixed image tells {evidence.information:.2f} of the "
             f"warped one's intensities, {abs(gained):.2f} {'less' if gained < 0 else 'more'} than before."

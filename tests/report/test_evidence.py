@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from monai_lm import refine
 from monai_lm.fields import warp
 from monai_lm.report.evidence import (
     AGREEMENT,
@@ -87,6 +88,7 @@ def test_doubts_name_the_bound_that_is_crossed():
             "information",
             "tells 0.80 of the warped one's intensities, 0.12 less",
         ),
+        (Evidence(0.2, 0.3, 0.01, information=0.03, gained=0.05, any_contrast=True), "information", "tells 0.03 of"),
         (
             Evidence(0.95, 0.3, 0.01, 0.99, 0.4, 0.01),
             "information",
@@ -140,3 +142,11 @@ def test_information_is_that_of_any_map_and_falls_with_noise(smooth_image, rando
     mask = torch.zeros_like(image)
     mask[..., :30, :] = 1
     assert information(image, torch.where(mask > 0, image, noise), mask) > 0.7
+
+
+def test_noise_that_mutual_information_refined_onto_noise_is_doubted():
+    fixed, moving = (torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    ddf = refine(fixed, moving, similarity="mi").ddf
+    found = evidence_of(fixed, warp(moving, ddf), ddf, before=moving, similarity="mi")
+    assert found.gained > 0.02
+    assert "information" in doubts_of(found)
