@@ -75,6 +75,10 @@ class Similarity(ABC):
         """
         return (standard_range(fixed), standard_range(moving)) if self.standardized else (None, None)
 
+    def image_ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """The same for images that are still to be described, so that half precision can hold them."""
+        return self.ranges(fixed, moving)
+
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """What every evaluation needs of the fixed image, shifted and scaled already.
 

@@ -68,12 +68,12 @@ class Combined(Similarity):
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """How to shift and scale every group of channels, by its measure."""
         groups = zip(self.measures, self._split(fixed), self._split(moving), strict=True)
-        per_group = [(measure.ranges(f, m), f) for measure, f, m in groups]
-        joined = []
-        for which in (0, 1):
-            parts = [ranges[which] or _neutral(images) for ranges, images in per_group]
-            joined.append((torch.cat([shift for shift, _ in parts], 1), torch.cat([factor for _, factor in parts], 1)))
-        return joined[0], joined[1]
+        return _joined([(measure.ranges(f, m), f) for measure, f, m in groups])
+
+    def image_ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """The same for images that are still to be described."""
+        groups = zip(self.measures, self._plain(fixed), self._plain(moving), strict=True)
+        return _joined([(measure.image_ranges(f, m), f) for measure, f, m in groups])
 
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The tuple of the measures' references."""
@@ -121,3 +121,12 @@ def _neutral(image: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and factor that leave an image ``(B, C, *S)`` as it is."""
     zeros = torch.zeros(image.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
     return zeros, torch.ones_like(zeros)
+
+
+def _joined(per_group: list[tuple[tuple[Range, Range], Tensor]]) -> tuple[Range, Range]:
+    """The ranges of groups of channels ``(B, C, *S)`` as one."""
+    joined = []
+    for which in (0, 1):
+        parts = [ranges[which] or _neutral(images) for ranges, images in per_group]
+        joined.append((torch.cat([shift for shift, _ in parts], 1), torch.cat([factor for _, factor in parts], 1)))
+    return joined[0], joined[1]

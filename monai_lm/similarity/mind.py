@@ -61,6 +61,11 @@ class MIND(MSE):
         return None, None
 
     @override
+    def image_ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """Zero mean and unit contrast: contexts do not depend on it."""
+        return standard_range(fixed), standard_range(moving)
+
+    @override
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = warped.detach().requires_grad_()

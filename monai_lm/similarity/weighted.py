@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,8 +54,18 @@ class Weighted(Similarity):
 
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
         """As the measure shifts and scales the images; the weights stay as they are."""
+        return self._beside(self.measure.ranges, fixed, moving)
+
+    def image_ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
+        """The same for images that are still to be described."""
+        return self._beside(self.measure.image_ranges, fixed, moving)
+
+    def _beside(
+        self, ranges: Callable[[Tensor, Tensor], tuple[Range, Range]], fixed: Tensor, moving: Tensor
+    ) -> tuple[Range, Range]:
+        """Ranges of the images, and of the moving one's weight, which stays as it is."""
         image = fixed[:, :-1] if self.weighs_fixed else fixed
-        of_fixed, of_moving = self.measure.ranges(image, moving[:, int(self.weighs_moving) :])
+        of_fixed, of_moving = ranges(image, moving[:, int(self.weighs_moving) :])
         if self.weighs_moving and of_moving is not None:
             shift, factor = of_moving
             of_moving = (

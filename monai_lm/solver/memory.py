@@ -40,7 +40,7 @@ def halved(fixed: Tensor, moving: Tensor, similarity: Similarity) -> tuple[Tenso
 
     A weight of the fixed image, its last channel, is not shifted; the ranges of the moving one leave its own alone.
     """
-    of_fixed, of_moving = similarity.ranges(fixed, moving)
+    of_fixed, of_moving = similarity.image_ranges(fixed, moving)
     channels = moving.shape[1] - int(similarity.weighs_moving)
 
     def half(image: Tensor, range_: Range) -> Tensor:

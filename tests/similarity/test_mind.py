@@ -111,3 +111,13 @@ def test_it_is_a_group_of_a_combination(random_tensor):
 def test_a_size_that_cannot_be_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):
         MIND(**{name: value})
+
+
+@pytest.mark.parametrize("measure", [MIND(), Combined([MIND(), MSE()], [1, 1])])
+def test_half_precision_holds_images_of_any_scale(measure, smooth_image, smooth_field):
+    moving, fixed, truth = blobs(VOLUME, smooth_image, smooth_field)
+    if isinstance(measure, Combined):
+        fixed, moving = (torch.cat([image, image], 1) for image in (fixed, moving))
+    full, half = (refine(1e6 * fixed, 1e6 * moving, similarity=measure, memory=mode) for mode in ("full", "half"))
+    assert away(half.ddf, full.ddf) < 0.1 * away(0 * truth, truth)
+    assert away(half.ddf, truth) < 0.6 * away(0 * truth, truth)
