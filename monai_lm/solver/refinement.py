@@ -308,7 +308,7 @@ def _finish(
     if not bool(torch.isfinite(initial).all()):
         pairs = (~torch.isfinite(initial)).nonzero().flatten().tolist()
         warnings.warn(f"similarity is not finite at the prediction of pairs {pairs}", stacklevel=6)
-    better = (loss <= initial) & ~constant
+    better = (loss <= initial) & torch.isfinite(initial) & ~constant
     rounded = engine.residual.field.dtype == torch.half
     ddf = engine.displacement(better)
     if rounded:  # what was rounded may fold

@@ -176,3 +176,15 @@ def test_masks_that_do_not_fit():
     for mask in (torch.ones(1, 1, *FLAT), torch.eye(32, 30)[None, None]):
         with pytest.raises(ValueError, match="moving_mask must be None for a similarity that cannot weigh voxels"):
             run(fixed, moving, moving_mask=mask, similarity=torch.nn.MSELoss())
+
+
+@pytest.mark.parametrize("similarity", ["lncc", "mi"])
+def test_masks_that_meet_on_coarse_levels_only_keep_the_field(similarity):
+    fixed, moving, _, mask = lesion((48, 46))
+    left = torch.zeros_like(mask)
+    left[:, :, :24] = 1
+    with pytest.warns(UserWarning, match=r"similarity is not finite at the prediction of pairs \[0\]"):
+        result = run(
+            fixed, moving, None, left, moving_mask=1 - left, iterations=5, scales=(4, 1), similarity=similarity
+        )
+    assert not result.ddf.any()
