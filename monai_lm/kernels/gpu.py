@@ -8,15 +8,17 @@ kernel             launches                                                  V m
 =================  ========================================================  ==========================================
 ``sample``         1                                                         5; 8 through a second field
 ``compose``        1                                                         9
-``smooth``         1; a radius above 6: one an axis                          2 a channel; 2 a channel and axis
-``elastic``        as ``smooth``, and a few in PyTorch for a large radius    6
+``smooth``         1 an axis                                                 2 a channel and axis, 1 a channel kept
+``elastic``        2; 3, and a few in PyTorch, for a radius above 6          13: 4 to 1 V that is kept, a divergence
 ``gradient``       2                                                         11: 5 to 3 V that are kept, 6 to smooth it
 ``step``           1, and a sum                                              11; 9 without what is expected
 ``lncc``           2, and a sum; a radius above 4: 9 and a sum               11: 5 to 3 V that are kept, 6 from them
 ``mse``            1, and a sum                                              3
 ``ncc``            2, and two sums                                           5
 ``mi``             2, a sum, and some 40 in PyTorch on tables of bins        5; up to ½ for ¼ V of parts that is kept
+``choose``         1                                                         6; nothing for pairs that are not chosen
 ``unfolded``       1, and a sum; one more through a second field             3, 12 with 3 V kept; ¼ for the cells
+``mend``           21, and ``unfolded``                                      54, with 3 V kept
 ``gradient_sums``  1, and some sums                                          3
 ``image_sums``     1, and some sums                                          1
 =================  ========================================================  ==========================================
@@ -29,8 +31,7 @@ Sizes are arguments at run time, so one compilation serves all shapes. Places wi
 volumes go to the reference), those of channels and pairs 64. A program writes its part of a sum to a place of its own,
 and the parts are added in one order: results are the same each time. Nothing waits for the device.
 
-What the kernels cannot serve, float64 above all, and mutual information of more than 64 bins, goes to the reference;
-``choose`` and ``mend`` have no kernel here.
+What the kernels cannot serve, float64 above all, and mutual information of more than 64 bins, goes to the reference.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -52,12 +53,14 @@ from torch import Tensor
 from monai_lm.kernels import reference
 
 __all__ = [
+    "choose",
     "compose",
     "elastic",
     "gradient",
     "gradient_sums",
     "image_sums",
     "lncc",
+    "mend",
     "mi",
     "mse",
     "ncc",
@@ -218,6 +221,18 @@ def _ranged(value, shift, factor, q):
 
 
 @triton.jit
+def _range(shift, factor, q):
+    """Shift and factor of channel ``q`` of all pairs, for kernels that need them again and again."""
+    first = 0.0
+    times = 1.0
+    if shift is not None:
+        first = tl.load(shift + q)
+    if factor is not None:
+        times = tl.load(factor + q)
+    return first, times
+
+
+@triton.jit
 def _difference(image, at, i, size, stride, mask):
     """Central difference along an axis, one-sided at its ends."""
     low = tl.maximum(i - 1, 0)
@@ -255,39 +270,11 @@ def _chosen(numbers, k):
 
 
 @triton.jit
-def _slope(image, x, y, z, axis: tl.constexpr, nx, ny, nz):
-    """Difference along an axis, central, one-sided at the edges."""
-    at = (x * ny + y) * nz + z
-    if axis == 0:
-        i, n, stride = x, nx, ny * nz
-    elif axis == 1:
-        i, n, stride = y, ny, nz
-    else:
-        i, n, stride = z, nz, 1
-    high = _within(i + 1, n)
-    low = _within(i - 1, n)
-    above = tl.load(image + at + (high - i) * stride).to(tl.float32)
-    return (above - tl.load(image + at + (low - i) * stride).to(tl.float32)) / (high - low)
-
-
-@triton.jit
-def _push(field, channel, x, y, z, nx, ny, nz, ndim: tl.constexpr):
-    """Difference of the divergence of a field along the axis of a channel; places are within the volume."""
-    size = (nx * ny * nz).to(tl.int64)
-    axis = channel + (3 - ndim)
-    span = 0
-    out = tl.zeros(z.shape, tl.float32) * y
-    for sign in tl.static_range(-1, 2, 2):
-        there_x = _within(x + tl.where(axis == 0, sign, 0), nx)
-        there_y = _within(y + tl.where(axis == 1, sign, 0), ny)
-        there_z = _within(z + tl.where(axis == 2, sign, 0), nz)
-        divergence = _slope(field + (ndim - 2) * size, there_x, there_y, there_z, 1, nx, ny, nz)
-        divergence += _slope(field + (ndim - 1) * size, there_x, there_y, there_z, 2, nx, ny, nz)
-        if ndim == 3:
-            divergence += _slope(field, there_x, there_y, there_z, 0, nx, ny, nz)
-        out += sign * divergence
-        span += sign * (there_x + there_y + there_z)
-    return out / span
+def _on_axis(x, y, z, nx, ny, nz, axis):
+    """Position, size and stride along an axis that is known at run time."""
+    i = tl.where(axis == 0, x, tl.where(axis == 1, y, z))
+    size = tl.where(axis == 0, nx, tl.where(axis == 1, ny, nz))
+    return i, size, tl.where(axis == 0, ny * nz, tl.where(axis == 1, nz, 1))
 
 
 @triton.jit
@@ -420,17 +407,20 @@ def _compose(
 
 @_kernel
 def _smooth(
-    image, image_pair: tl.int64, channels, bulk, weight, out, out_pair: tl.int64, nx, ny, nz, chunk, taps_x, taps_y,
-    taps_z, rx: tl.constexpr, ry: tl.constexpr, rz: tl.constexpr, rows: tl.constexpr, groups: tl.constexpr,
+    image, image_pair: tl.int64, channels, bulk, divergence, weight, out, out_pair: tl.int64, nx, ny, nz, chunk, taps_x,
+    taps_y, taps_z, rx: tl.constexpr, ry: tl.constexpr, rz: tl.constexpr, rows: tl.constexpr, groups: tl.constexpr,
     bz: tl.constexpr
 ):  # fmt: skip
     q, start, stop, y, z = _column(nx, ny, nz, chunk, rows, groups, bz)
     size = (nx * ny * nz).to(tl.int64)
     pair = q // channels
     channel = q % channels
-    field = image + pair * image_pair
-    image = field + channel * size
+    image += pair * image_pair + channel * size
     out += pair * out_pair + channel * size
+    if divergence is not None:
+        divergence += pair * size
+        axis = channel + (3 - len(bulk))
+        kappa = _chosen(bulk, channel)
     first = start - rx
     alpha = 1.0
     if weight is not None:
@@ -459,16 +449,29 @@ def _smooth(
             if weight is not None:
                 old = tl.load(image + at, mask, 0.0).to(tl.float32)
                 value = old + alpha * (value - old)
-            if bulk is not None:
-                push = _push(field, channel, x, _within(y + j, ny), _within(z, nz), nx, ny, nz, len(bulk))
-                value += alpha * _chosen(bulk, channel) * push
+            if divergence is not None:
+                i, count, stride = _on_axis(x, y + j, z, nx, ny, nz, axis)
+                value += alpha * kappa * _difference(divergence, at, i, count, stride, mask)
             tl.store(out + at, value, mask)
         x += 1
 
 
 @_kernel
+def _divergence(
+    field, field_pair: tl.int64, out, nx, ny, nz, ndim: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
+):  # fmt: skip
+    pair, x, y, z, mask, at = _tile(nx, ny, nz, by, bz)
+    size = (nx * ny * nz).to(tl.int64)
+    last = field + pair * field_pair + (ndim - 1) * size
+    value = _difference(last, at, z, nz, 1, mask) + _difference(last - size, at, y, ny, nz, mask)
+    if ndim == 3:
+        value += _difference(field + pair * field_pair, at, x, nx, ny * nz, mask)
+    tl.store(out + pair * size + at, value, mask)
+
+
+@_kernel
 def _filter_axis(
-    image, image_pair: tl.int64, channels, out, out_pair: tl.int64, nx, ny, nz, radius, sigma, norm, axis: tl.constexpr,
+    image, image_pair: tl.int64, channels, out, out_pair: tl.int64, nx, ny, nz, axis, radius, sigma, norm,
     gaussian: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
 ):  # fmt: skip
     """One axis of a Gaussian filter, or of a window sum (zero outside), of any radius."""
@@ -476,12 +479,7 @@ def _filter_axis(
     size = (nx * ny * nz).to(tl.int64)
     image += (q // channels) * image_pair + (q % channels) * size
     out += (q // channels) * out_pair + (q % channels) * size
-    if axis == 0:
-        i, count, stride = x, nx, ny * nz
-    elif axis == 1:
-        i, count, stride = y, ny, nz
-    else:
-        i, count, stride = z, nz, 1
+    i, count, stride = _on_axis(x, y, z, nx, ny, nz, axis)
     total = tl.zeros([by, bz], tl.float32)
     for k in range(-radius, radius + 1):
         there = _within(i + k, count)
@@ -513,6 +511,7 @@ def _lncc(
     if weight is not None:
         weight += pair * weight_pair
     abc += 3 * q * size
+    first, times = _range(shift, factor, q)
     zero = tl.zeros([groups, bz], tl.float32)
     loss = zero
     planes = _zeros(2 * rx * rows * sums, groups, bz)
@@ -531,7 +530,7 @@ def _lncc(
                 mask = in_row & (there >= 0) & (there < nz)
                 i = tl.load(warped + line + there, mask, 0.0).to(tl.float32)
                 j = tl.load(fixed + line + there, mask, 0.0).to(tl.float32)
-                j = tl.where(mask, _ranged(j, shift, factor, q), 0.0)
+                j = tl.where(mask, (j - first) * times, 0.0)
                 wi, wj = i, j
                 if weight is not None:
                     w = tl.load(weight + line + there, mask, 0.0).to(tl.float32)
@@ -956,6 +955,72 @@ def _step(
     _store_vector(out + pair * out_pair, size, at, ux, uy, uz, mask, ndim)
 
 
+@_kernel
+def _choose(chosen, source, source_pair: tl.int64, out, out_pair: tl.int64, size: tl.int64, block: tl.constexpr):
+    blocks = tl.cdiv(size, block)
+    pair = tl.program_id(0) // blocks
+    at = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    mask = at < tl.where(tl.load(chosen + pair) != 0, size, 0)  # nothing is read of the others
+    tl.store(out + pair * out_pair + at, tl.load(source + pair * source_pair + at, mask, 0.0), mask)
+
+
+# --- kernels: repair
+
+
+@triton.jit
+def _touched(folded, x, y, z, ny, nz, mask, ndim: tl.constexpr):
+    """1 where one of the cells around a voxel is folded, else 0; cell ``i`` is before voxel ``i``."""
+    wide = nz + 1
+    cell = folded + (x * (ny + 1) + y).to(tl.int64) * wide + z
+    any_of = tl.zeros(mask.shape, tl.int32)
+    for b in tl.static_range(2):
+        for c in tl.static_range(2):
+            any_of |= tl.load(cell + b * wide + c, mask, 0).to(tl.int32)
+            if ndim == 3:
+                any_of |= tl.load(cell + ((ny + 1) * wide + b * wide + c), mask, 0).to(tl.int32)
+    return tl.where(any_of != 0, 1.0, 0.0)
+
+
+@_kernel
+def _mark(
+    folded, folded_pair: tl.int64, out, nx, ny, nz, ndim: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
+):  # fmt: skip
+    """The voxels of folded cells."""
+    pair, x, y, z, mask, at = _tile(nx, ny, nz, by, bz)
+    value = _touched(folded + pair * folded_pair, x, y, z, ny, nz, mask, ndim)
+    tl.store(out + pair * (nx * ny * nz).to(tl.int64) + at, value, mask)
+
+
+@_kernel
+def _weigh(
+    folded, folded_pair: tl.int64, sums, out, counts, nx, ny, nz, reach_x, reach, ndim: tl.constexpr, by: tl.constexpr,
+    bz: tl.constexpr
+):  # fmt: skip
+    """How much of a voxel is smoothed: all of it in folded cells, else the mean over a window of what is near them."""
+    pair, x, y, z, mask, at = _tile(nx, ny, nz, by, bz)
+    volume = pair * (nx * ny * nz).to(tl.int64)
+    window = _voxels_of_window(x, nx, reach_x) * _voxels_of_window(y, ny, reach) * _voxels_of_window(z, nz, reach)
+    mean = tl.load(sums + volume + at, mask, 0.0) / window
+    value = tl.maximum(_touched(folded + pair * folded_pair, x, y, z, ny, nz, mask, ndim), mean)
+    tl.store(out + volume + at, value, mask)
+    tl.store(counts + tl.program_id(0), tl.sum((mask & (value > 0.0)).to(tl.int32)))
+
+
+@_kernel
+def _blend(
+    field, field_pair: tl.int64, channel, weight, smooth, size, block: tl.constexpr
+):  # fmt: skip
+    """Bring one channel nearer to what is smooth, as much as the weight says, in place."""
+    blocks = tl.cdiv(size, block)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    w = tl.load(weight + pair * size + at, at < size, 0.0)
+    mask = w > 0.0
+    field += pair * field_pair + channel * size.to(tl.int64) + at
+    value = tl.load(field, mask, 0.0).to(tl.float32)
+    tl.store(field, value + w * (tl.load(smooth + pair * size + at, mask, 0.0) - value), mask)
+
+
 # --- kernels: sums over a volume
 
 
@@ -1197,9 +1262,9 @@ def compose(outer: Tensor, inner: Tensor, out: Tensor) -> None:
 
 
 def smooth(x: Tensor, sigma: Sequence[float], out: Tensor) -> None:
-    """See :func:`monai_lm.kernels.reference.smooth`."""
+    """See :func:`monai_lm.kernels.reference.smooth`; no iteration calls it, so one compilation serves all widths."""
     if _served(x, out):
-        _smoothed(x, sigma, (), None, out)
+        _filter_axes(x, sigma, out, torch.empty(out.shape, dtype=torch.float32, device=out.device))
     else:
         reference.smooth(x, sigma, out)
 
@@ -1220,36 +1285,54 @@ def _smoothed(x: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: 
         return
     sizes, rows = _sizes(out), 4
     chunk, programs = _march(sizes, out.shape[0] * out.shape[1], rows)
-    push = tuple(map(float, bulk)) if any(bulk) else None
-    given = *_pair(x), x.shape[1], push, _floats(weight), *_pair(out), *sizes, chunk, *taps
+    push: tuple[Any, ...] = (None, None)
+    if any(bulk):
+        push = tuple(map(float, bulk)), torch.empty(len(out), *sizes, dtype=torch.float32, device=out.device)
+        _run(_divergence, len(out) * _tiles(sizes), out, *_pair(x), push[1], *sizes, ndim=out.dim() - 2, **_TILE)
+    given = *_pair(x), x.shape[1], *push, _floats(weight), *_pair(out), *sizes, chunk, *taps
     programs *= out.shape[0] * out.shape[1]
-    _run(_smooth, programs, out, *given, **dict(zip(("rx", "ry", "rz"), radii, strict=True)), rows=rows, **_MARCH)
+    window = dict(zip(("rx", "ry", "rz"), radii, strict=True))
+    _run(_smooth, programs, out, *given, **window, rows=rows, **_MARCH)
 
 
 def _smoothed_widely(
     x: Tensor, sigma: Sequence[float], bulk: Sequence[float], weight: Tensor | None, out: Tensor
 ) -> None:
     """Filters of any radius, one axis after the other."""
-    taps = {axis + 3 - len(sigma): (float(s), reference.gaussian_taps(float(s))) for axis, s in enumerate(sigma)}
-    passes = [(axis, len(t) - 1, s, t[0]) for axis, (s, t) in taps.items() if len(t) > 1]
     last = out if weight is None else torch.empty_like(x, dtype=torch.float32)
-    source, spare = x, [torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in passes[1:3]]
-    for k, given in enumerate(passes):
-        target = last if k == len(passes) - 1 else spare[k]
-        _filter(source, target, *given)
-        source = target
+    _filter_axes(x, sigma, last, torch.empty_like(last, dtype=torch.float32))
     if weight is not None:
         r, alpha = x.float(), reference.over_voxels(weight, x).float()
         pull = last - r + reference.bulk_push(r, bulk) if any(bulk) else last - r
         out.copy_(torch.where(alpha >= 0, r + alpha * pull, out.float()))
 
 
+def _filter_axes(x: Tensor, sigma: Sequence[float], out: Tensor, spare: Tensor) -> None:
+    """A Gaussian filter of any radius, one axis after the other, which end in ``out``."""
+    taps = [(axis, float(s), reference.gaussian_taps(float(s))) for axis, s in enumerate(sigma, 3 - len(sigma))]
+    passes = [(axis, len(t) - 1, s, t[0]) for axis, s, t in taps if len(t) > 1]
+    if not passes:
+        out.copy_(x)
+    for k, given in enumerate(passes):
+        target = out if (len(passes) - k) % 2 else spare
+        _filter(x, target, *given)
+        x = target
+
+
 def _filter(x: Tensor, out: Tensor, axis: int, radius: int, sigma: float | None, norm: float = 0.0) -> None:
     """One axis (of three) of a Gaussian filter, or of a window sum, of every channel."""
     sizes = _sizes(out)
-    given = *_pair(x), x.shape[1], *_pair(out), *sizes, radius, sigma or 1.0, norm
+    given = *_pair(x), x.shape[1], *_pair(out), *sizes, axis, radius, sigma or 1.0, norm
     programs = out.shape[0] * out.shape[1] * _tiles(sizes)
-    _run(_filter_axis, programs, out, *given, axis=axis, gaussian=sigma is not None, **_TILE)
+    _run(_filter_axis, programs, out, *given, gaussian=sigma is not None, **_TILE)
+
+
+def _box(buffers: list[Tensor], radius: int) -> list[Tensor]:
+    """Window sums of the first of two buffers; what is first on return has them."""
+    for axis in range(3 if _sizes(buffers[0])[0] > 1 else 2):
+        _filter(buffers[0], buffers[1], 2 - axis, radius, None)
+        buffers = buffers[::-1]
+    return buffers
 
 
 def lncc(
@@ -1302,20 +1385,14 @@ def _lncc_widely(
     shape = (volumes, 5 if weight is None else 6, *sizes)
     spare = [torch.empty(shape, dtype=torch.float32, device=out.device) for _ in range(2)]
 
-    def box(buffers: list[Tensor]) -> list[Tensor]:
-        for axis in range(3 if sizes[0] > 1 else 2):
-            _filter(buffers[0], buffers[1], 2 - axis, radius, None)
-            buffers = buffers[::-1]
-        return buffers
-
     _run(_products, volumes * blocks, out, *images, spare[0], channels, size, block=_BLOCK)
-    sums, rest = box(spare)
+    sums, rest = _box(spare, radius)
     tiles = _tiles(sizes)
     abc = [t.flatten()[: volumes * 3 * size].view(volumes, 3, *sizes) for t in (rest, sums)]
     losses = torch.empty(len(out), channels * tiles, dtype=torch.float32, device=out.device)
     given = sums, *_pair(weight), abc[0], losses, channels, *sizes, 0 if sizes[0] == 1 else radius, radius
     _run(_correlate, volumes * tiles, out, *given, float(epsilon), **_TILE)
-    abc = box(abc)
+    abc = _box(abc, radius)
     _run(_derive, volumes * blocks, out, abc[0], *images, *_pair(out), channels, size, block=_BLOCK)
     return losses.sum(1)
 
@@ -1458,3 +1535,34 @@ def unfolded(ddf: Tensor, outer: Tensor | None, margin: float, out: Tensor | Non
     given = *_pair(ddf), float(margin), *mask, counts, *sizes, cells[0], chunk
     _run(_unfolded, len(ddf) * programs, ddf, *given, ndim=ndim, **_MARCH)
     return counts.sum(1)
+
+
+def choose(chosen: Tensor, source: Tensor, out: Tensor) -> None:
+    """See :func:`monai_lm.kernels.reference.choose`."""
+    if not _served(source, out):
+        reference.choose(chosen, source, out)
+        return
+    size = out[0].numel()
+    given = chosen.to(torch.uint8), *_pair(source), *_pair(out), size
+    _run(_choose, len(out) * -(-size // _BLOCK), out, *given, block=_BLOCK)
+
+
+def mend(ddf: Tensor, outer: Tensor | None, folded: Tensor, sigma: float, margin: float) -> Tensor:
+    """See :func:`monai_lm.kernels.reference.mend`; takes three volumes."""
+    if not _served(ddf, outer) or not folded[0].is_contiguous():
+        return reference.mend(ddf, outer, folded, sigma, margin)
+    sizes, ndim, reach = _sizes(ddf), ddf.dim() - 2, max(1, round(sigma))
+    tiles, (size, blocks) = len(ddf) * _tiles(sizes), _blocks(ddf)
+    spare = [ddf.new_empty(len(ddf), 1, *ddf.shape[2:], dtype=torch.float32) for _ in range(3)]
+    cells = _pair(folded.view(torch.uint8))
+    _run(_mark, tiles, ddf, *cells, spare[0], *sizes, ndim=ndim, **_TILE)
+    near, rest = _box(spare[:2], reach)
+    sums, weight = _box([near.gt_(0.5), rest], reach)
+    counts = torch.empty(len(ddf), _tiles(sizes), dtype=torch.int32, device=ddf.device)
+    flat = sizes[0] == 1
+    given = *cells, sums, weight, counts, *sizes, 0 if flat else reach, reach
+    _run(_weigh, tiles, ddf, *given, ndim=ndim, **_TILE)
+    for channel in range(ndim):
+        _filter_axes(ddf[:, channel : channel + 1], [sigma] * ndim, sums, spare[2])
+        _run(_blend, len(ddf) * blocks, ddf, *_pair(ddf), channel, weight, sums, size, block=_BLOCK)
+    return torch.stack([unfolded(ddf, outer, margin, folded), counts.sum(1)], 1)

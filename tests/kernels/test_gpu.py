@@ -199,6 +199,37 @@ def unfolded(shape):
         assert torch.equal(out, expected)
 
 
+def choose(shape):
+    from monai_lm.kernels import gpu
+
+    x, out = field(shape, wild=True), field(shape, seed=1)
+    for chosen in ([True, False], [False, False], [True, True]):
+        chosen = torch.tensor(chosen[: shape[0]])
+        expected = out.clone()
+        reference.choose(chosen, x, expected)
+        gpu.choose(chosen, x, out)
+        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+        out = field(shape, seed=2)
+
+
+def mend(shape):
+    from monai_lm.kernels import gpu
+
+    outer = field((*shape[:2], *(s + 1 for s in shape[2:])), seed=1, scale=0.1)
+    for sigma, over in ((1.0, None), (2.4, outer)):
+        ddf, before = field(shape, 0.1), field(shape, 0.1)
+        ddf[:, :, shape[2] // 2] += 2 * field(shape)[:, :, shape[2] // 2]
+        wide, cells = ddf.double(), torch.empty(shape[0], *(s + 1 for s in shape[2:]), dtype=torch.bool)
+        assert reference.unfolded(ddf, over, 0.01, cells).min() > 0
+        exact_cells, before = cells.clone(), ddf.clone()
+        over_exactly = None if over is None else over.double()
+        expected = reference.mend(wide, over_exactly, exact_cells, sigma, 0.01)
+        assert torch.equal(gpu.mend(ddf, over, cells, sigma, 0.01), expected)
+        assert torch.equal(cells, exact_cells)
+        agree(ddf, wide)
+        assert (ddf - before).abs().max() > 0.1
+
+
 def half(shape):
     for dtype, rounding in ((torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)):
         image, other, shift, factor, _ = images(shape, dtype=dtype)
@@ -236,6 +267,8 @@ def launches(shape):
         "step": (ddf, small, UNIT, one, one, None, None, ddf),
         "elastic": (ddf, (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), one, small),
         "unfolded": (ddf, None, 1e-3, None),
+        "choose": (one > 0, ddf, small),
+        "mend": (ddf, None, torch.zeros(shape[0], *(s + 1 for s in shape[2:]), dtype=torch.bool), 1.0, 1e-3),
     }
     counts = dict.fromkeys(calls, 0)
     for name, args in calls.items():
@@ -245,14 +278,15 @@ def launches(shape):
 
         with mock.patch.object(gpu, "_run", count):
             getattr(gpu, name)(*args)
-    assert counts == {"sample": 1, "lncc": 2, "mi": 2, "gradient": 2, "step": 1, "elastic": 1, "unfolded": 1}
+    once = dict.fromkeys(("sample", "step", "unfolded", "choose"), 1)
+    assert counts == {**once, **dict.fromkeys(("lncc", "mi", "gradient", "elastic"), 2), "mend": 21}
 
 
 CASES = {
     **{f"{f.__name__} {name}": (f, (s,)) for f in (sample, compose) for name, s in SHAPES.items()},
     **{
         f"{f.__name__} {name}": (f, (SHAPES[name],))
-        for f in (gradient, step, sums, unfolded)
+        for f in (gradient, step, sums, unfolded, choose, mend)
         for name in ("thin", "2d")
     },
     **{f"{f.__name__} {name}": (f, (SHAPES[name],)) for f in (smooth, elastic, lncc) for name in ("thin", "2d")},
@@ -346,6 +380,8 @@ def calls(backend):
     gpu.mi(image, image, None, None, None, 16, image)
     gpu.image_sums(image)
     gpu.gradient_sums(ddf, UNIT)
+    gpu.choose(numbers > 0, ddf, ddf)
+    gpu.mend(ddf, None, torch.zeros(1, 5, 5, 5, dtype=torch.bool), 1.0, 0.0)
     gpu.unfolded(ddf, ddf, 0.0, torch.zeros(1, 5, 5, 5, dtype=torch.bool))
     gpu.unfolded(ddf[:, :2, 0].contiguous(), None, 0.0, None)
     return recorded
