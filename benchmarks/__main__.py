@@ -21,6 +21,7 @@ from benchmarks.performance import accuracy, first, memory, reach, scaling, spee
 from benchmarks.profile import profile
 from benchmarks.repairs import repairs
 from benchmarks.training import knee, supervision
+from benchmarks.uncertainty import uncertainty
 from benchmarks.validation import validation
 from benchmarks.verdict import verdict
 from monai_lm.apps.cli import with_values
@@ -48,6 +49,7 @@ if __name__ == "__main__":
         contrasts,
         repairs,
         moving_mask,
+        uncertainty,
         validation,
         verdict,
     ]
