@@ -88,6 +88,38 @@ def cohort(pairs: str, output_dir: str, overwrite: bool = False, **options: Any)
         raise ValueError(f"{len(failed)} pairs failed:{reasons}")
 
 
+def sequence(
+    series: str,
+    output_dir: str,
+    reference: int = 0,
+    label: str | None = None,
+    mask: str | None = None,
+    similarity: str = "lncc",
+    device: str = "auto",
+    file_format: str = "itk",
+    overwrite: bool = False,
+) -> None:
+    """Register every frame of a series to one of them, each helped by its neighbour: motion over time.
+
+    Args:
+        series: NIfTI file of several volumes (x, y, z, t), or planes (x, y, 1, t).
+        output_dir: gets warped.nii.gz, the series at rest, a field per frame, motion.csv and metrics.json.
+        reference: frame that stays, from 0; negative from the end.
+        label: labels on the reference; motion.csv has the motion of each.
+        mask: weights in [0, 1] on the reference: the similarity counts where they are not zero.
+        similarity: lncc, mi, mind, mse or ncc.
+        device: auto, cpu, cuda, cuda:1, ...
+        file_format: of the fields written, from the reference to the frames.
+        overwrite: replace outputs that exist.
+    """
+    from monai_lm.apps.sequence import register_sequence
+
+    how: dict[str, Any] = {"settings": {"similarity": similarity}, "command": shlex.join(["monai-lm", *sys.argv[1:]])}
+    shown = sys.stderr.isatty()
+    rows = register_sequence(series, output_dir, reference, label, mask, file_format, device, overwrite, shown, **how)
+    print(f"{len(rows)} frames, see {Path(output_dir) / 'motion.csv'}")
+
+
 def _options(
     bundle: str | None = None,
     ddf_format: str = "auto",
@@ -369,7 +401,7 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
 
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
-    commands = (refine, cohort, apply, invert, jacobian, compose, convert, evaluate, info, demo)
+    commands = (refine, cohort, sequence, apply, invert, jacobian, compose, convert, evaluate, info, demo)
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
         auto_cli(named, args=with_values(sys.argv[1:], [*named.values(), _options]) or ["--help"], as_positional=False)

@@ -60,8 +60,11 @@ def save_nifti(
     intent: str | int,
     dtype: type = np.float32,
     name: str = "",
+    seconds: float | None = None,
 ) -> None:
     """Write data with qform, sform, units, an intent and perhaps its name, whole or not at all.
+
+    Of data whose fourth axis is time, ``seconds`` are from one volume to the next.
 
     A qform holds no shear: a sheared affine is written as the sform alone.
 
@@ -73,7 +76,9 @@ def save_nifti(
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name!r}")
     image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
     image.header.set_intent(intent, name=name, allow_unknown=True)
-    image.header.set_xyzt_units("mm")
+    image.header.set_xyzt_units("mm", None if seconds is None else "sec")
+    if seconds is not None:
+        image.header.set_zooms((*image.header.get_zooms()[:3], seconds))
     image.set_sform(affine, 1)
     if is_sheared(affine):
         image.set_qform(None, 0)
