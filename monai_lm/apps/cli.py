@@ -255,6 +255,7 @@ def convert(
     moving: str | None = None,
     file_format: str = "auto",
     overwrite: bool = False,
+    resample: bool = False,
 ) -> None:
     """Convert a field between formats.
 
@@ -266,10 +267,11 @@ def convert(
         moving: image that the field leads to, if its grid is another one.
         file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
         overwrite: replace an output that exists.
+        resample: bring the field to the grid of ``fixed``, where it lies on another one.
     """
     from monai_lm.apps import commands
 
-    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
+    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite, resample)
 
 
 def evaluate(
@@ -306,12 +308,19 @@ def evaluate(
     _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device, fixed_mask), json)
 
 
-def info(json: bool = False) -> None:
-    """Versions and devices, for a bug report.
+def info(file: str | None = None, file_format: str = "auto", json: bool = False) -> None:
+    """What a file is taken for: a field, an affine, points, an image; without one versions and devices.
 
     Args:
+        file: a field, an affine, points, an image or a label map; ``monai-lm info FILE`` will do.
+        file_format: of a field that does not say it.
         json: print JSON.
     """
+    if file is not None:
+        from monai_lm.apps.info import describe_file
+
+        _show(describe_file(file, file_format), json)
+        return
     import monai
     import nibabel
     import pytorch_lightning
@@ -370,9 +379,12 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
     commands = (refine, cohort, apply, invert, jacobian, compose, convert, evaluate, info, demo)
+    words = sys.argv[1:]
+    if words[:1] == ["info"] and len(words) > 1 and not words[1].startswith("-"):
+        words.insert(1, "--file")
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=with_values(sys.argv[1:], [*named.values(), _options]) or ["--help"], as_positional=False)
+        auto_cli(named, args=with_values(words, [*named.values(), _options]) or ["--help"], as_positional=False)
 
 
 if __name__ == "__main__":

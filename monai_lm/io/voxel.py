@@ -53,7 +53,7 @@ def read_voxel_ddf(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         FileNotFoundError: there is no such file.
         ValueError: it is no NIfTI file, is cut off, has another shape, or is not finite.
     """
-    data, affine, _ = load_nifti(path)
+    data, affine, _ = load_nifti(path, any_unit=True)
     ddf = np.ascontiguousarray(components_first(path, data), dtype=np.float32)
     return flattened(path, ddf), affine
 

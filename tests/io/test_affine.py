@@ -114,7 +114,7 @@ def test_a_plain_matrix_is_taken_as_it_is(tmp_path):
 )
 def test_other_contents_are_refused(tmp_path, content):
     (tmp_path / "x.mat").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x.mat must (be ITK's .mat|hold a transform and its variable 'fixed')"):
+    with pytest.raises(ValueError, match=r"x.mat must be (ITK's .mat|a whole ITK)|hold a transform and its variable"):
         read_affine(tmp_path / "x.mat")
 
 
@@ -137,7 +137,7 @@ HEAD = "#Insight Transform File V1.0\n"
         (HEAD, "must hold one transform or one composite transform, got 0 transforms"),
         (
             HEAD + "Transform: BSplineTransform_double_3_3\nParameters: 1 2\nFixedParameters: 0 0 0\n",
-            r"must hold one of the linear transforms \['AffineTransform', .* got 'BSplineTransform_double_3_3'",
+            "must be a whole ITK transform file, got RuntimeError: .*BSplineTransform",
         ),
         (
             HEAD + "Transform: AffineTransform_double_3_3\nParameters: 1 0 0 0 1 0\nFixedParameters: 0 0 0\n",
