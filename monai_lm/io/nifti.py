@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import uuid
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from monai_lm.fields.space import check_affine, is_sheared
 
 __all__ = [
     "check_ddf",
+    "check_length",
     "errors_of",
     "label_type",
     "load_nifti",
@@ -30,9 +32,13 @@ __all__ = [
 ]
 
 _BROKEN = (
-    ImageFileError, HeaderDataError, EOFError, KeyError, MemoryError, OSError, OverflowError, ValueError, zlib.error,
+    ImageFileError, HeaderDataError, EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError, ValueError,
+    zlib.error,
 )  # fmt: skip
 """What nibabel raises for files that are cut off, or whose headers say nonsense."""
+
+_MOST_DEFLATED = 1032
+"""Bytes that one of a gzip file makes, at most."""
 
 _MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "micron": 1e-3, "meter": 1e3}
 
@@ -144,6 +150,14 @@ def open_nifti(path: str | Path) -> Any:
     return image
 
 
+def check_length(path: str | Path, image: Any) -> None:
+    """ValueError for a file that cannot hold the data of its header, before memory is taken for them."""
+    size = Path(path).stat().st_size
+    most = size if Path(path).suffix in (".nii", ".mgh") else _MOST_DEFLATED * size
+    if (claimed := math.prod(image.shape) * image.get_data_dtype().itemsize) > most:
+        raise ValueError(f"a header of {claimed} bytes of data in a file of {size}")
+
+
 def _check_place(path: str | Path, header: Any, any_unit: bool) -> float:
     """Millimetres per unit of the header; warn where programs disagree about where the image lies.
 
@@ -161,9 +175,18 @@ def _check_place(path: str | Path, header: Any, any_unit: bool) -> float:
         warnings.warn(
             f"{path} does not say where it lies: it is centred at the origin, ITK puts a corner there", stacklevel=4
         )
-    elif min(codes) > 0 and not np.allclose(header.get_sform(), header.get_qform(), rtol=1e-3, atol=1e-2):
+    elif min(codes) > 0 and not _agree(header):
         warnings.warn(f"{path} has two affines that differ: its sform is used, ITK may use its qform", stacklevel=4)
     return _MILLIMETRES[unit]
+
+
+def _agree(header: Any) -> bool:
+    """Whether sform and qform do; a quaternion that is none does not."""
+    try:
+        qform = header.get_qform()
+    except ValueError:
+        return False
+    return np.allclose(header.get_sform(), qform, rtol=1e-3, atol=1e-2)
 
 
 def label_type(label: np.ndarray) -> type[np.generic]:
@@ -190,6 +213,7 @@ def load_nifti(path: str | Path, any_unit: bool = False) -> tuple[np.ndarray, np
     image = open_nifti(path)
     scale = _check_place(path, image.header, any_unit)
     with errors_of(path):
+        check_length(path, image)
         data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "fiu":
         raise ValueError(f"{path} must hold real numbers, got dtype {data.dtype}")

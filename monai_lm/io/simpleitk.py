@@ -45,7 +45,7 @@ def errors_of_itk(path: str | Path, what: str) -> Iterator[None]:
     """What a broken file makes SimpleITK raise, as a ValueError that names the file."""
     try:
         yield
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         said = re.sub(r"\s+", " ", str(error)).strip()
         raise ValueError(f"{path} must be a whole {what}, got {type(error).__name__}: …{said[-240:]}") from error
 

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from monai_lm.fields.space import check_affine
-from monai_lm.io.nifti import errors_of, load_nifti
+from monai_lm.io.nifti import check_length, errors_of, load_nifti
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
 
 __all__ = ["MGH_SUFFIXES", "load_volume"]
@@ -39,6 +39,7 @@ def _load_mgh(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"no file {path}")
     with errors_of(path, "MGH file of an image"):
         image = nib.MGHImage.from_filename(path)
+        check_length(path, image)
         data, affine = np.asanyarray(image.dataobj), image.affine
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
     if not np.isfinite(data).all():
