@@ -114,6 +114,8 @@ def _text_parts(path: Path, text: str) -> list[Part]:
                     values[key] = np.array([float(word) for word in rest.split()])
                 except ValueError as error:
                     raise ValueError(f"{path} must have numbers as {key}, got {rest.strip()!r}") from error
+            elif line.strip() and not line.startswith("#"):
+                raise ValueError(f"{path} must have lines of Parameters and FixedParameters, got {line[:40]!r}")
         empty = np.array([])
         parts.append((lines[0].strip(), values.get("Parameters", empty), values.get("FixedParameters", empty)))
     return parts

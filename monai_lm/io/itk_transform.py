@@ -99,6 +99,8 @@ def read_itk_transform(
         grid = Grid(tuple(int(s) for s in size), check_affine("fixed_affine", fixed_affine))
         check_itk_grid("fixed_affine", grid)
     n = transform.GetDimension()
+    if min(grid.size) < 1:
+        raise ValueError(f"{path} must lie on a grid of voxels, got the size {grid.size}")
     if n != len(grid.size):
         raise ValueError(f"{path} must be a transform in {len(grid.size)}D as the fixed grid is, got one in {n}D")
     with errors_of_itk(path, "ITK transform file"):

@@ -15,6 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHError
 from nibabel.spatialimages import HeaderDataError
 
 from monai_lm.fields.space import check_affine, is_sheared
@@ -32,8 +33,8 @@ __all__ = [
 ]
 
 _BROKEN = (
-    ImageFileError, HeaderDataError, EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError, ValueError,
-    zlib.error,
+    ImageFileError, HeaderDataError, MGHError, EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError,
+    ValueError, zlib.error,
 )  # fmt: skip
 """What nibabel raises for files that are cut off, or whose headers say nonsense."""
 
@@ -220,6 +221,8 @@ def load_nifti(path: str | Path, any_unit: bool = False) -> tuple[np.ndarray, np
     if data.dtype.itemsize == 8 and data.dtype.kind in "iu" and data.size and max(data.max(), -data.min()) > 2**53:
         raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got {data.max()}")
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
+    if data.size == 0:
+        raise ValueError(f"{path} must hold voxels, got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     affine = check_affine(f"affine of {path}", image.affine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,8 @@ def load_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if image.HasMetaDataKey("NRRD_kinds[pixel]") and "color" in image.GetMetaData("NRRD_kinds[pixel]"):
         raise ValueError(f"{path} must hold numbers or vectors, got colours")
     stored = sitk.GetArrayFromImage(image)
+    if reader_of(path) == "MetaImageIO":
+        _check_whole(path, image, stored)
     if stored.dtype.itemsize == 8 and stored.dtype.kind in "iu" and np.abs(stored.astype(np.float64)).max() > 2**53:
         raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got larger ones")
     data = np.moveaxis(stored, range(n), range(n)[::-1])
@@ -100,6 +103,26 @@ def load_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data if n == 3 else np.expand_dims(data, 2), grid_of(str(path), image).affine
+
+
+def _check_whole(path: str | Path, image: Any, stored: np.ndarray) -> None:
+    """ValueError for MetaImage whose data are cut off: ITK leaves what is not there as memory happened to be."""
+    content = Path(path).read_bytes()
+    header, found, data = content.partition(b"ElementDataFile")
+    where, _, data = data.partition(b"\n")
+    name = where.strip(b" =\t\r").decode("latin-1")
+    if not found or len(name.split()) != 1 or "%" in name:
+        raise ValueError(f"{path} must have its data in itself or in one file, got ElementDataFile = {name!r}")
+    if name.upper() != "LOCAL":
+        data = (Path(path).parent / name).read_bytes()
+    try:
+        held = (
+            len(zlib.decompress(data)) if re.search(rb"CompressedData\s*=\s*True", header, re.IGNORECASE) else len(data)
+        )
+    except zlib.error as error:
+        raise ValueError(f"{path} must hold whole data, got {error}") from error
+    if held < stored.nbytes:
+        raise ValueError(f"{path} must hold {stored.nbytes} bytes of data, for {image.GetSize()} voxels, got {held}")
 
 
 def reader_of(path: str | Path) -> str:

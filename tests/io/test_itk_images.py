@@ -94,6 +94,19 @@ def test_what_is_no_field_is_refused(tmp_path, array, vector, message):
         read_ddf(tmp_path / "u.mha")
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+@SUFFIX
+def test_data_that_are_cut_off_are_missed(tmp_path, suffix, compressed):
+    """ITK does not say it of MetaImage."""
+    image = through_nifti(tmp_path, np.random.default_rng(2).normal(size=(*SIZE, 3)), GRIDS["LAS"])
+    sitk.WriteImage(image, str(tmp_path / f"u{suffix}"), compressed)
+    read_ddf(tmp_path / f"u{suffix}")
+    longest = max(tmp_path.glob("u*"), key=lambda file: file.stat().st_size)
+    longest.write_bytes(longest.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=f"u{suffix} must"):
+        read_ddf(tmp_path / f"u{suffix}")
+
+
 def test_broken_files_and_other_suffixes_are_named(tmp_path):
     for name in ("u.mha", "u.nrrd"):
         (tmp_path / name).write_text("ObjectType = Image")
