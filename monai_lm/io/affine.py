@@ -105,7 +105,7 @@ def _text_parts(path: Path, text: str) -> list[Part]:
     """``Transform:``, ``Parameters:`` and ``FixedParameters:`` of each part."""
     parts: list[Part] = []
     for block in re.split(r"^Transform:", text, flags=re.MULTILINE)[1:]:
-        lines = block.splitlines()
+        lines = block.split("\n")
         values = {}
         for line in lines[1:]:
             key, _, rest = line.partition(":")

@@ -13,7 +13,7 @@ from monai_lm.io.vectors import read_millimetre_ddf
 __all__ = ["is_niftyreg", "read_niftyreg_ddf"]
 
 _POSITIONS, _DISPLACEMENTS = 0, 1
-_OTHERS = {
+_OTHERS: dict[float, str] = {
     2: "the control points of a cubic spline",
     3: "a velocity field as positions",
     4: "a velocity field as displacements",

@@ -100,6 +100,8 @@ def load_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got larger ones")
     data = np.moveaxis(stored, range(n), range(n)[::-1])
     data = np.require(data, np.float32 if stored.dtype == np.float32 else np.float64, ("C", "W"))
+    if data.size == 0:
+        raise ValueError(f"{path} must hold voxels, got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data if n == 3 else np.expand_dims(data, 2), grid_of(str(path), image).affine

@@ -44,6 +44,8 @@ TRANSFORMS = {
     "Euler ZYX": euler(True),
     "versor": sitk.VersorRigid3DTransform(VERSOR, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)),
     "similarity": sitk.Similarity3DTransform(1.3, VERSOR, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)),
+    "scale": sitk.ScaleTransform(3, (1.1, 0.9, 1.2)),
+    "scale and versor": sitk.ScaleVersor3DTransform((1.1, 0.9, 1.2), VERSOR, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)),
     "Euler 2D": sitk.Euler2DTransform((1.0, 2.0), 0.4, (3.0, -4.0)),
     "similarity 2D": sitk.Similarity2DTransform(0.8, 0.4, (3.0, -4.0), (1.0, 2.0)),
 }
@@ -61,7 +63,7 @@ def assert_moves_points_as(matrix: np.ndarray, transform) -> None:
             assert ours[2] == ras[2]
 
 
-@pytest.mark.parametrize("suffix", [".mat", ".txt", ".tfm"])
+@pytest.mark.parametrize("suffix", [".mat", ".txt", ".tfm", ".h5"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_points_go_where_itk_moves_them(tmp_path, name, suffix):
     path = tmp_path / f"x{suffix}"
@@ -69,7 +71,7 @@ def test_points_go_where_itk_moves_them(tmp_path, name, suffix):
     assert_moves_points_as(read_affine(path), TRANSFORMS[name])
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".tfm"])
+@pytest.mark.parametrize("suffix", [".txt", ".tfm", ".h5"])
 def test_of_several_parts_the_last_is_applied_first(tmp_path, suffix):
     sitk.WriteTransform(composite(), str(tmp_path / f"x{suffix}"))
     assert_moves_points_as(read_affine(str(tmp_path / f"x{suffix}")), composite())
