@@ -184,7 +184,13 @@ def _matrix(path: Path, name: str, parameters: np.ndarray, fixed: np.ndarray) ->
     _, n = kind = _kind(name)
     count, parse = _KINDS[kind]
     centre = fixed[:n] if len(fixed) else np.zeros(n)
-    if len(parameters) != count or len(centre) != n or not np.isfinite([*parameters, *fixed]).all():
+    most = n + (name.startswith("Euler3D"))  # the order of its angles
+    if (
+        len(parameters) != count
+        or len(centre) != n
+        or len(fixed) > most
+        or not np.isfinite([*parameters, *fixed]).all()
+    ):
         raise ValueError(
             f"{path} must have {count} finite parameters and a centre of {n} for {name}, "
             f"got {len(parameters)} and {len(fixed)}: {parameters.tolist()}, {fixed.tolist()}"

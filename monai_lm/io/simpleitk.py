@@ -117,13 +117,14 @@ def _check_whole(path: str | Path, image: Any, stored: np.ndarray) -> None:
         raise ValueError(f"{path} must have its data in itself or in one file, got ElementDataFile = {name!r}")
     if name.upper() != "LOCAL":
         data = (Path(path).parent / name).read_bytes()
+    if size := re.search(rb"CompressedDataSize\s*=\s*(\d+)", header, re.IGNORECASE):
+        data = data[: int(size[1])]
+    is_deflated = re.search(rb"CompressedData\s*=\s*True", header, re.IGNORECASE)
     try:
-        held = (
-            len(zlib.decompress(data)) if re.search(rb"CompressedData\s*=\s*True", header, re.IGNORECASE) else len(data)
-        )
+        held = len(zlib.decompress(data) if is_deflated else data)
     except zlib.error as error:
         raise ValueError(f"{path} must hold whole data, got {error}") from error
-    if held < stored.nbytes:
+    if held < stored.nbytes or (is_deflated and held != stored.nbytes):
         raise ValueError(f"{path} must hold {stored.nbytes} bytes of data, for {image.GetSize()} voxels, got {held}")
 
 
