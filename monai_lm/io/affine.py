@@ -183,7 +183,7 @@ def _matrix(path: Path, name: str, parameters: np.ndarray, fixed: np.ndarray) ->
     """``M (x − c) + c + t`` of one part, in its own frame (LPS)."""
     _, n = kind = _kind(name)
     count, parse = _KINDS[kind]
-    centre = fixed[:n] if len(fixed) else np.zeros(n)
+    centre = np.zeros(n) if name.startswith("Translation") and not len(fixed) else fixed[:n]
     most = n + (name.startswith("Euler3D"))  # the order of its angles
     if (
         len(parameters) != count

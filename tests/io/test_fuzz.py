@@ -137,7 +137,8 @@ def check_text(path, name, result):  # noqa: ARG001
     numbers = dict(re.findall(r"^(Parameters|FixedParameters):(.*)$", text, re.MULTILINE))
     if "Transform: Euler3DTransform_" in text and len(numbers) == 2:
         read = SimpleITK.Euler3DTransform()
-        read.SetFixedParameters([float(word) for word in numbers["FixedParameters"].split()])
+        fixed = [float(word) for word in numbers["FixedParameters"].split()]
+        read.SetFixedParameters([*fixed, 0.0][:4])  # the fourth may be missing
         read.SetParameters([float(word) for word in numbers["Parameters"].split()])
         assert_moves_as(result, read)
 
