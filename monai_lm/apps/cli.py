@@ -45,11 +45,14 @@ def refine(
         fixed: image that stays.
         moving: image that is warped onto it; its grid may be another one.
         output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
-        ddf: predicted field: ITK/ANTs, FSL, NiftyReg, MONAI voxel NIfTI, or Learn2Reg .npz.
-        affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, or a plain 4x4 in RAS millimetres.
+        ddf: predicted field: ITK/ANTs (NIfTI, .h5, .tfm, .mha, .nrrd), FSL, NiftyReg, AFNI, SPM, MONAI voxel NIfTI, or
+            Learn2Reg .npz.
+        affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, .h5, FreeSurfer's .lta, or a plain 4x4
+            in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
         moving_label: labels of the moving image, to warp and measure.
-        fixed_points: landmarks in the fixed image, a .csv in RAS millimetres, Slicer's .fcsv or .mrk.json, or .vtk.
+        fixed_points: landmarks in the fixed image, a .csv in RAS millimetres (ANTs' in LPS), Slicer's .fcsv or
+            .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
         moving_mask: the same on the grid of the moving image, zero on a lesion for one.
@@ -152,7 +155,7 @@ def _options(
         memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
-        file_format: of the fields written: itk, fsl, voxel or learn2reg.
+        file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
         guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, or all.
@@ -195,7 +198,8 @@ def apply(
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, for points and voxel fields.
         label: the image is a label map: nearest neighbour.
-        file_format: of the field: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
+        file_format: of the field: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
+            ras, lps or positions.
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
@@ -287,21 +291,24 @@ def convert(
     moving: str | None = None,
     file_format: str = "auto",
     overwrite: bool = False,
+    resample: bool = False,
 ) -> None:
     """Convert a field between formats.
 
     Args:
         ddf: the field.
         output: the new file.
-        to: itk, fsl, voxel or learn2reg.
+        to: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, if its grid is another one.
-        file_format: of the input: auto, itk, fsl, voxel, learn2reg, niftyreg, ras, lps or positions.
+        file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
+            ras, lps or positions.
         overwrite: replace an output that exists.
+        resample: bring the field to the grid of ``fixed``, where it lies on another one.
     """
     from monai_lm.apps import commands
 
-    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite)
+    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite, resample)
 
 
 def evaluate(
@@ -338,12 +345,19 @@ def evaluate(
     _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device, fixed_mask), json)
 
 
-def info(json: bool = False) -> None:
-    """Versions and devices, for a bug report.
+def info(file: str | None = None, file_format: str = "auto", json: bool = False) -> None:
+    """What a file is taken for: a field, an affine, points, an image; without one versions and devices.
 
     Args:
+        file: a field, an affine, points, an image or a label map; ``monai-lm info FILE`` will do.
+        file_format: of a field that does not say it.
         json: print JSON.
     """
+    if file is not None:
+        from monai_lm.apps.info import describe_file
+
+        _show(describe_file(file, file_format), json)
+        return
     import monai
     import nibabel
     import pytorch_lightning
@@ -402,9 +416,12 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
     commands = (refine, cohort, sequence, apply, invert, jacobian, compose, convert, evaluate, info, demo)
+    words = sys.argv[1:]
+    if words[:1] == ["info"] and len(words) > 1 and not words[1].startswith("-"):
+        words.insert(1, "--file")
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=with_values(sys.argv[1:], [*named.values(), _options]) or ["--help"], as_positional=False)
+        auto_cli(named, args=with_values(words, [*named.values(), _options]) or ["--help"], as_positional=False)
 
 
 if __name__ == "__main__":

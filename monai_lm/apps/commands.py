@@ -25,7 +25,7 @@ from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
-from monai_lm.fields.space import Grid, resample_moving, share_inside, through_affine, to_voxel, to_world
+from monai_lm.fields.space import Grid, move_to_grid, resample_moving, share_inside, through_affine, to_voxel, to_world
 from monai_lm.io import file_suffix, read_ddf, write_ddf
 from monai_lm.io.formats import check_grid
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
@@ -390,13 +390,34 @@ def convert_field(
     moving: str | Path | None = None,
     file_format: str = "auto",
     overwrite: bool = False,
+    resample: bool = False,
 ) -> None:
-    """Write a field in another format; ``fixed`` and ``moving`` are images on the grids it leads from and to."""
+    """Write a field in another format.
+
+    Args:
+        ddf: the field.
+        output: the new file.
+        to: its format.
+        fixed: image on the field's grid, where its file does not say where it lies.
+        moving: image that the field leads to, if its grid is another one.
+        file_format: of ``ddf``.
+        overwrite: replace ``output``.
+        resample: bring the field to the grid of ``fixed``, if it is another one: its vectors go along, linear in
+            between, extended by its border.
+    """
     output = Path(output)
     check_field_output(output, to, overwrite)
     source, target = (None if path is None else Image(path) for path in (fixed, moving))
-    field = Field(ddf, source, target, file_format)
-    _write(output, field.ddf, field.grid, field.moving, to)
+    if not resample:
+        field = Field(ddf, source, target, file_format)
+        _write(output, field.ddf, field.grid, field.moving, to)
+        return
+    if source is None:
+        raise ValueError("resample must be used together with fixed, the image on whose grid the field shall lie")
+    field, grid = Field(ddf, None, target, file_format), source.grid
+    moved = move_to_grid(field.inner(), field.grid.affine, grid.size, grid.affine)
+    end = target.grid if target else grid
+    _write(output, through_affine(moved, grid.affine, end.affine), grid, end, to)
 
 
 def evaluate_field(

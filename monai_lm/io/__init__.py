@@ -1,9 +1,12 @@
 """Fields, affines and landmarks in files."""
 
 from monai_lm.io.affine import read_affine
+from monai_lm.io.afni import read_afni_ddf
 from monai_lm.io.formats import FORMATS, READABLE, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import read_itk_ddf, write_itk_ddf
+from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
+from monai_lm.io.itk_transform import read_itk_transform, write_itk_transform
 from monai_lm.io.niftyreg import read_niftyreg_ddf
 from monai_lm.io.points import read_points
 from monai_lm.io.vectors import read_millimetre_ddf
@@ -15,9 +18,12 @@ __all__ = [
     "file_suffix",
     "guess_format",
     "read_affine",
+    "read_afni_ddf",
     "read_ddf",
     "read_fsl_ddf",
     "read_itk_ddf",
+    "read_itk_image_ddf",
+    "read_itk_transform",
     "read_learn2reg_ddf",
     "read_millimetre_ddf",
     "read_niftyreg_ddf",
@@ -26,6 +32,8 @@ __all__ = [
     "write_ddf",
     "write_fsl_ddf",
     "write_itk_ddf",
+    "write_itk_image_ddf",
+    "write_itk_transform",
     "write_learn2reg_ddf",
     "write_voxel_ddf",
 ]

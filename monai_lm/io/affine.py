@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from monai_lm.fields.space import check_affine
+from monai_lm.io.itk_transform import linear_matrix
+from monai_lm.io.lta import read_lta
 
 __all__ = ["read_affine"]
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_COMPOSITE = "CompositeTransform_"
 Part = tuple[str, np.ndarray, np.ndarray]
 """Name, parameters and fixed parameters of one of ITK's transforms."""
 
@@ -27,10 +30,12 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     """Read a linear transform.
 
     Args:
-        path: ITK's binary ``.mat`` (MATLAB level 4, as ANTs writes), ITK's text (``.txt``, ``.tfm``), or four rows of
-            four numbers, which are taken as they are: RAS millimetres, from fixed to moving (as greedy writes). The
-            content decides, not the suffix. FSL's FLIRT writes four rows of four numbers too that mean something else
-            (FSL's millimetres, from moving to fixed): they cannot be told apart.
+        path: ITK's binary ``.mat`` (MATLAB level 4, as ANTs writes), its text (``.txt``, ``.tfm``) or ``.h5`` (it and
+            transforms with scales or skews need SimpleITK), FreeSurfer's ``.lta`` (needs nitransforms) whose
+            destination is the fixed image, or four rows of four numbers, which are taken as they are: RAS millimetres,
+            from fixed to moving (as greedy writes). But for LTA the content decides, not the suffix.
+            FSL's FLIRT writes four rows of four numbers too that mean something else (FSL's millimetres, from moving to
+            fixed): they cannot be told apart.
         dimensions: of the images: 3 refuses transforms of a plane, 2 those that lead out of it (but for a shift, which
             is of no account there); default: all are read.
 
@@ -41,12 +46,16 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: none of these formats, a transform that is not linear, one of other ``dimensions``, or one
-            that is singular.
+            that is singular; or the package that it needs is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     content = path.read_bytes()
+    if content.startswith(b"\x89HDF"):
+        return _checked(path, *_by_simpleitk(path, dimensions))
+    if path.suffix.lower() == ".lta":
+        return _checked(path, read_lta(path), dimensions)
     if content.startswith(b"#Insight Transform File"):
         parts = _text_parts(path, content.decode("utf-8", "replace"))
     elif (rows := _four_by_four(content)) is not None:
@@ -55,8 +64,20 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
         parts = _matlab_parts(path, content)
     if dimensions == 3 and (planar := [name for name, _, _ in parts if name.endswith("_2_2")]):
         raise ValueError(f"{path} must hold a transform of points in space, as the images are, got {planar[0]!r}")
+    if any(_kind(name) not in _KINDS for name, _, _ in parts if not name.startswith(_COMPOSITE)):
+        if len(parts) > 1 and not parts[0][0].startswith(_COMPOSITE):
+            raise ValueError(f"{path} must hold one transform or one composite, got {[name for name, _, _ in parts]}")
+        return _checked(path, *_by_simpleitk(path, dimensions))
     lps = _combined(path, parts)
     return _checked(path, _LPS @ lps @ _LPS, dimensions)
+
+
+def _by_simpleitk(path: Path, dimensions: int | None) -> tuple[np.ndarray, int | None]:
+    """The matrix in RAS millimetres of what is not read here, and of which dimensions the images are."""
+    matrix, n = linear_matrix(path)
+    if dimensions == 3 and n == 2:
+        raise ValueError(f"{path} must hold a transform of points in space, as the images are, got one of a plane")
+    return _LPS @ matrix @ _LPS, dimensions
 
 
 def _checked(path: Path, matrix: np.ndarray, dimensions: int | None) -> np.ndarray:
@@ -84,7 +105,7 @@ def _text_parts(path: Path, text: str) -> list[Part]:
     """``Transform:``, ``Parameters:`` and ``FixedParameters:`` of each part."""
     parts: list[Part] = []
     for block in re.split(r"^Transform:", text, flags=re.MULTILINE)[1:]:
-        lines = block.splitlines()
+        lines = block.split("\n")
         values = {}
         for line in lines[1:]:
             key, _, rest = line.partition(":")
@@ -93,6 +114,8 @@ def _text_parts(path: Path, text: str) -> list[Part]:
                     values[key] = np.array([float(word) for word in rest.split()])
                 except ValueError as error:
                     raise ValueError(f"{path} must have numbers as {key}, got {rest.strip()!r}") from error
+            elif line.strip() and not line.startswith("#"):
+                raise ValueError(f"{path} must have lines of Parameters and FixedParameters, got {line[:40]!r}")
         empty = np.array([])
         parts.append((lines[0].strip(), values.get("Parameters", empty), values.get("FixedParameters", empty)))
     return parts
@@ -146,7 +169,7 @@ def _matlab_variable(content: bytes, at: int) -> tuple[str, np.ndarray, int]:
 
 def _combined(path: Path, parts: list[Part]) -> np.ndarray:
     """The LPS matrix of all parts, the last applied first."""
-    composite = bool(parts) and parts[0][0].startswith("CompositeTransform_")
+    composite = bool(parts) and parts[0][0].startswith(_COMPOSITE)
     parts = parts[1:] if composite else parts
     if not parts or (len(parts) > 1 and not composite):
         raise ValueError(f"{path} must hold one transform or one composite transform, got {len(parts)} transforms")
@@ -158,14 +181,16 @@ def _combined(path: Path, parts: list[Part]) -> np.ndarray:
 
 def _matrix(path: Path, name: str, parameters: np.ndarray, fixed: np.ndarray) -> np.ndarray:
     """``M (x − c) + c + t`` of one part, in its own frame (LPS)."""
-    match = re.fullmatch(r"(\w+?)_(?:double|float)_([23])_\2", name)
-    known = _KINDS.get((match[1], int(match[2]))) if match else None
-    if match is None or known is None:
-        kinds = sorted({kind for kind, _ in _KINDS})
-        raise ValueError(f"{path} must hold one of the linear transforms {kinds}, got {name!r}")
-    n, (count, parse) = int(match[2]), known
-    centre = fixed[:n] if len(fixed) else np.zeros(n)
-    if len(parameters) != count or len(centre) != n or not np.isfinite([*parameters, *fixed]).all():
+    _, n = kind = _kind(name)
+    count, parse = _KINDS[kind]
+    centre = np.zeros(n) if name.startswith("Translation") and not len(fixed) else fixed[:n]
+    most = n + (name.startswith("Euler3D"))  # the order of its angles
+    if (
+        len(parameters) != count
+        or len(centre) != n
+        or len(fixed) > most
+        or not np.isfinite([*parameters, *fixed]).all()
+    ):
         raise ValueError(
             f"{path} must have {count} finite parameters and a centre of {n} for {name}, "
             f"got {len(parameters)} and {len(fixed)}: {parameters.tolist()}, {fixed.tolist()}"
@@ -175,6 +200,12 @@ def _matrix(path: Path, name: str, parameters: np.ndarray, fixed: np.ndarray) ->
     out[np.ix_(rows, rows)] = linear
     out[rows, 3] = translation + centre - linear @ centre
     return out
+
+
+def _kind(name: str) -> tuple[str, int]:
+    """Class and dimension of one of ITK's transforms by the name in its file, of any other ``("", 0)``."""
+    match = re.fullmatch(r"(\w+?)_(?:double|float)_([23])_\2", name)
+    return (match[1], int(match[2])) if match else ("", 0)
 
 
 def _affine(n: int) -> Callable[..., tuple[np.ndarray, np.ndarray]]:

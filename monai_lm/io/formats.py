@@ -7,7 +7,7 @@ laws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,27 @@ from typing import Any
 import numpy as np
 
 from monai_lm.fields.space import Grid
+from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
+from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
+from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, read_itk_transform, write_itk_transform
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.niftyreg import is_niftyreg, read_niftyreg_ddf
 from monai_lm.io.vectors import read_millimetre_ddf
 from monai_lm.io.voxel import VOXELS, read_learn2reg_ddf, read_voxel_ddf, write_learn2reg_ddf, write_voxel_ddf
 
-__all__ = ["FORMATS", "READABLE", "check_grid", "file_suffix", "guess_format", "read_ddf", "write_ddf"]
+__all__ = [
+    "FORMATS",
+    "READABLE",
+    "check_grid",
+    "file_suffix",
+    "file_suffixes",
+    "guess_format",
+    "read_ddf",
+    "says",
+    "write_ddf",
+]
 
 
 @dataclass(frozen=True)
@@ -30,63 +43,104 @@ class Format:
     """How fields of a format are read and written.
 
     Attributes:
+        says: what its numbers are.
         read: makes ``(n, *S)`` in voxels and the affine of its grid of a path and what it ``asks`` for.
         write: writes a field ``(n, *S)`` in voxels on the grid of an affine to a path; ``None``: it is read only.
         asks: which arguments of :func:`read_ddf` the functions take, as the files do not say it.
-        suffix: of its files.
+        suffixes: of its files; what is written gets the first.
         planes: whether it holds fields in 2D.
         has_affine: whether its files say where the fixed grid lies; else its functions know no affine.
         check_grid: raises for a grid that it cannot hold; see :func:`check_grid`.
     """
 
+    says: str
     read: Callable[..., Any]
     write: Callable[..., None] | None = None
     asks: tuple[str, ...] = ("moving_affine",)
-    suffix: str = ".nii.gz"
+    suffixes: tuple[str, ...] = (".nii.gz", ".nii")
     planes: bool = True
     has_affine: bool = True
     check_grid: Callable[[str, Grid], None] | None = None
 
+    @property
+    def suffix(self) -> str:
+        """What its files end in that are written."""
+        return self.suffixes[0]
 
+
+_LPS, _RAS = (f"displacements of points, {name} mm" for name in ("LPS", "RAS"))
+_ITK_IMAGES = Format(_LPS, read_itk_image_ddf, write_itk_image_ddf, check_grid=check_itk_grid)
 _TABLE = {
-    "itk": Format(read_itk_ddf, write_itk_ddf, check_grid=check_itk_grid),
-    "fsl": Format(read_fsl_ddf, write_fsl_ddf, ("moving_affine", "moving_size", "relative"), planes=False),
-    "voxel": Format(read_voxel_ddf, write_voxel_ddf, ()),
-    "learn2reg": Format(
-        read_learn2reg_ddf, write_learn2reg_ddf, ("size",), suffix=".npz", planes=False, has_affine=False
+    "itk": Format(f"{_LPS} (intent 1006: RAS)", read_itk_ddf, write_itk_ddf, check_grid=check_itk_grid),
+    "itk_transform": Format(
+        _LPS,
+        read_itk_transform,
+        write_itk_transform,
+        ("moving_affine", "size", "fixed_affine"),
+        suffixes=TRANSFORM_SUFFIXES,
+        check_grid=check_itk_grid,
     ),
-    "niftyreg": Format(read_niftyreg_ddf),
-    **{name: Format(partial(read_millimetre_ddf, kind=name)) for name in ("ras", "lps", "positions")},
+    "metaimage": replace(_ITK_IMAGES, suffixes=(".mha", ".mhd")),
+    "nrrd": replace(_ITK_IMAGES, suffixes=(".nrrd", ".nhdr")),
+    "fsl": Format(
+        "displacements or positions, mm of FSL's scaled voxels",
+        read_fsl_ddf,
+        write_fsl_ddf,
+        ("moving_affine", "moving_size", "relative"),
+        planes=False,
+    ),
+    "voxel": Format("displacements in voxels", read_voxel_ddf, write_voxel_ddf, ()),
+    "learn2reg": Format(
+        "displacements in voxels",
+        read_learn2reg_ddf,
+        write_learn2reg_ddf,
+        ("size",),
+        suffixes=(".npz",),
+        planes=False,
+        has_affine=False,
+    ),
+    "niftyreg": Format("displacements of points, or positions, RAS mm", read_niftyreg_ddf),
+    "afni": Format(_LPS, read_afni_ddf, planes=False, check_grid=check_afni_grid),
+    "ras": Format(_RAS, partial(read_millimetre_ddf, kind="ras")),
+    "lps": Format(_LPS, partial(read_millimetre_ddf, kind="lps")),
+    "positions": Format("positions that voxels are led to, RAS mm", partial(read_millimetre_ddf, kind="positions")),
 }
+
+_NIFTI = (".nii.gz", ".nii")
 
 FORMATS = tuple(name for name, found in _TABLE.items() if found.write)
 """What fields are written in."""
 
 READABLE = tuple(_TABLE)
-"""What fields are read from: besides, NiftyReg's, and millimetres that do not say what they are."""
+"""What fields are read from: besides, NiftyReg's, AFNI's, and millimetres that do not say what they are."""
 
 
 def guess_format(path: str | Path) -> str:
     """Tell the format of a file of a field by what it says of itself.
 
     ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the
-    name of its intent says so, FSL's if it has one of FNIRT's intents, ITK's if it has five dimensions and one of the
-    vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in
-    millimetres of any system.
+    name of its intent says so, AFNI's if AFNI's extension names its volumes ``x_delta`` and so on, SPM's positions if
+    it has five dimensions and is described as a ``Deformation``, FSL's if it has one of FNIRT's intents, ITK's if it
+    has five dimensions and one of the vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)``
+    without an intent may be in voxels or in millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it has no format's suffix, is of another shape, or does not say what it is.
     """
-    by_suffix = {found.suffix: name for name, found in _TABLE.items() if found.suffix != ".nii.gz"}
-    if Path(path).suffix in by_suffix:
-        return by_suffix[Path(path).suffix]
+    by_suffix = {end: name for name, found in _TABLE.items() for end in found.suffixes if end not in _NIFTI}
+    if (end := Path(path).suffix.lower()) in by_suffix:
+        return by_suffix[end]
     image = open_nifti(path)
     shape, intent, name = image.shape, int(image.header["intent_code"]), image.header["intent_name"].item()
     if is_niftyreg(image.header):
         return "niftyreg"
     if name == VOXELS.encode():
         return "voxel"
+    if is_afni(image.header):
+        return "afni"
+    if len(shape) == 5 and shape[-1] == 3 and intent == 0 and image.header["descrip"].item() == b"Deformation":
+        return "positions"  # SPM's
     if intent in (1006, 1007) and len(shape) == 5:
         return "itk"
     if intent in (2006, 2007, 2008, 2009, 2016):
@@ -101,6 +155,7 @@ def read_ddf(
     file_format: str = "auto",
     *,
     size: Sequence[int] | None = None,
+    fixed_affine: np.ndarray | None = None,
     moving_affine: np.ndarray | None = None,
     moving_size: Sequence[int] | None = None,
     relative: bool | None = None,
@@ -111,7 +166,9 @@ def read_ddf(
         path: the file.
         file_format: one of ``READABLE``, or ``"auto"``, see :func:`guess_format`; ``"ras"``, ``"lps"`` and
             ``"positions"`` are explained at :func:`monai_lm.io.read_millimetre_ddf`.
-        size: voxel counts of the fixed grid, for Learn2Reg's half resolution.
+        size: voxel counts of the fixed grid, for Learn2Reg's half resolution and ITK's transforms.
+        fixed_affine: ``(4, 4)`` voxel-to-RAS affine of the fixed grid, on which ITK's transforms are sampled; default:
+            the grid of the field that they begin with.
         moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid, for files in millimetres; default: the file's.
         moving_size: its voxel counts, for FSL's files.
         relative: whether FSL's file holds displacements; default: a guess.
@@ -128,7 +185,10 @@ def read_ddf(
         file_format = guess_format(path)
     _check_format(file_format, READABLE)
     found = _TABLE[file_format]
-    given = {"size": size, "moving_affine": moving_affine, "moving_size": moving_size, "relative": relative}
+    given = {
+        "size": size, "fixed_affine": fixed_affine, "moving_affine": moving_affine, "moving_size": moving_size,
+        "relative": relative,
+    }  # fmt: skip
     out = found.read(path, **{name: given[name] for name in found.asks})
     return out if found.has_affine else (out, None)
 
@@ -162,11 +222,22 @@ def write_ddf(
     found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in found.asks})
 
 
+def says(file_format: str) -> str:
+    """What the numbers of a format are, in a line."""
+    return _TABLE[file_format].says
+
+
 def check_grid(file_format: str, name: str, grid: Grid) -> None:
     """ValueError if a format cannot hold fields on a grid, named for the message."""
     check = _TABLE[file_format].check_grid
     if check is not None:
         check(name, grid)
+
+
+def file_suffixes(file_format: str) -> tuple[str, ...]:
+    """All that files of a format may end in that are written; ValueError for an unknown format."""
+    _check_format(file_format)
+    return tuple(end for end in _TABLE[file_format].suffixes if end not in (".mhd", ".nhdr"))
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:

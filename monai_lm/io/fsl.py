@@ -15,6 +15,7 @@ import torch
 
 from monai_lm.fields.space import check_affine, from_space, spacing_of, to_space
 from monai_lm.io.nifti import check_ddf, load_nifti, save_nifti
+from monai_lm.io.vectors import single
 
 __all__ = ["fsl_space", "read_fsl_ddf", "write_fsl_ddf"]
 
@@ -129,7 +130,7 @@ def read_fsl_ddf(
         ddf = readings[spread[True] <= spread[False]]
     else:
         ddf = voxels(relative)
-    return ddf[0].float().numpy(), affine
+    return single(path, ddf[0].numpy()), affine
 
 
 def _positions(space: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
 from monai_lm.io import read_affine, read_ddf, read_points
-from monai_lm.io.nifti import load_nifti
+from monai_lm.io.nifti import open_nifti
+from monai_lm.io.volumes import load_volume
 from monai_lm.similarity.weighted import with_moving_weight
 from monai_lm.solver.checks import check_mask
 
@@ -24,8 +25,8 @@ class Image:
     """A 2D or 3D image or label map from a file.
 
     Args:
-        path: NIfTI file of one volume. A volume of one voxel along one axis, whichever, is an image in 2D of the other
-            two.
+        path: NIfTI, MGH, MetaImage or NRRD file of one volume. A volume of one voxel along one axis, whichever, is an
+            image in 2D of the other two.
         label: it must hold labels, whole numbers of at least 0.
 
     Attributes:
@@ -36,12 +37,12 @@ class Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not NIfTI, is cut off, is not finite, holds several volumes, has a singular affine, or holds
-            no labels although it must.
+        ValueError: it is none of these, is cut off, is not finite, holds several volumes, has a singular affine, or
+            holds no labels although it must.
     """
 
     def __init__(self, path: str | Path, label: bool = False) -> None:
-        values, affine, _ = load_nifti(path)
+        values, affine = load_volume(path)
         shape = values.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -56,6 +57,15 @@ class Image:
 
 def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
     """Values of a file as int32, or int64 where they need it; ValueError unless they are labels, each with its own."""
+    slope, offset = _scaling(path)
+    if (slope, offset) != (1.0, 0.0):
+        if np.abs(values - values.round()).max() > 0.01:
+            raise ValueError(
+                f"{path} must hold labels, whole numbers of at least 0; it stores them scaled by {slope:.6g} plus "
+                f"{offset:.6g} (scl_slope, scl_inter), which makes no whole numbers of them. If what is stored are the "
+                "labels, write them without: nib.Nifti1Image(np.asarray(image.dataobj.get_unscaled()), image.affine)"
+            )
+        values = values.round()
     if (values != values.round()).any() or values.min() < 0:
         raise ValueError(f"{path} must hold labels, whole numbers of at least 0, got other values")
     if values.dtype == np.float32 and values.max() > 2**24:
@@ -63,6 +73,14 @@ def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
             f"{path} must hold labels up to {2**24}, which float32 can tell apart, got larger ones; store integers"
         )
     return values.astype(np.int32 if values.max() < 2**31 else np.int64)
+
+
+def _scaling(path: str | Path) -> tuple[float, float]:
+    """Slope and offset by which a NIfTI file scales what it stores; 1 and 0 for others."""
+    if not str(path).lower().endswith((".nii", ".nii.gz")):
+        return 1.0, 0.0
+    stored = open_nifti(path).dataobj
+    return float(stored.slope), float(stored.inter)
 
 
 class Field:
@@ -86,7 +104,8 @@ class Field:
         start = None if fixed is None else fixed.grid
         end = start if moving is None else moving.grid
         given: dict[str, Any] = {} if end is None else {"moving_affine": end.affine, "moving_size": end.size}
-        values, affine = read_ddf(path, file_format, size=None if start is None else start.size, **given)
+        given |= {} if start is None else {"size": start.size, "fixed_affine": start.affine}
+        values, affine = read_ddf(path, file_format, **given)
         if affine is None:
             if start is None:
                 raise ValueError(f"{path} does not say where it lies: an image on its grid must be given")
@@ -103,7 +122,8 @@ class Field:
             hint = "" if own.size != size else f"; affines\n{own.affine}\nand\n{fixed.grid.affine}"
             raise ValueError(
                 f"{path} must lie on the grid of the fixed image {fixed.path}, {size} voxels, got {own.size}{hint}\n"
-                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged?)"
+                "(a field belongs to the image it was made for as fixed; were fixed and moving exchanged? One made for "
+                "another grid of the same image is brought to this one by monai-lm convert --fixed … --resample)"
             )
 
     def inner(self) -> Tensor:

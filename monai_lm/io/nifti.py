@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import uuid
 import warnings
 import zlib
@@ -14,10 +15,46 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHError
+from nibabel.spatialimages import HeaderDataError
 
 from monai_lm.fields.space import check_affine, is_sheared
 
-__all__ = ["check_ddf", "label_type", "load_nifti", "open_nifti", "replacing", "save_nifti", "write_table"]
+__all__ = [
+    "check_ddf",
+    "check_length",
+    "errors_of",
+    "label_type",
+    "load_nifti",
+    "open_nifti",
+    "replacing",
+    "save_nifti",
+    "write_table",
+]
+
+_BROKEN = (
+    ImageFileError, HeaderDataError, MGHError, EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError,
+    ValueError, zlib.error,
+)  # fmt: skip
+"""What nibabel raises for files that are cut off, or whose headers say nonsense."""
+
+_MOST_DEFLATED = 1032
+"""Bytes that one of a gzip file makes, at most."""
+
+_MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "micron": 1e-3, "meter": 1e3}
+
+_OTHERS = {
+    (".h5", ".hdf5", ".tfm", ".txt"): "an ITK transform, which is read as a field (file_format='itk_transform')",
+    (".mha", ".mhd"): "MetaImage, which is read as an image or as a field (file_format='metaimage')",
+    (".nrrd", ".nhdr"): "NRRD, which is read as an image or as a field (file_format='nrrd')",
+    (".mat", ".lta"): "a linear transform, which is read as an affine",
+    (".npz",): "Learn2Reg's, which is read as a field (file_format='learn2reg')",
+    (".mgz", ".mgh"): "MGH, which is read as an image; mri_warp_convert --inmgzwarp … --outras … makes a field for "
+    "file_format='ras' of a warp",
+    (".m3z",): "FreeSurfer's morph; mri_warp_convert --inm3z … --outras … makes a field for file_format='ras' of it",
+    (".head", ".brik"): "AFNI's dataset; 3dcopy makes a NIfTI file of it",
+}
+"""What is taken for a NIfTI file, by the suffix, and what to do with it."""
 
 
 @contextmanager
@@ -89,14 +126,14 @@ def save_nifti(
 
 
 @contextmanager
-def _errors_of(path: str | Path) -> Iterator[None]:
+def errors_of(path: str | Path, what: str = "NIfTI file") -> Iterator[None]:
     """What a broken file makes nibabel raise, as a ValueError that names the file."""
     try:
         yield
     except PermissionError:
         raise
-    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} must be a whole NIfTI file, got {type(error).__name__}: {error}") from error
+    except _BROKEN as error:
+        raise ValueError(f"{path} must be a whole {what}, got {type(error).__name__}: {error}") from error
 
 
 def open_nifti(path: str | Path) -> Any:
@@ -108,7 +145,10 @@ def open_nifti(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
-    with _errors_of(path):
+    suffix = Path(path).suffix.lower()
+    if other := next((text for ends, text in _OTHERS.items() if suffix in ends), None):
+        raise ValueError(f"{path} must be a NIfTI file, got the suffix of {other}")
+    with errors_of(path):
         image = nib.load(path)
     kind = type(image).__name__
     if not kind.startswith("Nifti"):
@@ -116,17 +156,43 @@ def open_nifti(path: str | Path) -> Any:
     return image
 
 
-def _check_place(path: str | Path, header: Any) -> None:
-    """ValueError for units other than millimetres; warn where programs disagree about where the image lies."""
-    if (unit := header.get_xyzt_units()[0]) not in ("mm", "unknown"):
-        raise ValueError(f"{path} must be in millimetres, got {unit}")
+def check_length(path: str | Path, image: Any) -> None:
+    """ValueError for a file that cannot hold the data of its header, before memory is taken for them."""
+    size = Path(path).stat().st_size
+    most = size if Path(path).suffix in (".nii", ".mgh") else _MOST_DEFLATED * size
+    if (claimed := math.prod(image.shape) * image.get_data_dtype().itemsize) > most:
+        raise ValueError(f"a header of {claimed} bytes of data in a file of {size}")
+
+
+def _check_place(path: str | Path, header: Any, any_unit: bool) -> float:
+    """Millimetres per unit of the header; warn where programs disagree about where the image lies.
+
+    ValueError for units other than millimetres, unless any will do.
+    """
+    with errors_of(path):
+        unit = header.get_xyzt_units()[0]
+    if _MILLIMETRES[unit] != 1 and not any_unit:
+        raise ValueError(
+            f"{path} must be in millimetres, got {unit}, which says of what unit the grid is and not of what its "
+            "vectors are; bring both to millimetres and say so (nibabel: header.set_xyzt_units('mm'))"
+        )
     codes = int(header["sform_code"]), int(header["qform_code"])
     if codes == (0, 0):
         warnings.warn(
             f"{path} does not say where it lies: it is centred at the origin, ITK puts a corner there", stacklevel=4
         )
-    elif min(codes) > 0 and not np.allclose(header.get_sform(), header.get_qform(), rtol=1e-3, atol=1e-2):
+    elif min(codes) > 0 and not _agree(header):
         warnings.warn(f"{path} has two affines that differ: its sform is used, ITK may use its qform", stacklevel=4)
+    return _MILLIMETRES[unit]
+
+
+def _agree(header: Any) -> bool:
+    """Whether sform and qform do; a quaternion that is none does not."""
+    try:
+        qform = header.get_qform()
+    except ValueError:
+        return False
+    return np.allclose(header.get_sform(), qform, rtol=1e-3, atol=1e-2)
 
 
 def label_type(label: np.ndarray) -> type[np.generic]:
@@ -134,29 +200,38 @@ def label_type(label: np.ndarray) -> type[np.generic]:
     return next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if int(label.max()) <= np.iinfo(t).max)
 
 
-def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
+def load_nifti(path: str | Path, any_unit: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
     """Read a NIfTI file of finite real numbers.
 
+    Args:
+        path: the file.
+        any_unit: whether it may be in metres or micrometres: its numbers are no lengths.
+
     Returns:
-        The data, float32 or (if stored as anything but that) float64, in native byte order; the ``(4, 4)`` affine; the
-        header.
+        The data, float32 or (if stored as anything but that) float64, in native byte order; the ``(4, 4)`` affine, in
+        millimetres; the header.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no NIfTI file, is cut off, does not hold finite real numbers, or its affine is singular.
+        ValueError: it is no NIfTI file, is cut off, does not hold finite real numbers, its affine is singular, or it is
+            in another unit than millimetres where not any will do.
     """
     image = open_nifti(path)
-    _check_place(path, image.header)
-    with _errors_of(path):
+    scale = _check_place(path, image.header, any_unit)
+    with errors_of(path):
+        check_length(path, image)
         data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "fiu":
         raise ValueError(f"{path} must hold real numbers, got dtype {data.dtype}")
     if data.dtype.itemsize == 8 and data.dtype.kind in "iu" and data.size and max(data.max(), -data.min()) > 2**53:
         raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got {data.max()}")
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
+    if data.size == 0:
+        raise ValueError(f"{path} must hold voxels, got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
-    return data, check_affine(f"affine of {path}", image.affine), image.header
+    affine = check_affine(f"affine of {path}", image.affine)
+    return data, affine if scale == 1 else np.diag([scale, scale, scale, 1.0]) @ affine, image.header
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

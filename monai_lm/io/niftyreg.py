@@ -13,7 +13,7 @@ from monai_lm.io.vectors import read_millimetre_ddf
 __all__ = ["is_niftyreg", "read_niftyreg_ddf"]
 
 _POSITIONS, _DISPLACEMENTS = 0, 1
-_OTHERS = {
+_OTHERS: dict[float, str] = {
     2: "the control points of a cubic spline",
     3: "a velocity field as positions",
     4: "a velocity field as displacements",
@@ -46,11 +46,11 @@ def read_niftyreg_ddf(path: str | Path, moving_affine: np.ndarray | None = None)
     header = open_nifti(path).header
     if not is_niftyreg(header):
         raise ValueError(f"{path} must be named NREG_TRANS to be NiftyReg's, got {header['intent_name'].item()!r}")
-    kind = int(header["intent_p1"])
+    kind = float(header["intent_p1"])
     if kind not in (_POSITIONS, _DISPLACEMENTS):
         raise ValueError(
             f"{path} must hold NiftyReg's positions or displacements (intent_p1 0 or 1), got "
-            f"{_OTHERS.get(kind, 'something else')} ({kind}); "
+            f"{_OTHERS.get(kind, 'something else')} ({kind:g}); "
             f"reg_transform -ref FIXED -def {Path(path).name} FIELD.nii.gz makes a field of it"
         )
     return read_millimetre_ddf(path, "positions" if kind == _POSITIONS else "ras", moving_affine)

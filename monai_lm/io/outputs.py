@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_lm.io import file_suffix
+from monai_lm.io.formats import file_suffixes
 
 __all__ = [
     "as_json",
@@ -71,8 +72,7 @@ def check_outputs(folder: Path, names: Sequence[str], overwrite: bool, argument:
 
 def check_field_output(output: Path, file_format: str, overwrite: bool) -> None:
     """As :func:`check_outputs`, for one file of a field, whose suffix must be that of its format."""
-    suffix = file_suffix(file_format)
-    suffixes = (".nii", ".nii.gz") if suffix == ".nii.gz" else (suffix,)
+    suffixes = file_suffixes(file_format)
     if not output.name.endswith(suffixes):
         raise ValueError(f"output must end in {' or '.join(suffixes)} for {file_format} fields, got {output.name!r}")
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")

@@ -18,7 +18,8 @@ _SYSTEMS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 
 def read_points(path: str | Path) -> np.ndarray:
     """Landmarks ``(N, n)`` in RAS millimetres, float64.
 
-    ``.csv``: a line per point, after a header or not, in RAS millimetres. Slicer's ``.fcsv`` and ``.mrk.json``, in the
+    ``.csv``: a line per point, after a header or not, in RAS millimetres; in LPS millimetres, as ANTs has it, if the
+    header begins with ``x,y,z,t`` (further columns are left out). Slicer's ``.fcsv`` and ``.mrk.json``, in the
     coordinate system that they say (LPS or RAS). Legacy ``.vtk`` in ASCII, whose second line says ``SPACE=LPS`` or
     ``SPACE=RAS``, as Slicer writes it.
 
@@ -50,6 +51,9 @@ _Rows = Sequence[Sequence[Any]]
 
 
 def _csv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001 (all readers are called alike)
+    header = [word.strip().lower() for word in text.lstrip().split("\n", 1)[0].split(",")]
+    if header[:4] == ["x", "y", "z", "t"]:  # ANTs'
+        return "LPS", _fields(text, slice(3))
     return "RAS", _fields(text, slice(None))
 
 

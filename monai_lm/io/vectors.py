@@ -11,7 +11,7 @@ import torch
 from monai_lm.fields.space import check_affine, from_space, to_world
 from monai_lm.io.nifti import load_nifti
 
-__all__ = ["LPS", "components_first", "flattened", "looks_like_positions", "read_millimetre_ddf", "to_voxels"]
+__all__ = ["LPS", "components_first", "flattened", "looks_like_positions", "read_millimetre_ddf", "single", "to_voxels"]
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -50,6 +50,15 @@ def flattened(path: str | Path, ddf: np.ndarray) -> np.ndarray:
     return ddf
 
 
+def single(path: str | Path, ddf: np.ndarray) -> np.ndarray:
+    """A field as float32; ValueError for one of numbers that do not fit."""
+    if not np.abs(ddf).max() <= np.finfo(np.float32).max:
+        raise ValueError(
+            f"{path} must lead to places that float32 can hold, got displacements up to {np.abs(ddf).max()}"
+        )
+    return np.ascontiguousarray(ddf, dtype=np.float32)
+
+
 def to_voxels(
     path: str | Path, vectors: np.ndarray, affine: np.ndarray, moving_affine: np.ndarray | None, space: np.ndarray
 ) -> np.ndarray:
@@ -67,7 +76,7 @@ def to_voxels(
                 f"affine\n{grid}"
             )
     displacement = torch.from_numpy(np.ascontiguousarray(vectors))[None]
-    return flattened(path, from_space(displacement, space @ affine, space @ moving_affine)[0].float().numpy())
+    return flattened(path, single(path, from_space(displacement, space @ affine, space @ moving_affine)[0].numpy()))
 
 
 def read_millimetre_ddf(

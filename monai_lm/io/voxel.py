@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from monai_lm.fields.space import check_affine
 from monai_lm.io.nifti import check_ddf, load_nifti, replacing, save_nifti
-from monai_lm.io.vectors import components_first, flattened
+from monai_lm.io.vectors import components_first, flattened, single
 
 __all__ = ["VOXELS", "read_learn2reg_ddf", "read_voxel_ddf", "write_learn2reg_ddf", "write_voxel_ddf"]
 
@@ -53,9 +53,8 @@ def read_voxel_ddf(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         FileNotFoundError: there is no such file.
         ValueError: it is no NIfTI file, is cut off, has another shape, or is not finite.
     """
-    data, affine, _ = load_nifti(path)
-    ddf = np.ascontiguousarray(components_first(path, data), dtype=np.float32)
-    return flattened(path, ddf), affine
+    data, affine, _ = load_nifti(path, any_unit=True)
+    return flattened(path, single(path, components_first(path, data))), affine
 
 
 def write_learn2reg_ddf(path: str | Path, ddf: np.ndarray, half: bool = False) -> None:

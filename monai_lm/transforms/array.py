@@ -331,9 +331,10 @@ class LoadDDF(Transform):
     """Read a displacement field from a file: ITK's, ANTs' or Slicer's, FSL's, NiftyReg's, in voxels, or Learn2Reg's.
 
     Args:
-        file_format: ``"itk"``, ``"fsl"``, ``"voxel"``, ``"learn2reg"``, ``"niftyreg"``, or ``"ras"``, ``"lps"`` and
-            ``"positions"`` for millimetres, see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file
-            says, see :func:`monai_lm.io.guess_format`.
+        file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"``,
+            ``"learn2reg"``, ``"niftyreg"``, ``"afni"``, or ``"ras"``, ``"lps"`` and ``"positions"`` for millimetres,
+            see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file says, see
+            :func:`monai_lm.io.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 
@@ -397,8 +398,8 @@ class SaveDDF(Transform):
     Args:
         output_dir: folder, made if missing.
         output_postfix: the file is ``<name>_<postfix>.nii.gz``, for Learn2Reg ``.npz``.
-        file_format: ``"itk"`` (also ANTs, SimpleITK, Slicer), ``"fsl"`` (relative), ``"voxel"`` or ``"learn2reg"``
-            (full resolution).
+        file_format: ``"itk"`` (also ANTs, SimpleITK, Slicer), ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``,
+            ``"fsl"`` (relative), ``"voxel"`` or ``"learn2reg"`` (full resolution).
     """
 
     backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)

@@ -277,7 +277,8 @@ class SaveDDFd(MapTransform):
             ``"pair"`` where that carries no file name.
         affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
         allow_missing_keys: do not raise for missing ``keys``.
-        file_format: ``"itk"``, ``"fsl"``, ``"voxel"`` or ``"learn2reg"``.
+        file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"`` or
+            ``"learn2reg"``.
     """
 
     backend = SaveDDF.backend

@@ -25,6 +25,11 @@ def test_lines_of_numbers_after_a_header_or_not(tmp_path, header):
     np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[1.5, -2, 3], [4, 0.5, -6]])
 
 
+def test_ants_points_are_in_lps(tmp_path):
+    (tmp_path / "p.csv").write_text("x,y,z,t,label\n1.5,-2,3,0,7\n4,5,-6,0,8\n")
+    np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[-1.5, 2, 3], [-4, -5, -6]])
+
+
 def test_slicers_points_are_read_in_the_system_they_say(tmp_path):
     header = "# Markups fiducial file version = 4.11\n# CoordinateSystem = {}\n# columns = id,x,y,z,ow\n"
     row = "vtkMRML_0,1.5,-2.0,3.0,0,0,0,1,1,1,0,F-1,,\n"

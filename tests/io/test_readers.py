@@ -15,9 +15,18 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from monai_lm.fields import gaussian_smooth
+from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.fields.space import fixed_to_moving, resample_moving, through_affine
-from monai_lm.io import read_affine, read_fsl_ddf, read_itk_ddf, write_fsl_ddf, write_itk_ddf
+from monai_lm.io import (
+    read_affine,
+    read_ddf,
+    read_fsl_ddf,
+    read_itk_ddf,
+    write_fsl_ddf,
+    write_itk_ddf,
+    write_itk_image_ddf,
+    write_itk_transform,
+)
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -97,6 +106,8 @@ class Case:
         write_itk_ddf(folder / "warp.nii.gz", self.ddf[0].numpy(), self.fixed_affine)
         whole = through_affine(self.ddf, self.fixed_affine, self.moving_affine, self.initial)[0].numpy()
         write_itk_ddf(folder / "whole.nii.gz", whole, self.fixed_affine, self.moving_affine)
+        write_itk_transform(folder / "chain.h5", self.ddf[0].numpy(), self.fixed_affine, initial=self.initial)
+        write_itk_image_ddf(folder / "whole.mha", whole, self.fixed_affine, self.moving_affine)
         self.folder = folder
 
     def ours(self) -> np.ndarray:
@@ -156,10 +167,15 @@ for folder, register in json.loads(sys.argv[1]):
         ants.image_write(w, f"{folder}/{name}.nii")
     apply("ants_both", f"{folder}/warp.nii.gz", f"{folder}/affine.mat")
     apply("ants_whole", f"{folder}/whole.nii.gz")
+    apply("ants_chain", f"{folder}/chain.h5")
+    apply("ants_mha", f"{folder}/whole.mha")
     if register:
         start = [f"{folder}/affine.mat"]
         ants.registration(f, m, "SyNOnly", start, reg_iterations=(10, 5), outprefix=f"{folder}/syn_", random_seed=1)
         apply("ants_syn", f"{folder}/syn_1Warp.nii.gz", f"{folder}/syn_0GenericAffine.mat")
+        options = dict(outprefix=f"{folder}/one_", random_seed=1, write_composite_transform=True)
+        ants.registration(f, m, "SyNOnly", start, reg_iterations=(10, 5), **options)
+        apply("ants_composite", f"{folder}/one_Composite.h5")
     for axis in range(3):
         m = ants.image_read(f"{folder}/ramp{axis}.nii")
         apply(f"ants_shift{axis}", f"{folder}/shift.nii.gz")
@@ -187,9 +203,9 @@ def sampled(case: Case, name: str) -> np.ndarray:
 
 
 @PAIR
-@pytest.mark.parametrize("name", ["ants_both", "ants_whole"])
+@pytest.mark.parametrize("name", ["ants_both", "ants_whole", "ants_chain", "ants_mha"])
 def test_ants_samples_across_grids_as_we_do(ants_cases, pair, name):
-    """The field before an affine of its own, and both in one file."""
+    """The field before an affine of its own, both in one file, a composite of both, and MetaImage."""
     case = ants_cases[pair]
     case.assert_same(sampled(case, name), case.ours(), case.inside(case.ddf[0].numpy(), case.initial))
 
@@ -221,6 +237,18 @@ def test_what_ants_registered_is_read(ants_cases, pair):
     field = torch.from_numpy(ddf)[None]
     ours = resample_moving(case.moving, field, case.fixed_affine, case.moving_affine, initial)[0, 0].numpy()
     case.assert_same(sampled(case, "ants_syn"), ours, case.inside(ddf, initial))
+
+
+@pytest.mark.parametrize("pair", PAIRS[3:5], ids=["oblique to LAS", "RAS to LPS"])
+def test_a_composite_that_ants_registered_is_read(ants_cases, pair):
+    """One ``.h5`` of field and affine, as fMRIPrep keeps it."""
+    case = ants_cases[pair]
+    ddf, affine = read_ddf(case.folder / "one_Composite.h5", moving_affine=case.moving_affine)
+    np.testing.assert_allclose(affine, case.fixed_affine, atol=1e-4)
+    points = np.stack(np.meshgrid(*[np.arange(s) for s in SHAPE], indexing="ij")) + ddf
+    inside = np.all([(p > 0.05) & (p < s - 1.05) for p, s in zip(points, OTHER, strict=True)], axis=0)
+    ours = warp(case.moving, torch.from_numpy(ddf)[None])[0, 0].numpy()
+    case.assert_same(sampled(case, "ants_composite"), ours, inside)
 
 
 # --- FSL, by fslpy ----------------------------------------------------------------------------------------------------

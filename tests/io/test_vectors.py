@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from monai_lm.fields import gaussian_smooth
-from monai_lm.io import read_ddf, read_itk_ddf, read_millimetre_ddf
+from monai_lm.io import guess_format, read_ddf, read_itk_ddf, read_millimetre_ddf
 from monai_lm.io.images import Field, Image
 
 OBLIQUE = np.array([[0.0, -1.5, 0.2, 90.0], [2.0, 0.0, 0.0, -126.0], [0.0, 0.3, 2.5, -72.0], [0, 0, 0, 1]])
@@ -68,6 +68,17 @@ def test_what_synthmorph_writes_is_in_ras_millimetres(tmp_path):
     ddf = np.moveaxis(shift @ np.linalg.inv(OBLIQUE[:3, :3]).T, -1, 0)
     np.testing.assert_allclose(read_ddf(old, "ras")[0], ddf, atol=1e-4)
     np.testing.assert_allclose(read_ddf(new)[0], ddf, atol=1e-4)
+
+
+def test_spms_deformation_is_recognised(tmp_path):
+    """Big-endian, five dimensions, no intent, described as such: where voxels are led, in RAS millimetres."""
+    shift = shift_of()
+    image = nib.Nifti1Image((shift + places(OBLIQUE, shift.shape[:3]))[..., None, :].astype(">f4"), OBLIQUE)
+    image.header["descrip"] = b"Deformation"
+    nib.save(image, tmp_path / "y_a.nii")
+    assert guess_format(tmp_path / "y_a.nii") == "positions"
+    ddf = np.moveaxis(shift @ np.linalg.inv(OBLIQUE[:3, :3]).T, -1, 0)
+    np.testing.assert_allclose(read_ddf(tmp_path / "y_a.nii")[0], ddf, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.fields.space import resample_moving, through_affine
-from monai_lm.io import FORMATS, write_fsl_ddf, write_learn2reg_ddf
+from monai_lm.io import FORMATS, file_suffix, write_fsl_ddf, write_learn2reg_ddf
 from monai_lm.transforms import LoadDDF, RefineDDF, SaveDDF, WarpImage
 
 SHAPES = [(20, 22), (12, 13, 14)]
@@ -375,7 +375,7 @@ def test_what_is_saved_is_loaded_in_every_format(tmp_path, file_format):
     ddf, affine = pair((12, 13, 14))[2], scaling(-1.5, 2, 3)
     SaveDDF(tmp_path, file_format=file_format)(MetaTensor(ddf, affine=affine))
     (path,) = tmp_path.iterdir()
-    assert path.name == ("pair_ddf.npz" if file_format == "learn2reg" else "pair_ddf.nii.gz")
+    assert path.name == f"pair_ddf{file_suffix(file_format)}"
     fixed = MetaTensor(torch.zeros(1, 12, 13, 14), affine=affine)
     for said in ("auto", file_format):
         out = LoadDDF(said)(str(path), fixed)

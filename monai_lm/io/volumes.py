@@ -1,0 +1,47 @@
+"""Images from any file that holds them: NIfTI, FreeSurfer's ``.mgz``, and what SimpleITK reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from monai_lm.fields.space import check_affine
+from monai_lm.io.nifti import check_length, errors_of, load_nifti
+from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
+
+__all__ = ["MGH_SUFFIXES", "load_volume"]
+
+MGH_SUFFIXES = (".mgz", ".mgh")
+
+
+def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image of finite real numbers, in the format of its suffix, of any other suffix as NIfTI.
+
+    Returns:
+        The data, ``(X, Y, Z, …)`` float32 or float64, and the ``(4, 4)`` voxel-to-RAS affine in millimetres.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a broken file, one of another format, or what :func:`monai_lm.io.nifti.load_nifti` refuses.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return load_itk(path)
+    if suffix in MGH_SUFFIXES:
+        return _load_mgh(path)
+    return load_nifti(path, any_unit=True)[:2]
+
+
+def _load_mgh(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with errors_of(path, "MGH file of an image"):
+        image = nib.MGHImage.from_filename(path)
+        check_length(path, image)
+        data, affine = np.asanyarray(image.dataobj), image.affine
+    data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
+    return data, check_affine(f"affine of {path}", affine)

@@ -1,0 +1,214 @@
+"""Headers with random bytes: the documented error, or the field that the changed header says; nothing else.
+
+Without ``.h5``: on some of these ITK's HDF5 ends the process.
+
+``python -m pytest -m slow tests/io/test_fuzz.py`` tries 10,000 of each kind.
+"""
+
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from monai_lm.io import read_affine, read_ddf, write_ddf
+from monai_lm.io.images import Image
+from monai_lm.io.simpleitk import reader_of
+
+SIZE = (5, 4, 3)
+GRID = np.array([[-1.5, 0, 0, 7.0], [0, 0, 3.0, -20.0], [0, 2.0, 0, 30.0], [0, 0, 0, 1.0]])
+LPS = np.diag([-1.0, -1.0, 1.0])
+AFNI = b'<AFNI_atr atr_name="BRICK_LABS" > "x_delta~y_delta~z_delta" </AFNI_atr>'
+FEW, MANY = 40, 10_000
+
+
+def field():
+    return np.random.default_rng(0).normal(size=(3, *SIZE)).astype(np.float32)
+
+
+def afni(path):
+    vectors = np.einsum("ij,j...->...i", LPS @ GRID[:3, :3], field())[..., None, :]
+    image = nib.Nifti1Image(vectors.astype(np.float32), GRID)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("afni", AFNI))
+    nib.save(image, path)
+
+
+def niftyreg(path):
+    vectors = np.einsum("ij,j...->...i", GRID[:3, :3], field())[..., None, :]
+    image = nib.Nifti1Image(vectors.astype(np.float32), GRID)
+    image.header["intent_code"], image.header["intent_p1"], image.header["intent_name"] = 1007, 1, b"NREG_TRANS"
+    nib.save(image, path)
+
+
+def transform(path):
+    write_ddf(path, field(), GRID, "itk_transform")
+
+
+def linear(path):
+    import SimpleITK
+
+    SimpleITK.WriteTransform(SimpleITK.Euler3DTransform((1, 2, 3), 0.1, -0.2, 0.3, (4, 5, 6)), str(path))
+
+
+def image(path):
+    nib.save((nib.MGHImage if path.suffix == ".mgh" else nib.Nifti1Image)(field()[0], GRID), path)
+
+
+def by_nibabel(path):
+    """The affine and the vectors ``(N, components)`` of a NIfTI file, as they are in it, by nibabel."""
+    loaded = nib.load(path)
+    data = np.asanyarray(loaded.dataobj).astype(np.float64)
+    return loaded.affine, data.reshape(-1, data.shape[-1]), loaded.header
+
+
+def by_simpleitk(path):
+    """The affine, in RAS, and the vectors, in LPS, of MetaImage and NRRD, by SimpleITK."""
+    import SimpleITK
+
+    read = SimpleITK.ReadImage(str(path), imageIO=reader_of(path))
+    n, affine = read.GetDimension(), np.eye(4)
+    affine[:n, :n] = np.reshape(read.GetDirection(), (n, n)) * read.GetSpacing()
+    affine[:n, 3] = read.GetOrigin()
+    data = np.moveaxis(SimpleITK.GetArrayFromImage(read), range(n), range(n)[::-1])
+    return np.diag([-1, -1, 1, 1]) @ affine, data.reshape(-1, data.shape[-1]).astype(np.float64), None
+
+
+def check_field(path, name, result):
+    """The field moves its voxels as the vectors of the file say, read by the library that the file is for."""
+    ddf, affine = result
+    n = len(ddf)
+    assert ddf.dtype == np.float32
+    assert np.isfinite(ddf).all()
+    theirs, vectors, header = by_simpleitk(path) if name in ("metaimage", "nrrd") else by_nibabel(path)
+    unit = {"micron": 1e-3, "meter": 1e3}.get(header.get_xyzt_units()[0], 1.0) if header else 1.0
+    np.testing.assert_allclose(affine[:3], unit * theirs[:3], rtol=1e-6, atol=1e-6)
+    led = ddf.reshape(n, -1).astype(np.float64)
+    if name != "voxel":
+        led = affine[:n, :n] @ led
+        is_lps = name in ("metaimage", "nrrd", "afni") or (name == "itk" and int(header["intent_code"]) == 1007)
+        vectors = vectors[:, :3] * (LPS if is_lps else np.eye(3)).diagonal()[: vectors.shape[1]]
+        if name == "niftyreg" and int(header["intent_p1"]) == 0:
+            voxels = np.stack(np.meshgrid(*[np.arange(s) for s in ddf.shape[1:]], indexing="ij")).reshape(n, -1)
+            vectors[:, :n] -= (affine[:n, :n] @ voxels + affine[:n, 3:]).T
+    size = max(1.0, np.abs(vectors).max(), *np.abs(affine).ravel())
+    np.testing.assert_allclose(led.T, vectors[:, :n], rtol=1e-3, atol=1e-5 * size)
+
+
+def check_fsl(path, name, result):  # noqa: ARG001
+    ddf, affine = result
+    assert ddf.dtype == np.float32
+    assert np.isfinite(ddf).all()
+    np.testing.assert_allclose(affine[:3], nib.load(path).affine[:3], rtol=1e-6)
+
+
+def check_transform(path, name, result):  # noqa: ARG001
+    """Some voxels are led to where SimpleITK leads them."""
+    import SimpleITK
+
+    ddf, affine = result
+    assert ddf.dtype == np.float32
+    assert np.isfinite(ddf).all()
+    n, read = len(ddf), SimpleITK.ReadTransform(str(path))
+    for voxel in ([0] * n, [1] * n, [s - 1 for s in ddf.shape[1:]]):
+        start = affine[:n, :n] @ voxel + affine[:n, 3]
+        end = start + affine[:n, :n] @ ddf[(slice(None), *voxel)].astype(np.float64)
+        theirs = LPS[:n, :n] @ read.TransformPoint((LPS[:n, :n] @ start).tolist())
+        np.testing.assert_allclose(end, theirs, rtol=1e-3, atol=1e-4 * max(1.0, np.abs(affine).max()))
+
+
+def check_affine(path, name, result):  # noqa: ARG001
+    import SimpleITK
+
+    assert_moves_as(result, SimpleITK.ReadTransform(str(path)))
+
+
+def assert_moves_as(result, read):
+    n = read.GetDimension()
+    for point in (np.zeros(n), np.arange(1.0, n + 1)):
+        theirs = LPS[:n, :n] @ read.TransformPoint((LPS[:n, :n] @ point).tolist())
+        np.testing.assert_allclose(result[:n, :n] @ point + result[:n, 3], theirs, rtol=1e-4, atol=1e-4)
+
+
+def check_text(path, name, result):  # noqa: ARG001
+    """As :func:`check_affine` of the numbers in the text: ITK's reader crashes on some of them."""
+    import SimpleITK
+
+    text = path.read_bytes().decode("latin-1")
+    numbers = dict(re.findall(r"^(Parameters|FixedParameters):(.*)$", text, re.MULTILINE))
+    if "Transform: Euler3DTransform_" in text and len(numbers) == 2:
+        read = SimpleITK.Euler3DTransform()
+        fixed = [float(word) for word in numbers["FixedParameters"].split()]
+        read.SetFixedParameters([*fixed, 0.0][:4])  # the fourth may be missing
+        read.SetParameters([float(word) for word in numbers["Parameters"].split()])
+        assert_moves_as(result, read)
+
+
+def check_image(path, name, result):  # noqa: ARG001
+    loaded = nib.load(path)
+    np.testing.assert_allclose(result.data.numpy().ravel(), np.asanyarray(loaded.dataobj).ravel(), rtol=1e-6)
+
+
+def written(name):
+    return lambda path: write_ddf(path, field(), GRID, name)
+
+
+CASES = {
+    "fsl": ("u.nii", written("fsl"), read_ddf, check_fsl, 352),
+    "itk": ("u.nii", written("itk"), read_ddf, check_field, 352),
+    "voxel": ("u.nii", written("voxel"), read_ddf, check_field, 352),
+    "afni": ("u.nii", afni, read_ddf, check_field, 460),
+    "niftyreg": ("u.nii", niftyreg, read_ddf, check_field, 352),
+    "metaimage": ("u.mha", written("metaimage"), read_ddf, check_field, 330),
+    "nrrd": ("u.nrrd", written("nrrd"), read_ddf, check_field, 330),
+    "itk_transform": ("u.tfm", transform, read_ddf, check_transform, 6000),
+    "affine mat": ("x.mat", linear, lambda path, _: read_affine(path), check_affine, 220),
+    "affine tfm": ("x.tfm", linear, lambda path, _: read_affine(path), check_text, 260),
+    "image nii": ("i.nii", image, lambda path, _: Image(path), check_image, 352),
+    "image mgh": ("i.mgh", image, lambda path, _: Image(path), check_image, 284),
+}
+
+
+def fuzzed(rng, whole, header, is_text):
+    """A file with one to three bytes of its header changed, in a text mostly digits to others, or cut off."""
+    out = bytearray(whole)
+    header = min(header, len(out))
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(header))
+        if is_text and chr(out[at]).isdigit() and rng.random() < 0.8:
+            out[at] = ord(str(rng.integers(10)))
+        else:
+            out[at] = rng.integers(256) if rng.random() < 0.5 else out[at] ^ (1 << int(rng.integers(8)))
+    return bytes(out[: rng.integers(header)] if rng.random() < 0.02 else out)
+
+
+def try_headers(path, case, count):
+    """Fuzz; returns how many files were still read."""
+    name, (_, save, read, check, header) = case, CASES[case]
+    if save is not afni and save is not niftyreg and save is not image and name not in ("itk", "voxel", "fsl"):
+        pytest.importorskip("SimpleITK")
+    save(path)
+    whole, rng, good = path.read_bytes(), np.random.default_rng(7), 0
+    for i in range(count):
+        path.write_bytes(fuzzed(rng, whole, header, path.suffix in (".mha", ".nrrd", ".tfm")))
+        try:
+            result = read(path, name.split(" ")[0])
+        except ValueError as error:
+            if path.name not in str(error):
+                raise AssertionError(f"header {i}") from error
+            continue
+        check(path, name, result)
+        good += 1
+    return good
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_few_headers(tmp_path, case):
+    assert try_headers(tmp_path / CASES[case][0], case, FEW) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_many_headers(tmp_path, case):
+    assert try_headers(tmp_path / CASES[case][0], case, MANY) > MANY // 100
