@@ -129,12 +129,16 @@ def refine_pair(
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
-    predicted, onto = _starts(pair, None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format), chosen)
+    field = None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format).ddf.to(chosen)
+    paths = [str(image.path) for image in (pair.fixed, pair.moving)]
+    predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            shown, hides = (onto, None) if pair.moving_mask is None else pair.masked(onto)
+            shown, hides = onto, None
+            if pair.moving_mask is not None:
+                shown, hides = pair.between.masked(pair.moving.data.to(chosen), pair.moving_mask.data.to(chosen))
             beside: dict[str, Any] = {"moving_mask": hides, "guidance": guides_of(pair, guide, chosen)}
             result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
             used = settings_of(keywords | {"guidance": guide})
@@ -164,22 +168,6 @@ def refine_pair(
         for name in {"warped_label.nii.gz", "jacobian.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
-
-
-def _starts(pair: Pair, field: Field | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """A predicted field as one on the fixed grid before the affine, and the moving image as the affine alone brings it.
-
-    ValueError for images that overlap neither as they are brought so nor as they are predicted.
-    """
-    size = pair.fixed.grid.size
-    still = torch.zeros(1, len(size), *size, device=device)
-    predicted = None if field is None else pair.inner(field.ddf.to(device))
-    if all(share_inside(pair.whole(u), pair.moving.grid.size) == 0 for u in (still, predicted) if u is not None):
-        raise ValueError(
-            f"{pair.fixed.path} and {pair.moving.path} must overlap, no voxel of the one lies in the other; "
-            "pass an affine"
-        )
-    return predicted, pair.brought(pair.moving, still)
 
 
 def _registered(
