@@ -12,6 +12,7 @@ from benchmarks.ablation import ablation
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.contrasts import contrasts
+from benchmarks.conventions import conventions
 from benchmarks.gpu.command import gpu
 from benchmarks.guidance import guidance
 from benchmarks.hippocampus import hippocampus
@@ -47,6 +48,7 @@ if __name__ == "__main__":
         supervision,
         optimizers,
         contrasts,
+        conventions,
         repairs,
         moving_mask,
         uncertainty,

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from monai_lm import transforms
 from monai_lm.apps import cli
 from monai_lm.apps.demo import endpoint_error
-from monai_lm.fields import fold_count, resample, warp
+from monai_lm.fields import fold_count
 from monai_lm.io import FORMATS, READABLE
 from monai_lm.similarity.lookup import MEASURES
 
@@ -24,7 +23,6 @@ PAGES = [
     *sorted((ROOT / "bundles").glob("*/docs/README.md")),
 ]
 PAGE_IDS = [str(path.relative_to(ROOT)) for path in PAGES]
-SIZE = (7, 9, 8)
 
 
 def python_blocks(path):
@@ -135,38 +133,3 @@ def test_links_lead_to_files_and_headings(page):
         if not target.exists() or (anchor and headed and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
-
-
-@pytest.fixture(scope="module")
-def printed():
-    """The functions of the page on networks, by name."""
-    names = {"torch": torch}
-    for block in python_blocks(ROOT / "docs" / "networks.md"):
-        if "def " in block:
-            exec(block, names)
-    return names
-
-
-def identity(size):
-    return torch.stack(torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in size], indexing="ij"))
-
-
-def test_a_map_of_icons_is_in_units_of_one_voxel_less_than_the_grid_has(printed):
-    """On its grid of 175 a shift by .1 is 17.4 voxels; 17.5, by the number of voxels, is .57 % too long."""
-    size = (175, 3, 5)
-    grid = identity(size) / (torch.tensor(size) - 1).view(3, 1, 1, 1)
-    shift = torch.tensor([0.1, 0.5, -0.25], dtype=torch.float64).view(3, 1, 1, 1)
-    ddf = printed["from_icon"]((grid + shift)[None])
-    expected = torch.tensor([17.4, 1.0, -1.0], dtype=torch.float64).view(1, 3, 1, 1, 1).expand(1, 3, *size)
-    torch.testing.assert_close(ddf, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(
-        resample(ddf, (349, 5, 9)), 2 * expected[..., :1, :1, :1].expand(1, 3, 349, 5, 9), rtol=0, atol=1e-6
-    )
-
-
-def test_a_map_for_grid_sample_warps_as_grid_sample_does(printed, random_tensor):
-    image, noise = random_tensor((1, 1, *SIZE)), 0.2 * random_tensor((1, *SIZE, 3), 1)
-    size = torch.tensor(SIZE)
-    grid = (identity(SIZE).movedim(0, -1) / (size - 1) * 2 - 1).flip(-1)[None] + noise
-    expected = F.grid_sample(image, grid, align_corners=True, padding_mode="border")
-    torch.testing.assert_close(warp(image, printed["from_grid_sample"](grid)), expected, rtol=0, atol=1e-9)

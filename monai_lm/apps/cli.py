@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def refine(
     moving_mask: str | None = None,
     overwrite: bool = False,
     json: bool = False,
+    dry_run: bool = False,
+    log_json: str | None = None,
     **options: Any,
 ) -> None:
     """Refine a predicted field for two NIfTI images, or register them from the identity.
@@ -58,6 +62,8 @@ def refine(
         moving_mask: the same on the grid of the moving image, zero on a lesion for one.
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
+        dry_run: read and check everything, print what would be done, and write nothing.
+        log_json: file that gets a line of JSON per iteration.
         options: see :func:`_options`.
     """
     from monai_lm.apps import commands
@@ -67,7 +73,19 @@ def refine(
         how["settings"]["progress"] = True
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
     metrics = commands.refine_pair(
-        fixed, moving, output_dir, ddf, affine, labels, points, fixed_mask, moving_mask, overwrite=overwrite, **how
+        fixed,
+        moving,
+        output_dir,
+        ddf,
+        affine,
+        labels,
+        points,
+        fixed_mask,
+        moving_mask,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        log_json=log_json,
+        **how,
     )
     _show(metrics, json)
 
@@ -76,7 +94,7 @@ def cohort(pairs: str, output_dir: str, overwrite: bool = False, **options: Any)
     """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
 
     Args:
-        pairs: .csv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
+        pairs: .csv, .tsv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
             moving_points, fixed_mask, moving_mask, ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
         overwrite: do pairs again that are complete, and replace what other files or settings left.
@@ -148,8 +166,8 @@ def _options(
             replaces its settings.
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         similarity: lncc, mi, mind, mse or ncc.
-        scales: reduction per level, coarse to fine, or auto.
-        iterations: most iterations per level, or auto.
+        scales: reduction per level, coarse to fine, as 4,2,1, or auto.
+        iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
         seconds: time budget of a pair.
         memory: auto, full or half.
@@ -158,7 +176,7 @@ def _options(
         file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
-        guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, or all.
+        guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, as 1,3, or all.
         guide_points: whether fixed_points and moving_points guide the refinement.
         guide_weight: how hard they pull, relative to the images.
     """
@@ -404,7 +422,21 @@ def _show(values: dict[str, Any], json: bool) -> None:
 
 
 def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> list[str]:
-    """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``."""
+    """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``, and lists in brackets.
+
+    ValueError for the values of a list as words of their own.
+    """
+    for option in _LISTS:
+        places = [k for k, word in enumerate(words) if word == option]
+        for k in places:
+            values = list(takewhile(_NUMBERS.fullmatch, words[k + 1 :]))
+            if len(values) > 1:
+                joined = ",".join(value.strip(",") for value in values)
+                raise ValueError(f"{option} must be one word, {option} {joined}, got {' '.join(values)}")
+    words = [
+        f"[{word}]" if before in _LISTS and _NUMBERS.fullmatch(word) and "," in word else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
     parameters = [p for command in commands for p in signature(command).parameters.values()]
     switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
     out = []
@@ -413,12 +445,19 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
     return out
 
 
+_LISTS = ("--scales", "--iterations", "--guide_labels")
+_NUMBERS = re.compile(r"[\d.,]+")
+
+
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
     commands = (refine, cohort, sequence, apply, invert, jacobian, compose, convert, evaluate, info, demo)
     words = sys.argv[1:]
     if words[:1] == ["info"] and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, "--file")
+    if words == ["--version"]:
+        print(f"monai-lm {monai_lm.__version__}")
+        return
     with console("monai-lm"):
         named: dict[str, Any] = {command.__name__: command for command in commands}
         auto_cli(named, args=with_values(words, [*named.values(), _options]) or ["--help"], as_positional=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,19 @@ def refine_cohort(
         The rows of the table, and by name why a pair failed.
 
     Raises:
-        ValueError: a list that cannot be used: unknown columns, files that are missing, names that are none or given
+        ValueError: a list that cannot be used: files that are missing, names that are none or given
             twice, folders that hold the results of something else. Everything that is wrong with it is reported at
             once, before the work starts. Or an unknown format, or an output folder that is a file.
         TypeError: unknown settings.
+
+    Warns:
+        UserWarning: columns that are not known, and ignored.
     """
     source = pairs if isinstance(pairs, str | Path) else list(pairs)
     entries = named(entry for part in read_list(source).values() for entry in part)
     if not entries:
         raise ValueError(f"pairs must have at least one pair, got none in {pairs!s}")
+    entries = _known(entries)
     _check(entries)
     folder = Path(output_dir)
     check_outputs(folder, ["metrics.csv"], overwrite=True)
@@ -126,14 +131,19 @@ def _row(entry: Entry, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return named_by | plain | {"remarks": " ".join(metrics.get("remarks", {}))}
 
 
+def _known(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries without the columns that mean nothing here, with a warning: one of them may be a misspelt name."""
+    if unknown := sorted({key for entry in entries for key in entry} - set(_COLUMNS)):
+        warnings.warn(f"columns {unknown} of pairs are ignored, known are {_COLUMNS}", stacklevel=3)
+    return [{key: value for key, value in entry.items() if key in _COLUMNS} for entry in entries]
+
+
 def _check(entries: Sequence[Entry]) -> None:
     problems = []
     for entry in entries:
         name = entry["name"]
         if not name or Path(name).name != name or name.startswith("."):
             problems.append(f"{name!r}: the name of a pair must do as the name of a folder")
-        if unknown := sorted(set(entry) - set(_COLUMNS)):
-            problems.append(f"{name}: unknown columns {unknown}, known are {_COLUMNS}")
         problems += [f"{name}: {a} and {b} must be given together" for a, b in _BOTH if (a in entry) != (b in entry)]
         problems += [
             f"{name}: no file {entry[key]}" for key in PATHS if key in entry and not Path(entry[key]).is_file()

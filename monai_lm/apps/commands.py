@@ -21,6 +21,7 @@ from torch import Tensor
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.apps.guides import check_guide, guides_of
 from monai_lm.apps.jacobian import write_jacobian
+from monai_lm.apps.plan import plan_of, write_log
 from monai_lm.fields import compose, sample_points
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
@@ -71,6 +72,8 @@ def refine_pair(
     command: str | None = None,
     jacobian: bool = False,
     guide: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    log_json: str | Path | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -99,6 +102,9 @@ def refine_pair(
         jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
             see :func:`monai_lm.apps.jacobian.jacobian_field`.
         guide: what guides, of ``labels`` and ``points``; see :func:`monai_lm.apps.guides.guides_of`.
+        dry_run: read and check everything, write nothing, and return the plan instead; see
+            :func:`monai_lm.apps.plan.plan_of`.
+        log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`; replaced.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -129,12 +135,18 @@ def refine_pair(
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
-    predicted, onto = _starts(pair, None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format), chosen)
+    field = None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format).ddf.to(chosen)
+    paths = [str(image.path) for image in (pair.fixed, pair.moving)]
+    predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
+    if dry_run:
+        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen))
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
-            shown, hides = (onto, None) if pair.moving_mask is None else pair.masked(onto)
+            shown, hides = onto, None
+            if pair.moving_mask is not None:
+                shown, hides = pair.between.masked(pair.moving.data.to(chosen), pair.moving_mask.data.to(chosen))
             beside: dict[str, Any] = {"moving_mask": hides, "guidance": guides_of(pair, guide, chosen)}
             result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
             used = settings_of(keywords | {"guidance": guide})
@@ -158,28 +170,14 @@ def refine_pair(
             write_jacobian(folder / "jacobian.nii.gz", whole, here)
         if report:
             _write_report(folder, pair, case, found, provenance)
+        if log_json is not None:
+            write_log(log_json, result.history[0])
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
         for name in {"warped_label.nii.gz", "jacobian.nii.gz", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
-
-
-def _starts(pair: Pair, field: Field | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """A predicted field as one on the fixed grid before the affine, and the moving image as the affine alone brings it.
-
-    ValueError for images that overlap neither as they are brought so nor as they are predicted.
-    """
-    size = pair.fixed.grid.size
-    still = torch.zeros(1, len(size), *size, device=device)
-    predicted = None if field is None else pair.inner(field.ddf.to(device))
-    if all(share_inside(pair.whole(u), pair.moving.grid.size) == 0 for u in (still, predicted) if u is not None):
-        raise ValueError(
-            f"{pair.fixed.path} and {pair.moving.path} must overlap, no voxel of the one lies in the other; "
-            "pass an affine"
-        )
-    return predicted, pair.brought(pair.moving, still)
 
 
 def _registered(

@@ -21,12 +21,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """No NaN and no infinity, else ValueError; a GPU is waited for."""
+def check_finite(name: str, tensor: Tensor, hint: str = "") -> None:
+    """No NaN and no infinity, else ValueError, which ends with the hint; a GPU is waited for."""
     slabs = tensor.split(max(1, 2**20 // max(1, tensor[:, :, :1].numel())), 2) if tensor.dim() > 2 else [tensor]
     bad = int(sum((~torch.isfinite(slab)).sum() for slab in slabs))  # slab by slab: a field is large
     if bad:
-        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values{hint}")
 
 
 def check_number(name: str, value: Any, minimum: float, exclusive: bool = False) -> None:

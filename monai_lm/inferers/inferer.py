@@ -37,11 +37,16 @@ class RegistrationInferer(Inferer):
             the soft labels of a segmenter, for one. ``None`` refines on the images alone.
         match: keyword arguments of :func:`monai_lm.refine` for registering predicted features from the identity, on
             their grid; mean squared differences unless they name a similarity.
+        takes: the images that the network is called with one by one, in its order: ``("moving", "fixed")``, as MONAI's
+            ``VoxelMorph``, or ``("fixed", "moving")``; ``None``: with both as the channels of one tensor.
+        output: which entry of a tuple, list or dictionary that the network returns is the prediction, by its number or
+            key; ``None``: the only one that has the shape of a field.
 
     Raises:
         TypeError: an argument of the wrong type, or one that :func:`monai_lm.refine` does not know.
-        ValueError: unknown ``prediction``, ``integration_steps`` or ``divisible_pad`` below 1; when called, inputs,
-            predictions or features of the wrong shape, or predictions that are not finite.
+        ValueError: unknown ``prediction`` or ``takes``, ``integration_steps`` or ``divisible_pad`` below 1; when
+            called, inputs, predictions or features of the wrong shape, predictions that are not finite, or several
+            outputs of which one must be named.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class RegistrationInferer(Inferer):
         refine: Mapping[str, Any] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         match: Mapping[str, Any] | None = None,
+        takes: Sequence[str] | None = None,
+        output: int | str | None = None,
     ) -> None:
         if prediction not in ("velocity", "displacement", "features"):
             raise ValueError(f"prediction must be 'velocity', 'displacement' or 'features', got {prediction!r}")
@@ -59,6 +66,10 @@ class RegistrationInferer(Inferer):
             raise ValueError(f"integration_steps must be at least 1, got {integration_steps}")
         if divisible_pad is not None and (not isinstance(divisible_pad, int) or divisible_pad < 1):
             raise ValueError(f"divisible_pad must be None or a whole number of at least 1, got {divisible_pad!r}")
+        if takes is not None and (isinstance(takes, str) or sorted(takes) != ["fixed", "moving"]):
+            raise ValueError(f"takes must be ('moving', 'fixed'), ('fixed', 'moving') or None, got {takes!r}")
+        self.takes = None if takes is None else tuple(takes)
+        self.output = output
         self.prediction = prediction
         if match is not None and prediction != "features":
             raise ValueError(f"match is for prediction='features', got it with prediction={prediction!r}")
@@ -76,12 +87,13 @@ class RegistrationInferer(Inferer):
         self.features = features
         self.match = {"similarity": "mse", **(match or {})}
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Refined field that warps channel 0 of ``inputs`` onto channel 1.
 
         Args:
             inputs: ``(B, 2, *S)``, channel 0 moving, channel 1 fixed.
-            network: called as ``network(inputs, *args, **kwargs)``.
+            network: called as ``network(inputs, *args, **kwargs)``, or with the two images that it ``takes`` in place
+                of ``inputs``.
             args: positional arguments of ``network``.
             kwargs: keyword arguments of ``network``.
 
@@ -105,18 +117,41 @@ class RegistrationInferer(Inferer):
         moving, fixed = (self.channels(image) for image in inputs.split(1, dim=1))
         return refine(fixed, moving, ddf, **self.refine)
 
-    def predict(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def predict(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The network's own field ``(B, n, *S)`` in voxels; the arguments are those of a call.
 
         Differentiable, unless the network predicts features.
         """
         inputs = _images(inputs)
-        ddf = self.displacement(network(self.padded(inputs), *args, **kwargs), inputs.shape[2:])
+        ddf = self.displacement(self.prediction_of(inputs, network, *args, **kwargs), inputs.shape[2:])
         if ddf.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"network must return a {self.prediction} for each of {inputs.shape[0]} pairs, got {ddf.shape[0]}"
             )
         return ddf
+
+    def prediction_of(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """What the network predicts for ``inputs`` ``(B, 2, *S)``, padded: the one of its outputs that is meant."""
+        images = self.padded(inputs)
+        roles = {"moving": images[:, :1], "fixed": images[:, 1:]}
+        given = [images] if self.takes is None else [roles[role] for role in self.takes]
+        out = network(*given, *args, **kwargs)
+        if not isinstance(out, tuple | list | Mapping):
+            return out
+        named = dict(out) if isinstance(out, Mapping) else dict(enumerate(out))
+        n, chosen = inputs.dim() - 2, self.output
+        shapes = {key: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for key, x in named.items()}
+        if chosen is None:
+            fields = [key for key, x in named.items() if isinstance(x, Tensor) and x.dim() == n + 2 and x.shape[1] == n]
+            if len(fields) != 1:
+                raise ValueError(
+                    f"network must return a {self.prediction} (B, {n}, *P), one only unless output says which, got "
+                    f"{len(fields)} among the outputs {shapes}"
+                )
+            chosen = fields[0]
+        if chosen not in named:
+            raise ValueError(f"output must be one of the network's {list(named)}, got {chosen!r}")
+        return named[chosen]
 
     def channels(self, image: Tensor) -> Tensor:
         """What the refinement matches: an image ``(B, 1, *S)`` and its features, ``(B, 1 + C, *S)``."""

@@ -31,8 +31,9 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
     """Read entries, each a subject (``image``, ``label``) or a pair (``fixed``, ``moving``, …), by part.
 
     Args:
-        source: a folder with ``images`` and ``labels`` (or ``imagesTr`` and ``labelsTr``), a CSV or JSON file, a list
-            of dictionaries, or a MONAI datalist: a dictionary of such lists, whose names are the parts. In a plain list
+        source: a folder with ``images`` and ``labels`` (or ``imagesTr`` and ``labelsTr``), a JSON or CSV file, the
+            columns of which are separated by commas, semicolons or tabs, as its first line says, a list of
+            dictionaries, or a MONAI datalist: a dictionary of such lists, whose names are the parts. In a plain list
             and in a CSV the column ``part`` says where an entry belongs; without it, it is ``""``.
         root: what relative paths start from; default: the folder of the file, or the working directory.
 
@@ -53,11 +54,11 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
             )
         elif path.suffix == ".json":
             source = read_json("data", path)
-        elif path.suffix == ".csv":
+        elif path.suffix in (".csv", ".tsv"):
             with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
-                source = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+                source = _rows(path, file.read())
         else:
-            raise ValueError(f"data must be a .csv or .json file, got {path.name!r}")
+            raise ValueError(f"data must be a .csv, .tsv or .json file, got {path.name!r}")
     if isinstance(source, Mapping):
         lists = {k: v for k, v in source.items() if SYNONYMS.get(k, k) in PARTS}
         if not lists:
@@ -73,6 +74,16 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
     if unknown := sorted(set(out) - {"", *PARTS}):
         raise ValueError(f"data must name parts among {PARTS}, got {unknown}")
     return out
+
+
+def _rows(path: Path, text: str) -> list[Entry]:
+    """The rows of a table, without what is empty; ValueError for values beyond the last column."""
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    rows = list(csv.DictReader(text.splitlines(), delimiter=separator, skipinitialspace=True))
+    if crowded := [number for number, row in enumerate(rows, 2) if row.get(None)]:
+        raise ValueError(f"{path} must have as many values as columns in every line, got more in lines {crowded[:5]}")
+    return [{k.strip(): v.strip() for k, v in row.items() if k and v and v.strip()} for row in rows]
 
 
 def read_json(argument: str, path: str | Path) -> Any:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.volumes import load_volume
-from monai_lm.similarity.weighted import with_moving_weight
+from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_mask
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
@@ -153,14 +153,14 @@ class Pair:
     mask: Image | None = None
     moving_mask: Image | None = None
 
+    @property
+    def between(self) -> Between:
+        """How the two grids lie to each other."""
+        return Between(self.fixed.grid, self.moving.grid, self.initial)
+
     def whole(self, ddf: Tensor) -> Tensor:
         """A field ``(1, n, *S)`` on the fixed grid and the affine after it, as one into voxels of the moving image."""
-        return through_affine(ddf, self.fixed.grid.affine, self.moving.grid.affine, self.initial)
-
-    def inner(self, ddf: Tensor) -> Tensor:
-        """The inverse of :meth:`whole`: the field on the fixed grid before the affine."""
-        between = fixed_to_moving(self.fixed.grid.affine, self.moving.grid.affine, self.initial)
-        return from_space(ddf, np.eye(4), between)
+        return self.between.whole(ddf)
 
     def brought(self, image: Image, ddf: Tensor) -> Tensor:
         """An image or label map on the moving side, sampled once through field and affine, ``(1, 1, *S)``.
@@ -168,20 +168,8 @@ class Pair:
         It is computed where the field is.
         """
         mode, outside = ("nearest", "zeros") if image.is_label else ("bilinear", "border")
-        data = image.data.to(ddf.device)
-        return resample_moving(data, ddf, self.fixed.grid.affine, image.grid.affine, self.initial, mode, outside)
-
-    def masked(self, onto: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving image as its mask shows it, and the mask, sampled like ``onto`` ``(1, 1, *S)``, without a field.
-
-        What the mask hides is hidden before: sampled on other voxels, it would reach those that count.
-        """
-        assert self.moving_mask is not None  # for mypy: the caller looked
-        both = with_moving_weight(self.moving.data.to(onto.device), self.moving_mask.data.to(onto.device))
-        still = onto.new_zeros(1, onto.dim() - 2, *onto.shape[2:])
-        affines = self.fixed.grid.affine, self.moving.grid.affine, self.initial
-        weight, shown = resample_moving(both, still, *affines).split(1, 1)
-        return shown, weight
+        between = Between(self.fixed.grid, image.grid, self.initial)
+        return between.brought(image.data.to(ddf.device), ddf, mode, outside)
 
 
 def load_pair(

@@ -61,7 +61,8 @@ def check_images(fixed: Tensor, moving: Tensor) -> None:
             stacklevel=3,
         )
     for name, image in (("fixed", fixed), ("moving", moving)):
-        check_finite(name, image)
+        hint = f"; a background of NaN becomes one of zeros by {name}.nan_to_num(0), and a mask keeps it from counting"
+        check_finite(name, image, hint)
 
 
 def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device: torch.device) -> None:

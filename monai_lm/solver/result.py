@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields import invert
+from monai_lm.fields.algebra import lengths
+from monai_lm.fields.topology import fold_count
 from monai_lm.kernels.devices import Stopwatch
 
 __all__ = ["Iteration", "Record", "RefinementResult"]
@@ -85,9 +87,9 @@ class Record:
         return history
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RefinementResult:
-    """A refined field.
+    """A refined field; as text, what to know of it in a line, and a line per pair.
 
     Attributes:
         ddf: ``(B, n, *S)`` displacement in voxels on the fixed grid, without folds.
@@ -114,6 +116,20 @@ class RefinementResult:
     def unused(self) -> list[int]:
         """Pairs whose prediction was not used."""
         return [] if self.prediction_used is None else (~self.prediction_used).nonzero().flatten().tolist()
+
+    def __repr__(self) -> str:
+        """Size and seconds; losses, folds before and after, and mean and largest displacement of every pair."""
+        moved = lengths(self.ddf).flatten(1)
+        folds = fold_count(self.ddf).tolist()
+        lines = [f"RefinementResult(ddf={tuple(self.ddf.shape)}, {self.seconds:.2f} s)"]
+        for k, (before, after) in enumerate(zip(self.initial_loss.tolist(), self.final_loss.tolist(), strict=True)):
+            came = "" if self.prediction_used is None else f" (predicted {int(self.predicted_folds[k])})"
+            unused = ", prediction not used" if k in self.unused else ""
+            lines.append(
+                f"  pair {k}: loss {before:.4f} to {after:.4f}, {folds[k]} folds{came}, moved by "
+                f"{float(moved[k].mean()):.2f} voxels, at most {float(moved[k].max()):.2f}{unused}"
+            )
+        return "\n".join(lines)
 
     def inverse(self) -> Tensor:
         """Field of the inverse map, ``(B, n, *S)`` in voxels on the moving grid; see :func:`monai_lm.fields.invert`."""

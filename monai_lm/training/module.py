@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -66,6 +66,8 @@ class RegistrationModule(pl.LightningModule):
         optimizer: makes the optimizer of parameters; a ``functools.partial`` of a class, or what ``LightningCLI``
             makes of ``class_path`` and ``init_args``.
         scheduler: makes the learning rate schedule of an optimizer, stepped after every batch.
+        takes: see :class:`~monai_lm.inferers.RegistrationInferer`.
+        output: likewise.
 
     Raises:
         ValueError: unknown ``supervision``, one that lacks what it needs, or arguments that the inferer refuses.
@@ -90,6 +92,8 @@ class RegistrationModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        takes: Sequence[str] | None = None,
+        output: int | str | None = None,
     ) -> None:
         super().__init__()
         if supervision not in SUPERVISIONS:
@@ -111,7 +115,9 @@ class RegistrationModule(pl.LightningModule):
         }
         self.learning_rate, self.make_optimizer, self.make_scheduler = learning_rate, optimizer, scheduler
         channels = getattr(network, features) if isinstance(features, str) else features
-        self.inferer = RegistrationInferer(prediction, integration_steps, divisible_pad, refine, channels)
+        self.inferer = RegistrationInferer(
+            prediction, integration_steps, divisible_pad, refine, channels, takes=takes, output=output
+        )
         self.similarity = None if similarity is None else get_similarity(similarity)
         self.distillation = Distillation(**(distillation or {})) if supervision == "distill" else None
         self.diffusion = DiffusionLoss()
@@ -126,7 +132,7 @@ class RegistrationModule(pl.LightningModule):
         """Loss of one batch: smoothness of the prediction, similarity, labels, landmarks, and refined fields."""
         images = images_of(batch)
         moving, fixed = images.split(1, 1)
-        prediction = self.network(self.inferer.padded(images))
+        prediction = self.inferer.prediction_of(images, self.network)
         ddf = self.inferer.displacement(prediction, fixed.shape[2:])
         terms = {"smoothness": self.diffusion(prediction.float())}
         if self.similarity is not None:

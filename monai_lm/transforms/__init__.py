@@ -3,9 +3,6 @@
 from monai_lm.transforms.array import (
     InvertDDF,
     JacobianDeterminant,
-    LoadDDF,
-    RefineDDF,
-    SaveDDF,
     WarpImage,
     WarpPoints,
 )
@@ -16,24 +13,31 @@ from monai_lm.transforms.dictionary import (
     JacobianDeterminantD,
     JacobianDeterminantd,
     JacobianDeterminantDict,
-    LoadDDFD,
-    LoadDDFd,
-    LoadDDFDict,
     OnFixedGridD,
     OnFixedGridd,
     OnFixedGridDict,
-    RefineDDFD,
-    RefineDDFd,
-    RefineDDFDict,
-    SaveDDFD,
-    SaveDDFd,
-    SaveDDFDict,
     WarpImageD,
     WarpImaged,
     WarpImageDict,
     WarpPointsD,
     WarpPointsd,
     WarpPointsDict,
+)
+from monai_lm.transforms.files import (
+    LoadDDF,
+    LoadDDFD,
+    LoadDDFd,
+    LoadDDFDict,
+    SaveDDF,
+    SaveDDFD,
+    SaveDDFd,
+    SaveDDFDict,
+)
+from monai_lm.transforms.refining import (
+    RefineDDF,
+    RefineDDFD,
+    RefineDDFd,
+    RefineDDFDict,
 )
 
 __all__ = [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import monai_lm
 from monai_lm.apps import cli, commands
 from monai_lm.fields import gaussian_smooth
 
@@ -159,3 +160,51 @@ def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.err == "monai-lm: warning: no report is written\n"
     assert said.out == "loss                0.5\n- The field is rough.\n"
+
+
+def test_the_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"monai-lm {monai_lm.__version__}\n"
+
+
+@pytest.mark.parametrize("scales", ["4,2,1", "[4,2,1]"])
+def test_a_list_needs_no_brackets(scales, monkeypatch):
+    given = {}
+    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.update(how["settings"]) or {})
+    words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--scales", scales, "--iterations", "20"])
+    cli.main()
+    assert (given["scales"], given["iterations"]) == ([4, 2, 1], 20)
+
+
+@pytest.mark.parametrize("values", [["4", "2", "1"], ["4,", "2,", "1"]])
+def test_a_list_of_words_is_told_how_it_is_written(values, monkeypatch, capsys):
+    words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out", "--scales", *values]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"--scales must be one word, --scales 4,2,1, got {' '.join(values)}" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    for name, shape in (("fixed", (20, 18, 16)), ("moving", (22, 18, 16))):
+        values = np.random.default_rng(0).random(shape, np.float32)
+        nib.save(nib.Nifti1Image(values, np.diag([1, 1, 2, 1])), tmp_path / f"{name}.nii.gz")
+    files = ["--fixed", str(tmp_path / "fixed.nii.gz"), "--moving", str(tmp_path / "moving.nii.gz")]
+    words = ["refine", *files, "--output_dir", str(tmp_path / "out"), "--report", "false", "--scales", "2,1"]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--iterations", "3,2", "--dry_run", "--json"])
+    cli.main()
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["moving"] == "22 x 18 x 16 voxels of 1 x 1 x 2 mm"
+    assert plan["start"] == "the identity"
+    assert plan["levels"] == "10 x 10 x 16 up to 3 iterations, 20 x 18 x 16 up to 2 iterations"
+    assert set(plan["outputs"].split(", ")) == {"metrics.json", "ddf.nii.gz", "inverse.nii.gz", "warped.nii.gz"}
+    assert not (tmp_path / "out").exists()
+    log = tmp_path / "log.jsonl"
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--iterations", "3,2", "--log_json", str(log)])
+    cli.main()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["level"] for row in rows] == [2.0] * 4 + [1.0] * 3
+    assert rows[0]["gain_ratio"] is None
+    assert [row["iteration"] for row in rows] == list(range(7))

@@ -4,6 +4,7 @@ import monai.inferers
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.networks.nets import VoxelMorph, VoxelMorphUNet
 from torch import Tensor, nn
 
 from monai_lm import RegistrationInferer, refine
@@ -393,3 +394,59 @@ def test_match_is_for_features_and_is_checked():
         RegistrationInferer("features", match=3)
     with pytest.raises(ValueError, match="the network's features must be finite"):
         RegistrationInferer("features")(torch.zeros(1, 2, 8, 8), lambda _: torch.full((1, 2, 8, 8), float("nan")))
+
+
+# --- networks of two images and several outputs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("takes", [("moving", "fixed"), ("fixed", "moving")])
+def test_a_network_of_two_images_is_called_in_its_order(takes):
+    inputs, ddf = inputs_and_field((20, 22))
+    seen = {}
+
+    def network(first, second, scale):
+        seen.update(zip(takes, (first, second), strict=True))
+        return scale * ddf
+
+    out = RegistrationInferer("displacement", divisible_pad=8, takes=takes)(inputs, network, scale=2)
+    torch.testing.assert_close(out, resample(2 * ddf, (24, 24))[..., :20, :22])
+    assert torch.equal(seen["moving"][..., :20, :22], inputs[:, :1])
+    assert torch.equal(seen["fixed"][..., :20, :22], inputs[:, 1:])
+    assert seen["moving"].shape == (1, 1, 24, 24)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_monais_voxelmorph_is_refined_as_its_own_field_would_be(n):
+    shape = (16, 18, 20)[:n]
+    padded = (16, 32, 32)[:n]
+    inputs, _ = inputs_and_field(shape)
+    torch.manual_seed(0)
+    backbone = VoxelMorphUNet(spatial_dims=n, in_channels=2, unet_out_channels=8, channels=(8, 8, 8, 8),
+                              final_conv_channels=(8, 8))  # fmt: skip
+    network = VoxelMorph(backbone, spatial_dims=n).eval()
+    settings = {"iterations": 3, "scales": (1,)}
+    inferer = RegistrationInferer("displacement", divisible_pad=16, refine=settings, takes=("moving", "fixed"))
+    with torch.no_grad():
+        out = inferer(inputs, network)
+        whole = torch.zeros(1, 2, *padded)
+        whole[(..., *[slice(s) for s in shape])] = inputs
+        own = network(whole[:, :1], whole[:, 1:])[1][(..., *[slice(s) for s in shape])]
+    moving, fixed = inputs.split(1, 1)
+    assert torch.equal(out, refine(fixed, moving, own, **settings).ddf)
+
+
+def test_which_output_is_the_field():
+    inputs, ddf = inputs_and_field((20, 22))
+    outputs = {"warped": inputs[:, :1], "field": ddf, "back": -ddf}
+    images = {"inputs": inputs, "network": lambda _: outputs}
+    assert torch.equal(RegistrationInferer("displacement", output="back")(**images), -ddf)
+    images["network"] = lambda _: tuple(outputs.values())
+    assert torch.equal(RegistrationInferer("displacement", output=1)(**images), ddf)
+    with pytest.raises(
+        ValueError, match=r"network must return a displacement \(B, 2, \*P\), one only unless .* got 2 among"
+    ):
+        RegistrationInferer("displacement")(**images)
+    with pytest.raises(ValueError, match=r"output must be one of the network's \[0, 1, 2\], got 'field'"):
+        RegistrationInferer("displacement", output="field")(**images)
+    with pytest.raises(ValueError, match=r"takes must be \('moving', 'fixed'\)"):
+        RegistrationInferer(takes=("moving",))

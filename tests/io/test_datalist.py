@@ -144,3 +144,21 @@ def test_a_name_that_is_given_is_kept_and_given_once_only():
     assert [p["name"] for p in named([pair, {**pair, "name": "x__y"}])] == ["x__y_2", "x__y"]
     with pytest.raises(ValueError, match=r"pairs has 1 problem\(s\):\n  'a': the name of 2 pairs"):
         named([{**pair, "name": "a"}, pair, {**pair, "name": "a"}])
+
+
+@pytest.mark.parametrize(("separator", "suffix"), [(",", "csv"), (";", "csv"), ("\t", "csv"), ("\t", "tsv")])
+def test_a_table_may_be_separated_as_spreadsheets_do(tmp_path, separator, suffix):
+    rows = [["fixed", "moving", "name"], ["a.nii", " b.nii", "1,5 T"], ["c.nii", "d.nii", ""]]
+    file = tmp_path / f"pairs.{suffix}"
+    quoted = [[f'"{v}"' if separator in v else v for v in row] for row in rows]
+    file.write_text("".join(separator.join(row) + "\r\n" for row in quoted))
+    first, second = read_list(file)[""]
+    assert first == {"fixed": str(tmp_path / "a.nii"), "moving": str(tmp_path / "b.nii"), "name": "1,5 T"}
+    assert second == {"fixed": str(tmp_path / "c.nii"), "moving": str(tmp_path / "d.nii")}
+
+
+def test_more_values_than_columns_are_refused(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("fixed,moving\na.nii,b.nii\na.nii,b.nii,c.nii\n")
+    with pytest.raises(ValueError, match=r"as many values as columns in every line, got more in lines \[3\]"):
+        read_list(file)

@@ -80,3 +80,19 @@ def test_a_record_gives_every_pair_the_iterations_in_which_it_was_active():
 
 def test_a_record_without_iterations_is_empty():
     assert Record(3, Stopwatch(CPU, 0.0)).history() == [[], [], []]
+
+
+def test_a_result_says_in_a_few_lines_what_it_is():
+    ddf = torch.zeros(2, 2, 8, 8)
+    ddf[1, 0] = 3.0
+    result = RefinementResult(
+        ddf, [[], []], torch.tensor([0.5, 0.4]), torch.tensor([0.25, 0.4]), torch.tensor([7, 0]), torch.zeros(2), 1.5,
+        torch.tensor([True, False]),
+    )  # fmt: skip
+    assert str(result).splitlines() == [
+        "RefinementResult(ddf=(2, 2, 8, 8), 1.50 s)",
+        "  pair 0: loss 0.5000 to 0.2500, 0 folds (predicted 7), moved by 0.00 voxels, at most 0.00",
+        "  pair 1: loss 0.4000 to 0.4000, 0 folds (predicted 0), moved by 3.00 voxels, at most 3.00, "
+        "prediction not used",
+    ]
+    assert repr(result) == str(result)

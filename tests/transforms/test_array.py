@@ -298,7 +298,7 @@ def test_a_batch_is_not_saved(tmp_path):
 # --- grids that contradict each other ---------------------------------------------------------------------------------
 
 
-def test_axes_of_another_spacing_or_direction_are_refused_and_other_origins_are_not():
+def test_axes_of_another_spacing_or_direction_are_refused_voxel_by_voxel_and_other_origins_are_not():
     fixed, moving, ddf = pair((12, 13, 14))
     there, turned = scaling(1.5, 1.0, 1.0), scaling(-1.5, 1.0, 1.0)
     shifted = there.clone()
@@ -312,8 +312,11 @@ def test_axes_of_another_spacing_or_direction_are_refused_and_other_origins_are_
     )  # MONAI's identity, no place in space
     assert "moving_affine" not in unknown.meta
     for wrong in (turned, scaling(1.0, 1.0, 2.0)):
+        images = MetaTensor(fixed, affine=there), MetaTensor(moving, affine=wrong)
         with pytest.raises(ValueError, match="fixed and moving must have voxel axes of the same direction and spacing"):
-            refine_ddf(MetaTensor(fixed, affine=there), MetaTensor(moving, affine=wrong), ddf)
+            RefineDDF(world=False, iterations=1)(*images)
+        with pytest.raises(ValueError, match=r"ddf must say in its meta\['moving_affine'\] that it leads to voxels"):
+            refine_ddf(*images, ddf)
         with pytest.raises(ValueError, match="ddf and img must have voxel axes of the same direction and spacing"):
             WarpImage()(MetaTensor(moving, affine=wrong), MetaTensor(ddf, affine=there))
 

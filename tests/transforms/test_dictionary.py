@@ -292,3 +292,19 @@ def test_missing_files_raise_unless_allowed():
         LoadDDFd("ddf", fixed_key="fixed")({"ddf": "x.nii"})
     with pytest.raises(FileNotFoundError, match=r"no file x.nii"):
         LoadDDFd("ddf")({"ddf": "x.nii"})
+
+
+def test_nameless_samples_have_names_of_their_own(tmp_path):
+    save = SaveDDFd("ddf", output_dir=tmp_path)
+    for shift in range(3):
+        save({"ddf": torch.full((2, 4, 4), float(shift))})
+    names = [f"pair{end}_ddf.nii.gz" for end in ("", "_1", "_2")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for shift, name in enumerate(names):
+        assert np.abs(nib.load(tmp_path / name).get_fdata()).max() == shift
+
+
+def test_nameless_samples_of_several_workers_have_names_of_their_own(tmp_path):
+    data = Dataset([{"ddf": torch.zeros(2, 4, 4)} for _ in range(5)], SaveDDFd("ddf", output_dir=tmp_path))
+    list(DataLoader(data, batch_size=1, num_workers=2))
+    assert len(list(tmp_path.iterdir())) == 5

@@ -114,8 +114,5 @@ def test_what_cannot_be_inverted_or_placed_is_refused():
         InvertDDF()(torch.full((2, 4, 4), torch.nan))
     with pytest.raises(ValueError, match="at least 2 voxels along every axis"):
         InvertDDF()(torch.zeros(3, 8, 8, 1))
-    turned = MetaTensor(torch.zeros(3, 4, 4, 4), affine=AFFINE, meta={"moving_affine": torch.eye(4)})
-    with pytest.raises(ValueError, match="voxel axes of the same direction and spacing"):
-        InvertDDF()(turned)
     with pytest.raises(TypeError, match="ddf must be a MetaTensor with an affine for points in space"):
         WarpPoints(world=True)(torch.zeros(2, 3), torch.zeros(3, 4, 4, 4))

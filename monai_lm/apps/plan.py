@@ -1,0 +1,71 @@
+"""What a refinement of files would do, and what it did, iteration by iteration."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai_lm.io.images import Pair
+from monai_lm.io.nifti import replacing
+from monai_lm.solver.refinement import check_keywords, defaults
+from monai_lm.solver.result import Iteration
+from monai_lm.solver.schedule import make_schedule
+
+__all__ = ["plan_of", "write_log"]
+
+
+def plan_of(
+    pair: Pair,
+    predicted: bool,
+    settings: Mapping[str, Any],
+    bundle: str | Path | None,
+    folder: Path,
+    names: Sequence[str],
+    device: str,
+) -> dict[str, Any]:
+    """What would be done with a pair that was read and checked.
+
+    Returns:
+        ``fixed`` and ``moving`` (size and spacing), ``start``, ``levels`` (sizes and most iterations; a bundle's are
+        its own), ``device``, ``output_dir`` and ``outputs``, as text.
+
+    Raises:
+        TypeError: unknown settings.
+        ValueError: settings out of range.
+    """
+    check_keywords("settings", settings)
+    grids = {name: image.grid for name, image in (("fixed", pair.fixed), ("moving", pair.moving))}
+    start = f"bundle {bundle}" if bundle is not None else "the predicted field" if predicted else "the identity"
+    if bundle is not None:
+        levels = "as the bundle says"
+    else:
+        how = defaults() | dict(settings)
+        scales, iterations, damping, smooth = (
+            how[name] for name in ("scales", "iterations", "damping", "smooth_gradient")
+        )
+        size, spacing = pair.fixed.grid.size, how["spacing"]
+        stages = make_schedule(scales, iterations, damping, smooth, size, spacing, predicted)
+        levels = ", ".join(f"{_by(stage.level.size)} up to {stage.iterations} iterations" for stage in stages)
+    return {
+        **{name: f"{_by(grid.size)} voxels of {_by(grid.spacing)} mm" for name, grid in grids.items()},
+        "start": start if pair.initial is None else f"{start}, after an affine",
+        "levels": levels,
+        "device": device,
+        "output_dir": str(folder),
+        "outputs": ", ".join(names),
+    }
+
+
+def _by(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def write_log(path: str | Path, history: Iterable[Iteration]) -> None:
+    """Write a line of JSON per iteration; null for what was not computed."""
+    with replacing(Path(path)) as temporary, temporary.open("w") as file:
+        for number, iteration in enumerate(history):
+            row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in iteration._asdict().items()}
+            file.write(json.dumps({"iteration": number} | row) + "\n")
