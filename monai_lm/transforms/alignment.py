@@ -87,10 +87,11 @@ class AlignAffine(Transform):
             for x in (mask, moving_mask)
         ]
         return align(
-            *images,
+            images[0],
+            images[1],
             _affine_of(fixed),
             _affine_of(moving),
-            mode=self.mode,
+            self.mode,
             similarity=self.similarity,
             mask=masks[0],
             moving_mask=masks[1],
