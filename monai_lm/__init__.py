@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from monai_lm.alignment import Alignment, align
 from monai_lm.solver.optimizer import FactoredLM
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.result import RefinementResult
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["FactoredLM", "RefinementResult", "RegistrationInferer", "__version__", "refine"]
+__all__ = ["Alignment", "FactoredLM", "RefinementResult", "RegistrationInferer", "__version__", "align", "refine"]
 
 
 def __getattr__(name: str) -> Any:

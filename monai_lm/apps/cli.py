@@ -51,8 +51,8 @@ def refine(
         output_dir: gets ddf, inverse, warped (and warped_label) .nii.gz, metrics.json, report.html and report.png.
         ddf: predicted field: ITK/ANTs (NIfTI, .h5, .tfm, .mha, .nrrd), FSL, NiftyReg, AFNI, SPM, MONAI voxel NIfTI, or
             Learn2Reg .npz.
-        affine: initial affine from fixed to moving points: ITK .mat, .txt, .tfm, .h5, FreeSurfer's .lta, or a plain 4x4
-            in RAS millimetres.
+        affine: auto, center, rigid or affine aligns the images first; or a file with the affine from fixed to moving
+            points: ITK .mat, .txt, .tfm, .h5, FreeSurfer's .lta, or a plain 4x4 in RAS millimetres.
         fixed_label: labels of the fixed image, to measure with.
         moving_label: labels of the moving image, to warp and measure.
         fixed_points: landmarks in the fixed image, a .csv in RAS millimetres (ANTs' in LPS), Slicer's .fcsv or
@@ -90,19 +90,21 @@ def refine(
     _show(metrics, json)
 
 
-def cohort(pairs: str, output_dir: str, overwrite: bool = False, **options: Any) -> None:
+def cohort(pairs: str, output_dir: str, affine: str | None = None, overwrite: bool = False, **options: Any) -> None:
     """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
 
     Args:
         pairs: .csv, .tsv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
             moving_points, fixed_mask, moving_mask, ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
+        affine: auto, center, rigid or affine aligns the pairs first that have no affine of their own.
         overwrite: do pairs again that are complete, and replace what other files or settings left.
         options: see :func:`_options`.
     """
     from monai_lm.apps.cohort import refine_cohort
 
-    rows, failed = refine_cohort(pairs, output_dir, overwrite, sys.stderr.isatty(), **_options(**options))
+    how = _options(**options) | {"affine": affine}
+    rows, failed = refine_cohort(pairs, output_dir, overwrite, sys.stderr.isatty(), **how)
     print(f"{len(rows)} pairs complete, see {Path(output_dir) / 'metrics.csv'}" if rows else "no pair is complete")
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
@@ -415,7 +417,9 @@ def _show(values: dict[str, Any], json: bool) -> None:
         print(as_json(values))
         return
     for key, value in values.items():
-        if key == "remarks":
+        if key == "alignment":
+            print(value["text"])
+        elif key == "remarks":
             print("".join(f"- {text}\n" for text in value.values()), end="")
         elif not isinstance(value, dict):
             print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from monai_lm.alignment import MODES
 from monai_lm.apps.commands import refine_pair
 from monai_lm.io import file_suffix
 from monai_lm.io.datalist import PATHS, Entry, named, raise_all, read_list
@@ -29,6 +30,7 @@ def refine_cohort(
     output_dir: str | Path,
     overwrite: bool = False,
     progress: bool = False,
+    affine: str | None = None,
     **kwargs: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Refine every pair of a list as :func:`monai_lm.apps.commands.refine_pair` does, each into a folder of its own.
@@ -46,6 +48,8 @@ def refine_cohort(
             complete pair of the list.
         overwrite: do all pairs again.
         progress: show a progress bar.
+        affine: ``"auto"``, ``"center"``, ``"rigid"`` or ``"affine"``: how the pairs are aligned first that name no
+            ``affine``, see :func:`monai_lm.align`.
         kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``settings``, ``bundle``, ``ddf_format``,
             ``guide`` and ``command`` of :func:`monai_lm.apps.commands.refine_pair`.
 
@@ -67,6 +71,10 @@ def refine_cohort(
         raise ValueError(f"pairs must have at least one pair, got none in {pairs!s}")
     entries = _known(entries)
     _check(entries)
+    if affine is not None:
+        if affine not in MODES:
+            raise ValueError(f"affine must be one of {list(MODES)} or None for a cohort, got {affine!r}")
+        entries = [{"affine": affine} | entry for entry in entries]
     folder = Path(output_dir)
     check_outputs(folder, ["metrics.csv"], overwrite=True)
     file_suffix(kwargs.get("file_format", "itk"))
@@ -117,7 +125,7 @@ def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any])
                 "cohort another output_dir, or overwrite the results there"
             )
         else:
-            further = kwargs["report"], kwargs.get("jacobian", False)
+            further = kwargs["report"], kwargs.get("jacobian", False), entry.get("affine") in MODES
             if all((file.parent / n).is_file() for n in pair_outputs(file_format, "fixed_label" in entry, *further)):
                 done.add(name)
     raise_all(problems, "pairs")

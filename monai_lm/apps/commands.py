@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm.alignment import MODES, Alignment, align
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.apps.guides import check_guide, guides_of
 from monai_lm.apps.jacobian import write_jacobian
@@ -27,7 +29,7 @@ from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
 from monai_lm.fields.space import Grid, move_to_grid, resample_moving, share_inside, through_affine, to_voxel, to_world
-from monai_lm.io import file_suffix, read_ddf, write_ddf
+from monai_lm.io import file_suffix, read_ddf, write_affine, write_ddf
 from monai_lm.io.formats import check_grid
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
 from monai_lm.io.nifti import label_type, replacing, save_nifti
@@ -83,7 +85,9 @@ def refine_pair(
         output_dir: gets ``ddf``, ``inverse``, ``warped`` and, with labels, ``warped_label`` (``.nii.gz``),
             ``metrics.json``, ``report.html`` and its summary ``report.png``.
         ddf: predicted field; ``None`` starts from the identity.
-        affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree.
+        affine: from fixed to moving points, applied after the field; ``None``: the world spaces agree. Or how to find
+            it first, ``"auto"``, ``"center"``, ``"rigid"`` or ``"affine"``, see :func:`monai_lm.align`; it is written,
+            too, to ``affine.txt``.
         labels: label maps of the fixed and the moving image, to warp and to measure.
         points: landmarks in the fixed and the moving image, to measure; see :func:`monai_lm.io.read_points`.
         mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
@@ -108,8 +112,8 @@ def refine_pair(
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
-        report (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; and ``provenance``: inputs with
-        their digests, settings, versions.
+        report (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; ``alignment``, what was found
+        first, if that was asked for; and ``provenance``: inputs with their digests, settings, versions.
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is false.
@@ -123,9 +127,10 @@ def refine_pair(
     check_guide(guide, labels, points, bundle)
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
-    names = pair_outputs(file_format, labels is not None, report, jacobian)
+    mode = affine if isinstance(affine, str) and affine in MODES else None
+    names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None)
     check_outputs(folder, names, overwrite)
-    pair = load_pair(fixed, moving, affine, labels, points, mask, moving_mask)
+    pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask)
     file_suffix(file_format, len(pair.fixed.grid.size))
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
@@ -135,6 +140,9 @@ def refine_pair(
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
+    aligned = None if mode is None else _aligned(pair, mode, chosen)
+    if aligned is not None and aligned.kind != "none":
+        pair = replace(pair, initial=aligned.matrix)
     field = None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format).ddf.to(chosen)
     paths = [str(image.path) for image in (pair.fixed, pair.moving)]
     predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
@@ -152,18 +160,21 @@ def refine_pair(
             used = settings_of(keywords | {"guidance": guide})
         else:
             predicted, result, used = _registered(bundle, pair, chosen, settings)
-    case = _case(pair, onto, result, predicted, used)
+    case = _case(pair, onto, result, predicted, used, aligned)
     found = assess(case)
     metrics = found.values() | {
         "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
         "prediction_used": None if result.prediction_used is None else not result.unused,
+        **({} if aligned is None else {"alignment": aligned.values() | {"text": str(aligned)}}),
         "provenance": provenance | {"refine": used},
     }  # fmt: skip
     (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
     with made(folder, names):  # half a result would be in the way of the next try
         _write_fields(folder, suffix, file_format, pair, result.ddf)
         _write_warped(folder, pair, result.ddf)
+        if aligned is not None:
+            write_affine(folder / "affine.txt", aligned.matrix, len(pair.fixed.grid.size))
         if jacobian:
             here = pair.fixed.grid
             whole = through_affine(result.ddf, here.affine, here.affine, pair.initial)
@@ -175,9 +186,17 @@ def refine_pair(
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
-        for name in {"warped_label.nii.gz", "jacobian.nii.gz", "report.html", "report.png"} - set(names):
+        for name in {"warped_label.nii.gz", "jacobian.nii.gz", "affine.txt", "report.html", "report.png"} - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
+
+
+def _aligned(pair: Pair, mode: str, device: torch.device) -> Alignment:
+    """Where the moving image lies to the fixed one, looked for where the masks say."""
+    masks = [None if image is None else image.data.to(device) for image in (pair.mask, pair.moving_mask)]
+    f, m = pair.fixed, pair.moving
+    images = f.data.to(device), m.data.to(device)
+    return align(*images, f.grid.affine, m.grid.affine, mode, mask=masks[0], moving_mask=masks[1])
 
 
 def _registered(
@@ -235,7 +254,12 @@ def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, prove
 
 
 def _case(
-    pair: Pair, onto: Tensor, result: RefinementResult, predicted: Tensor | None, settings: Mapping[str, Any]
+    pair: Pair,
+    onto: Tensor,
+    result: RefinementResult,
+    predicted: Tensor | None,
+    settings: Mapping[str, Any],
+    aligned: Alignment | None,
 ) -> Case:
     """The pair as the report sees it, on the fixed grid; labels and landmarks as :func:`_measure` has them."""
     labels: Any = None
@@ -246,6 +270,7 @@ def _case(
         pair.fixed.data, onto, result, predicted, pair.fixed.grid.affine, labels,
         (lambda ddf: _landmark_error(ddf, pair)) if pair.points else None, settings,
         None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
+        None if aligned is None else str(aligned),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Fields, affines and landmarks in files."""
 
-from monai_lm.io.affine import read_affine
+from monai_lm.io.affine import read_affine, write_affine
 from monai_lm.io.afni import read_afni_ddf
 from monai_lm.io.formats import FORMATS, READABLE, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
@@ -29,6 +29,7 @@ __all__ = [
     "read_niftyreg_ddf",
     "read_points",
     "read_voxel_ddf",
+    "write_affine",
     "write_ddf",
     "write_fsl_ddf",
     "write_itk_ddf",

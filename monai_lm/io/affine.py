@@ -1,4 +1,4 @@
-"""Initial affines from files, as one matrix: RAS millimetres, from points of the fixed to points of the moving image.
+"""Affines from and to files, as one matrix: RAS millimetres, from points of the fixed to points of the moving image.
 
 ITK's transforms (also as ANTs, SimpleITK and Slicer write them) map points of the fixed image to points of the moving
 image too, in LPS millimetres: ``y = M (x − c) + c + t`` with a centre ``c``. A transform of parts applies the last part
@@ -17,8 +17,9 @@ import numpy as np
 from monai_lm.fields.space import check_affine
 from monai_lm.io.itk_transform import linear_matrix
 from monai_lm.io.lta import read_lta
+from monai_lm.io.nifti import replacing
 
-__all__ = ["read_affine"]
+__all__ = ["read_affine", "write_affine"]
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _COMPOSITE = "CompositeTransform_"
@@ -78,6 +79,26 @@ def _by_simpleitk(path: Path, dimensions: int | None) -> tuple[np.ndarray, int |
     if dimensions == 3 and n == 2:
         raise ValueError(f"{path} must hold a transform of points in space, as the images are, got one of a plane")
     return _LPS @ matrix @ _LPS, dimensions
+
+
+def write_affine(path: str | Path, matrix: np.ndarray, dimensions: int = 3) -> None:
+    """Write a linear transform as ITK's text, which ANTs, SimpleITK and Slicer read (``.txt``, ``.tfm``).
+
+    Args:
+        path: where to.
+        matrix: ``(4, 4)`` in RAS millimetres, from points of the fixed to points of the moving image.
+        dimensions: 2 writes a transform of the plane of x and y.
+
+    Raises:
+        ValueError: a matrix that is no invertible 4×4.
+    """
+    lps, n = _LPS @ check_affine("matrix", matrix) @ _LPS, dimensions
+    numbers = " ".join(repr(float(value)) for value in [*lps[:n, :n].ravel(), *lps[:n, 3]])
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(
+            f"#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_{n}_{n}\n"
+            f"Parameters: {numbers}\nFixedParameters:{' 0' * n}\n"
+        )
 
 
 def _checked(path: Path, matrix: np.ndarray, dimensions: int | None) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import monai_lm
+from monai_lm.alignment import MODES
 from monai_lm.guidance import Guidance
 from monai_lm.similarity import Similarity
 from monai_lm.solver.acceptance import Acceptance
@@ -95,7 +96,8 @@ def pair_recipe(
     guide: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Recipe of :func:`monai_lm.apps.commands.refine_pair`, whose arguments these are."""
-    given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf, "affine": affine}
+    given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf}
+    given["affine"] = None if affine in MODES else affine
     for name, two in (("label", labels), ("points", points)):
         given |= {f"{role}_{name}": path for role, path in zip(("fixed", "moving"), two or (), strict=False)}
     given |= {"mask": mask, "moving_mask": moving_mask, "bundle": bundle}
@@ -104,6 +106,8 @@ def pair_recipe(
     kept = {name: value for name, value in chosen.items() if name not in NEUTRAL}
     if guide is not None:
         kept["guidance"] = describe(guide)
+    if affine in MODES:
+        kept["affine"] = affine
     return Recipe(files, kept | {"file_format": file_format, "ddf_format": ddf_format})
 
 

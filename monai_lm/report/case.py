@@ -41,6 +41,7 @@ class Case:
         device: where the images were.
         mask: where the similarity counted, ``(1, 1, *S)``, or None.
         initial: what the moving image is before any field, as a heading.
+        aligned: what was found by a linear alignment before, in words, or None.
     """
 
     fixed: Tensor
@@ -56,6 +57,7 @@ class Case:
     device: torch.device
     mask: Tensor | None = None
     initial: str = "not registered"
+    aligned: str | None = None
 
     @property
     def start(self) -> Tensor:
@@ -92,6 +94,7 @@ def checked_case(
     settings: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     initial: str = "not registered",
+    aligned: str | None = None,
 ) -> Case:
     """Everything checked once, on the CPU in float32; arguments and errors of :func:`monai_lm.report.write_report`."""
     images = [plain(name, image).cpu() for name, image in (("fixed", fixed), ("moving", moving))]
@@ -129,6 +132,7 @@ def checked_case(
         device=fixed.device,
         mask=weight,
         initial=initial,
+        aligned=aligned,
     )
 
 

@@ -273,6 +273,7 @@ def _metrics_table(columns: Mapping[str, FieldMetrics], case: Case, found: Asses
         for name, values in rows
     )
     notes = [f"Labels: the {_WORST} with the lowest Dice."] if len(fields[-1].dice or {}) > _WORST else []
+    notes += [] if case.aligned is None else [escape(case.aligned)]
     notes += ["The voxel size is not known: voxels count as 1 mm."] if case.affine is None else []
     notes += [
         "Agreement: the share of the fixed image's local variance that the moving one explains; noise, refined like an "

@@ -1,5 +1,6 @@
 """MONAI transforms on fields, array and dictionary versions."""
 
+from monai_lm.transforms.alignment import AlignAffine, AlignAffineD, AlignAffined, AlignAffineDict
 from monai_lm.transforms.array import (
     InvertDDF,
     JacobianDeterminant,
@@ -41,6 +42,10 @@ from monai_lm.transforms.refining import (
 )
 
 __all__ = [
+    "AlignAffine",
+    "AlignAffineD",
+    "AlignAffineDict",
+    "AlignAffined",
     "InvertDDF",
     "InvertDDFD",
     "InvertDDFDict",

@@ -265,3 +265,21 @@ def test_how_to_refine_is_checked_before_the_work(namesakes, monkeypatch):
     (namesakes / "file").write_text("in the way")
     with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
         refine_cohort(pairs, namesakes / "file", report=False)
+
+
+def test_pairs_without_an_affine_are_aligned_first_where_that_is_asked_for(cohort, tmp_path):
+    np.savetxt(tmp_path / "own.txt", np.eye(4))
+    here = cohort.parent
+    pairs = [{"fixed": str(here / "i0.nii.gz"), "moving": str(here / f"i{k}.nii.gz")} for k in (1, 2)]
+    pairs[1]["affine"] = str(tmp_path / "own.txt")
+    rows, failed = run(pairs, tmp_path / "out", affine="center")
+    assert not failed
+    found = [json.loads((tmp_path / "out" / row["name"] / "metrics.json").read_text()) for row in rows]
+    assert ["alignment" in metrics for metrics in found] == [True, False]
+    first = (tmp_path / "out" / rows[0]["name"] / "metrics.json").stat().st_mtime_ns
+    assert run(pairs, tmp_path / "out", affine="center")[0] == rows
+    assert (tmp_path / "out" / rows[0]["name"] / "metrics.json").stat().st_mtime_ns == first
+    with pytest.raises(ValueError, match="affine was 'center', is 'rigid'"):
+        run(pairs, tmp_path / "out", affine="rigid")
+    with pytest.raises(ValueError, match=r"affine must be one of .* got 'centre'"):
+        run(pairs, tmp_path / "out", affine="centre")

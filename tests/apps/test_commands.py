@@ -142,6 +142,26 @@ def test_an_initial_affine_is_part_of_what_is_written(pair, tmp_path):
     np.testing.assert_allclose(back.get_fdata()[:, :, :, 0] + pair["shift"] * [-1, -1, 1], 0, atol=1e-4)
 
 
+def test_images_are_aligned_first_where_that_is_asked_for(pair, tmp_path):
+    """The moving file, put 30 mm away by its header, is brought back; what was found is written and read again."""
+    moving = nib.load(pair["moving"])
+    far = moving.affine.copy()
+    far[:3, 3] += (30, -10, 5)
+    pair["moving"] = _save(tmp_path / "far.nii.gz", moving.get_fdata().astype(np.float32), far)
+    label = nib.load(pair["labels"][1])
+    pair["labels"] = pair["labels"][0], _save(tmp_path / "far_label.nii.gz", np.asarray(label.dataobj), far)
+    near = np.loadtxt(pair["points"][1], delimiter=",")
+    np.savetxt(pair["points"][1], near + np.array([30, -10, 5]), delimiter=",")
+    still = {"settings": QUICK | {"iterations": 0}}
+    found = _refine(pair, tmp_path / "out", affine="rigid", **still)
+    assert found["tre_mm_after"] < 1
+    assert found["alignment"]["kind"] == "rigid"
+    assert found["provenance"]["settings"]["affine"] == "rigid"
+    assert found["alignment"]["text"].startswith("Aligned first, by a rigid map")
+    again = _refine(pair, tmp_path / "again", affine=tmp_path / "out" / "affine.txt", **still)
+    assert again["tre_mm_after"] == pytest.approx(found["tre_mm_after"], abs=1e-4)
+
+
 def test_a_prediction_is_refined_from_where_it_is(pair, tmp_path):
     _refine(pair, tmp_path / "first")
     again = _refine(

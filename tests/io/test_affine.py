@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from monai_lm.io import read_affine
+from monai_lm.io import read_affine, write_affine
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -188,3 +188,15 @@ def test_transforms_fit_the_images_dimensions(tmp_path, suffix):
 def test_an_absent_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*x.mat"):
         read_affine(tmp_path / "x.mat")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_is_written_is_what_itk_and_this_package_read(tmp_path, n):
+    matrix = np.eye(4)
+    matrix[:n, :n], matrix[:n, 3] = MATRIX[:n, :n], (3.0, -4.0, 5.0)[:n]
+    write_affine(tmp_path / "affine.txt", matrix, n)
+    np.testing.assert_allclose(read_affine(tmp_path / "affine.txt", n), matrix, atol=1e-12)
+    lps = np.array([-1.0, -1.0, 1.0])[:n]
+    point = np.array([7.0, 8.0, -9.0])[:n]
+    moved = np.array(sitk.ReadTransform(str(tmp_path / "affine.txt")).TransformPoint((lps * point).tolist()))
+    np.testing.assert_allclose(lps * moved, matrix[:n, :n] @ point + matrix[:n, 3], atol=1e-9)
