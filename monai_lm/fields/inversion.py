@@ -80,16 +80,15 @@ def invert(
             left -= _TOGETHER
         for first in range(0, size[0], thickness):  # voxels do not depend on one another
             slab = slice(first, first + thickness)
-            todo = (~found[slab]).flatten().nonzero()[:, 0]
-            if not len(todo):
+            voxels = (~found[slab]).nonzero()
+            if not len(voxels):
                 continue
-            voxels = torch.stack(torch.unravel_index(todo, found[slab].shape), 1)
+            todo = (~found[slab]).flatten().nonzero()[:, 0] + first * residual[pair, 0].numel()
             voxels[:, 0] += first
             targets = voxels if onto is None else voxels.to(wide) @ onto[:n, :n].T + onto[:n, n]
             shift, missed = _inverted(ddf[pair, None], targets.to(ddf.dtype), nearest, left)
             if onto is not None:
                 shift += (targets - voxels).to(ddf.dtype)
-            todo += first * residual[pair, 0].numel()
             inverse[pair].flatten(1)[:, todo] = shift.T
             residual[pair].flatten()[todo] = missed
     return inverse, residual

@@ -123,7 +123,7 @@ def refine(
             the guidance's, times its weight. Not with ``control="trust_region"``.
         symmetric: refine the field together with its inverse, so that the order of the images does not matter:
             exchanged, with the inverse of a prediction, they give the inverse, which is in the result. Losses are means
-            of both directions. Twice the time and memory; not with ``guidance``.
+            of both directions. A little more than twice the time and memory; not with ``guidance``.
         spacing: voxel edge per axis, in millimetres; steps and ``smooth_gradient`` are then isotropic in space.
         seconds: time budget, looked at between iterations and while a prediction is repaired; the result so far is
             returned when it is spent. Making sure that the result has no folds comes on top.
