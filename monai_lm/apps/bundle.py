@@ -118,7 +118,9 @@ class RegistrationBundle:
             inner = from_space(ddf.detach(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, grid.size, grid.affine))
 
-        return seen(predicted), None if result is None else replace(result, ddf=seen(result.ddf), seconds=seconds)
+        if result is not None:  # its inverse is not on this grid
+            result = replace(result, ddf=seen(result.ddf), backward=None, seconds=seconds)
+        return seen(predicted), result
 
     def _part(self, parser: ConfigParser, name: str) -> Any:
         found = name if parser.get(name) is not None or name != "network" else "network_def"

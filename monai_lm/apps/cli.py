@@ -150,6 +150,7 @@ def _options(
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
     step: float = 0.5,
+    symmetric: bool = False,
     seconds: float | None = None,
     memory: str = "auto",
     kernels: str = "auto",
@@ -171,6 +172,7 @@ def _options(
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
+        symmetric: refine field and inverse together, so that the order of the images does not matter.
         seconds: time budget of a pair.
         memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
@@ -184,8 +186,8 @@ def _options(
     """
     guided = guide_labels is not None or guide_points
     settings = {
-        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step, "seconds": seconds,
-        "memory": memory, "kernels": kernels,
+        "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
+        "symmetric": symmetric, "seconds": seconds, "memory": memory, "kernels": kernels,
     }  # fmt: skip
     if bundle is not None:
         defaults = signature(monai_lm.refine).parameters

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monai_lm import kernels
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.finite import check_finite
 from monai_lm.fields.sampling import sample_points
@@ -17,6 +18,12 @@ __all__ = ["invert"]
 
 _AT_A_TIME = 2**18
 """Voxels that are inverted together on a CPU: what they need stays in its cache."""
+
+_TOGETHER = 24
+"""Iterations of all voxels of a field together, before those that are left are taken one by one."""
+
+_NEARLY_ALL = 0.995
+"""Part of the voxels that is enough of them."""
 
 _CONVERGED = 1e-4
 """Residual in voxels that is small enough, where numbers are not rounded more than that."""
@@ -29,8 +36,9 @@ def invert(
 
     It starts from the inverse of the affine map ``M`` that is nearest to the field (least squares), so that a field may
     contain one, and goes on with ``x ← x - a M⁻¹ e``, ``e = x + ddf(x) - y``. The local relaxation ``a`` starts at 1
-    and is halved where the residual grew. Voxels that have not converged after half of the iterations take Newton's
-    steps, with the field's own derivative in the place of ``M``.
+    and is halved where the residual grew. Where the grids are the same and ``M`` is near the identity, all voxels go
+    ``x ← x - M⁻¹ e`` together first, up to 24 times, which is fast and leaves few. Voxels that have not converged after
+    half of the iterations take Newton's steps, with the field's own derivative in the place of ``M``.
 
     Args:
         ddf: ``(B, n, *S)`` in voxels; it maps the fixed grid into the moving grid. Beyond its border it is continued by
@@ -65,18 +73,58 @@ def invert(
     thickness = max(1, at_a_time * size[0] // residual[0].numel())
     for pair in range(len(ddf)):
         nearest = _nearest_affine(ddf[pair])
+        found, left = torch.zeros_like(residual[pair], dtype=torch.bool), iterations
+        same = onto is None and size == tuple(ddf.shape[2:])
+        if same and iterations > _TOGETHER and _linear_part(nearest[0]) < 0.5:
+            found = _together(ddf[pair, None], nearest[0], inverse[pair, None], residual[pair])
+            left -= _TOGETHER
         for first in range(0, size[0], thickness):  # voxels do not depend on one another
             slab = slice(first, first + thickness)
-            shape = inverse[pair, :, slab].shape
-            axes = [torch.arange(s, device=ddf.device) + o for s, o in zip(shape[1:], (first, 0, 0), strict=False)]
-            voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+            voxels = (~found[slab]).nonzero()
+            if not len(voxels):
+                continue
+            todo = (~found[slab]).flatten().nonzero()[:, 0] + first * residual[pair, 0].numel()
+            voxels[:, 0] += first
             targets = voxels if onto is None else voxels.to(wide) @ onto[:n, :n].T + onto[:n, n]
-            shift, missed = _inverted(ddf[pair, None], targets.to(ddf.dtype), nearest, iterations)
+            shift, missed = _inverted(ddf[pair, None], targets.to(ddf.dtype), nearest, left)
             if onto is not None:
                 shift += (targets - voxels).to(ddf.dtype)
-            inverse[pair, :, slab] = shift.T.reshape(shape)
-            residual[pair, slab] = missed.reshape(shape[1:])
+            inverse[pair].flatten(1)[:, todo] = shift.T
+            residual[pair].flatten()[todo] = missed
     return inverse, residual
+
+
+def _together(ddf: Tensor, back: Tensor, inverse: Tensor, residual: Tensor) -> Tensor:
+    """Invert a field ``(1, n, *S)`` by ``x ← x - M⁻¹ e`` for all voxels together.
+
+    Args:
+        ddf: in voxels.
+        back: ``M⁻¹``, ``(n, n)``.
+        inverse: ``(1, n, *S)``, zero; gets what comes out.
+        residual: ``(*S)``; gets its residual.
+
+    Returns:
+        Where that is small enough, ``(*S)`` bool.
+    """
+    ddf, error = ddf.contiguous(), torch.empty_like(inverse)
+    goal = _goal(ddf.new_tensor(ddf.shape[2:]), ddf)
+    found = torch.zeros_like(residual, dtype=torch.bool)
+    for k in range(1, _TOGETHER + 1):
+        kernels.sample(ddf, inverse, None, None, None, error)
+        error.add_(inverse)
+        if k % 6 == 0:
+            residual.copy_(lengths(error)[0])
+            found = residual < goal
+            if k == _TOGETHER or float(found.float().mean()) > _NEARLY_ALL:
+                break
+        inverse[0].sub_((back @ error[0].flatten(1)).view_as(error[0]))
+    return found
+
+
+def _linear_part(back: Tensor) -> float:
+    """How far an affine, of which this is the inverse ``(n, n)``, is from the identity, in the spectral norm."""
+    linear = torch.linalg.inv(back) - torch.eye(len(back)).to(back)
+    return float(torch.linalg.matrix_norm(linear.cpu().float(), 2))
 
 
 def _nearest_affine(ddf: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +155,7 @@ def _inverted(ddf: Tensor, targets: Tensor, nearest: tuple[Tensor, Tensor], iter
     eye = torch.eye(len(back)).to(back)
     shift = targets @ (back - eye).T + offset
     linear = torch.linalg.inv(back) - eye
-    if float(torch.linalg.matrix_norm(linear.cpu().float(), 2)) < 0.5:
+    if _linear_part(back) < 0.5:
         return _solved(ddf, targets, shift, back, None, iterations)
     beyond, _ = _solved(ddf, targets, shift, back, linear, iterations - iterations // 2)
     shift, norm = _solved(ddf, targets, beyond.clone(), back, None, iterations // 2)

@@ -58,11 +58,11 @@ class Record:
             level: reduction against the finest grid.
             units: what a loss is divided by, and what the damping is multiplied with.
             values: loss, damping λ, λ₀, gain ratio, accepted and active, ``(B,)`` each; a pair that is not active has
-                stopped.
+                stopped. Of more than there are pairs, the first count.
         """
         self._watch.lap()
         self._levels.append((level, *units))
-        self._values.append(values)
+        self._values.append(tuple(value[: self._pairs] for value in values))
 
     def elapsed(self) -> float:
         """Seconds since the call."""
@@ -101,6 +101,8 @@ class RefinementResult:
         seconds: wall time of the call.
         prediction_used: ``(B,)`` bool, false for pairs whose prediction could not be meant, which started from the
             identity; ``None`` without a prediction.
+        backward: ``(B, n, *S)`` field of the inverse map, without folds, where it was found with the field
+            (``symmetric=True``); else ``None``.
     """
 
     ddf: Tensor
@@ -111,6 +113,7 @@ class RefinementResult:
     repair_shift: Tensor
     seconds: float
     prediction_used: Tensor | None = None
+    backward: Tensor | None = None
 
     @property
     def unused(self) -> list[int]:
@@ -133,4 +136,4 @@ class RefinementResult:
 
     def inverse(self) -> Tensor:
         """Field of the inverse map, ``(B, n, *S)`` in voxels on the moving grid; see :func:`monai_lm.fields.invert`."""
-        return invert(self.ddf)[0]
+        return invert(self.ddf)[0] if self.backward is None else self.backward

@@ -19,6 +19,7 @@ from monai_lm.solver.pyramid import move_field, shrink
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record
 from monai_lm.solver.schedule import Stage
+from monai_lm.solver.symmetric import SymmetricEngine
 from monai_lm.solver.trust import initial_trust
 
 __all__ = ["Problem", "Settings", "descend", "engine_of"]
@@ -38,6 +39,7 @@ class Problem:
         fixed: ``(B, C, *S)``, with a weight as a last channel where there is a mask.
         moving: ``(B, C, *S)``, with a weight as a first channel where it has a mask.
         prediction: ``(B, n, *S)`` without folds, or ``None``.
+            With ``symmetric`` settings all are of ``2 B`` pairs, see :class:`SymmetricEngine`.
         edges: voxel edge per axis, in millimetres; for the guidance only.
         guidance: what guides beside the images.
     """
@@ -59,6 +61,7 @@ class Settings:
     tolerance: float
     memory: str
     deadline: float
+    symmetric: bool = False
 
 
 def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual | None, settings: Settings) -> Engine:
@@ -81,7 +84,7 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         residual = Residual(len(problem.fixed), level, problem.fixed.device, dtype)
     fixed, moving = (shrink(image, level) for image in (problem.fixed, problem.moving))
     residual.move_to(level, dtype, prediction)
-    return Engine(
+    return (SymmetricEngine if settings.symmetric else Engine)(
         fixed=fixed,
         moving=moving,
         prediction=prediction,

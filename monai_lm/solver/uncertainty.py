@@ -43,7 +43,7 @@ def uncertainty(
         mask: as for the refinement.
         moving_mask: as for the refinement.
         spacing: voxel edge per axis, in millimetres. Default: 1.
-        settings: of :func:`monai_lm.refine`; guidance is not taken back.
+        settings: of :func:`monai_lm.refine`; not ``guidance`` nor ``symmetric``.
 
     Returns:
         ``(B, 1, *S)`` in millimetres, float32 on the fixed grid. It ranks errors better than it measures them; see
@@ -51,10 +51,12 @@ def uncertainty(
 
     Raises:
         TypeError: as :func:`monai_lm.refine`.
-        ValueError: as :func:`monai_lm.refine`, or with guidance.
+        ValueError: as :func:`monai_lm.refine`, or with those two.
     """
     if settings.get("guidance"):
         raise ValueError("guidance must not be given: it belongs to the fixed image, and the way back has none")
+    if settings.get("symmetric"):
+        raise ValueError("symmetric must not be set: there and back again would end where it starts by construction")
     fixed, moving = (plain(name, image) for name, image in (("fixed", fixed), ("moving", moving)))
     check_images(fixed, moving)
     size, n = fixed.shape[2:], fixed.dim() - 2

@@ -21,6 +21,7 @@ VARIANTS = [
     {"acceptance": "metropolis"},
     {"control": "trust_region", "acceptance": "descent", "memory": "half"},
     {"window": 3},
+    {"symmetric": True},
     {"similarity": "mse", "memory": "half"},
     {"kernels": "reference"},
     {"similarity": "ncc"},

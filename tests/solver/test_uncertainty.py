@@ -59,6 +59,8 @@ def test_what_does_not_fit_is_refused(pair):
     fixed, moving, ddf = pair
     with pytest.raises(ValueError, match="guidance must not be given"):
         uncertainty(fixed, moving, ddf, guidance=[object()])
+    with pytest.raises(ValueError, match="symmetric must not be set"):
+        uncertainty(fixed, moving, ddf, symmetric=True)
     with pytest.raises(ValueError, match="ddf"):
         uncertainty(fixed, moving, ddf[..., 1:])
     with pytest.raises(TypeError, match="unheard"):
