@@ -66,13 +66,13 @@ def refine(
         log_json: file that gets a line of JSON per iteration.
         options: see :func:`_options`.
     """
-    from monai_lm.apps import commands
+    from monai_lm.apps import pairs
 
     how = _options(**options)
     if sys.stderr.isatty():
         how["settings"]["progress"] = True
     labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
-    metrics = commands.refine_pair(
+    metrics = pairs.refine_pair(
         fixed,
         moving,
         output_dir,
@@ -158,11 +158,12 @@ def _options(
     file_format: str = "itk",
     report: bool = True,
     jacobian: bool = False,
+    uncertainty: bool = False,
     guide_labels: list[int] | str | None = None,
     guide_points: bool = False,
     guide_weight: float = 1.0,
 ) -> dict[str, Any]:
-    """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.commands.refine_pair`.
+    """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.pairs.refine_pair`.
 
     Args:
         bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
@@ -180,6 +181,7 @@ def _options(
         file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
+        uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm: a second refinement, the way back.
         guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, as 1,3, or all.
         guide_points: whether fixed_points and moving_points guide the refinement.
         guide_weight: how hard they pull, relative to the images.
@@ -194,7 +196,7 @@ def _options(
         settings = {name: value for name, value in settings.items() if value != defaults[name].default}
     return {
         "bundle": bundle, "ddf_format": ddf_format, "device": device, "file_format": file_format, "report": report,
-        "jacobian": jacobian,
+        "jacobian": jacobian, "uncertainty": uncertainty,
         "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight} if guided else None,
         "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
     }  # fmt: skip

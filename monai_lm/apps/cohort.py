@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from monai_lm.alignment import MODES
-from monai_lm.apps.commands import refine_pair
+from monai_lm.apps.pairs import refine_pair
 from monai_lm.io import file_suffix
 from monai_lm.io.datalist import PATHS, Entry, named, raise_all, read_list
 from monai_lm.io.nifti import write_table
@@ -33,7 +33,7 @@ def refine_cohort(
     affine: str | None = None,
     **kwargs: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Refine every pair of a list as :func:`monai_lm.apps.commands.refine_pair` does, each into a folder of its own.
+    """Refine every pair of a list as :func:`monai_lm.apps.pairs.refine_pair` does, each into a folder of its own.
 
     A pair whose folder has all its files, ``metrics.json`` the last of them, is complete and left alone if it was made
     of the same files with the same settings: a cohort that was interrupted goes on where it stopped. What another pair,
@@ -50,8 +50,8 @@ def refine_cohort(
         progress: show a progress bar.
         affine: ``"auto"``, ``"center"``, ``"rigid"`` or ``"affine"``: how the pairs are aligned first that name no
             ``affine``, see :func:`monai_lm.align`.
-        kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``settings``, ``bundle``, ``ddf_format``,
-            ``guide`` and ``command`` of :func:`monai_lm.apps.commands.refine_pair`.
+        kwargs: ``file_format``, ``device``, ``report``, ``jacobian``, ``uncertainty``, ``settings``, ``bundle``,
+            ``ddf_format``, ``guide`` and ``command`` of :func:`monai_lm.apps.pairs.refine_pair`.
 
     Returns:
         The rows of the table, and by name why a pair failed.
@@ -125,7 +125,8 @@ def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any])
                 "cohort another output_dir, or overwrite the results there"
             )
         else:
-            further = kwargs["report"], kwargs.get("jacobian", False), entry.get("affine") in MODES
+            asked = [kwargs.get(name, False) for name in ("jacobian", "uncertainty")]
+            further = kwargs["report"], asked[0], entry.get("affine") in MODES, asked[1]
             if all((file.parent / n).is_file() for n in pair_outputs(file_format, "fixed_label" in entry, *further)):
                 done.add(name)
     raise_all(problems, "pairs")

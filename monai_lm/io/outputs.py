@@ -37,12 +37,18 @@ def figure_class() -> Any:
 
 
 def pair_outputs(
-    file_format: str, labels: bool, report: bool, jacobian: bool = False, aligned: bool = False
+    file_format: str,
+    labels: bool,
+    report: bool,
+    jacobian: bool = False,
+    aligned: bool = False,
+    uncertainty: bool = False,
 ) -> list[str]:
     """Names of the files that a refined pair consists of, ``metrics.json`` first; it is written last."""
     suffix = file_suffix(file_format)
     names = ["metrics.json", "warped.nii.gz", f"ddf{suffix}", f"inverse{suffix}"]
     further = ["warped_label.nii.gz"] * labels + ["jacobian.nii.gz"] * jacobian + ["affine.txt"] * aligned
+    further += ["uncertainty.nii.gz"] * uncertainty
     return names + further + ["report.html", "report.png"] * report
 
 

@@ -95,7 +95,7 @@ def pair_recipe(
     ddf_format: str = "auto",
     guide: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Recipe of :func:`monai_lm.apps.commands.refine_pair`, whose arguments these are."""
+    """Recipe of :func:`monai_lm.apps.pairs.refine_pair`, whose arguments these are."""
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf}
     given["affine"] = None if affine in MODES else affine
     for name, two in (("label", labels), ("points", points)):

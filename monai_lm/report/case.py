@@ -42,6 +42,7 @@ class Case:
         mask: where the similarity counted, ``(1, 1, *S)``, or None.
         initial: what the moving image is before any field, as a heading.
         aligned: what was found by a linear alignment before, in words, or None.
+        uncertainty: how far the refined field may be off, ``(1, 1, *S)`` in millimetres, or None.
     """
 
     fixed: Tensor
@@ -58,6 +59,7 @@ class Case:
     mask: Tensor | None = None
     initial: str = "not registered"
     aligned: str | None = None
+    uncertainty: Tensor | None = None
 
     @property
     def start(self) -> Tensor:
@@ -95,6 +97,7 @@ def checked_case(
     mask: Tensor | None = None,
     initial: str = "not registered",
     aligned: str | None = None,
+    uncertainty: Tensor | None = None,
 ) -> Case:
     """Everything checked once, on the CPU in float32; arguments and errors of :func:`monai_lm.report.write_report`."""
     images = [plain(name, image).cpu() for name, image in (("fixed", fixed), ("moving", moving))]
@@ -117,6 +120,12 @@ def checked_case(
     weight = None if mask is None else plain("mask", mask).cpu()
     if weight is not None:
         check_mask(weight, images[0])
+    if uncertainty is not None:
+        uncertainty = plain("uncertainty", uncertainty).cpu()
+        if uncertainty.shape != images[0][:, :1].shape:
+            raise ValueError(
+                f"uncertainty must be {(1, 1, *size)} on the grid of fixed, got {tuple(uncertainty.shape)}"
+            )
     matrix = _affine_of(affine, fixed)
     return Case(
         fixed=images[0],
@@ -133,6 +142,7 @@ def checked_case(
         mask=weight,
         initial=initial,
         aligned=aligned,
+        uncertainty=uncertainty,
     )
 
 

@@ -194,6 +194,11 @@ def volumes_of(case: Case) -> Volumes:
     )
 
 
+def worst_of(uncertainty: Tensor) -> float:
+    """The upper end of the scale of uncertainty, in millimetres."""
+    return max(float(np.percentile(uncertainty.numpy(), 99)), 1e-3)
+
+
 def _log2_jacobian(ddf: Tensor) -> np.ndarray:
     return np.asarray(jacobian_determinant(ddf)[0].clamp(min=LOG_FLOOR).log2().numpy())
 
@@ -216,6 +221,9 @@ def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> No
         _draw_contours(axis, view, view.cut(volumes.labels[1 if kind.endswith("before") else 2]), MOVING_COLOUR)
     elif kind == "grid":
         _draw_grid(axis, view, case.ddf[0].numpy())
+    elif kind == "uncertainty":
+        assert case.uncertainty is not None  # for mypy
+        _draw_image(axis, view, view.cut(case.uncertainty[0, 0].numpy()), "magma", 0, worst_of(case.uncertainty))
     else:
         field = case.start if kind.endswith("before") else case.ddf
         _draw_image(axis, view, view.cut(_log2_jacobian(field)), "RdBu_r", -volumes.limit, volumes.limit)
@@ -226,7 +234,7 @@ def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequ
     """Per kind of picture, a PNG of every view.
 
     Kinds: ``fixed``, ``moving``, ``start``, ``warped``, ``difference before`` and ``after``, ``labels before`` and
-    ``after``, ``grid``, ``jacobian before`` and ``after``.
+    ``after``, ``grid``, ``jacobian before`` and ``after``, ``uncertainty``.
     """
     out: dict[str, list[bytes]] = {}
     for kind in kinds:

@@ -46,6 +46,7 @@ def write_report(
     mask: Tensor | None = None,
     initial: str = "not registered",
     provenance: Mapping[str, Any] | None = None,
+    uncertainty: Tensor | None = None,
     title: str = "Registration report",
     png: str | Path | None = None,
 ) -> Path:
@@ -67,6 +68,7 @@ def write_report(
         mask: ``(1, 1, *S)`` weights in [0, 1], where the images were compared.
         initial: what ``moving`` is without any field, heads a column: ``"affine only"`` where one has been applied.
         provenance: what the result was made of, shown as a table; dictionaries in it as tables of their own.
+        uncertainty: ``(1, 1, *S)`` in millimetres, of :func:`monai_lm.solver.uncertainty.uncertainty`.
         title: of the page.
         png: also write a summary picture to this ``.png`` file.
 
@@ -83,7 +85,8 @@ def write_report(
     if not isinstance(title, str):
         raise TypeError(f"title must be a string, got {type(title).__name__}")
     figure_class()
-    case = checked_case(fixed, moving, result, prediction, affine, labels, landmarks, settings, mask, initial)
+    given = affine, labels, landmarks, settings, mask, initial
+    case = checked_case(fixed, moving, result, prediction, *given, uncertainty=uncertainty)
     return write_case(path, case, assess(case), title, picture, provenance)
 
 
@@ -191,6 +194,7 @@ def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[View])
     field = {"grid": "deformed grid"}
     field |= {} if case.prediction is None else {"jacobian before": "Jacobian, prediction"}
     field |= {"jacobian after": "Jacobian, refined"}
+    field |= {} if case.uncertainty is None else {"uncertainty": "uncertainty"}
     drawn = figures.pictures_of(case, volumes, views, [*images, *changes, *outlines, *field])
     flickers = "".join(
         f'<figure class="flicker">{_img(drawn["fixed"][i], f"fixed image, {view.name}")}'
@@ -216,7 +220,8 @@ def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[View])
             f'<span class="swatch" style="background:{figures.MOVING_COLOUR}"></span> the moving labels.</p>'
             f"{_gallery(drawn, views, outlines)}</section>"
         )
-    parts.append(f"<section><h2>Field</h2>{_field_legend(volumes.limit)}{_gallery(drawn, views, field)}</section>")
+    legend = _field_legend(volumes.limit) + _uncertainty_legend(case)
+    parts.append(f"<section><h2>Field</h2>{legend}{_gallery(drawn, views, field)}</section>")
     return "\n".join(parts)
 
 
@@ -246,6 +251,16 @@ def _field_legend(limit: float) -> str:
         "folded cells that touch the slice.</p>"
         f'<div class="scale" style="background:linear-gradient(to right, {stops})"></div>'
         f'<div class="ticks"><span>{ends[0]} shrinks</span><span>{ends[1]}</span><span>{ends[2]} grows</span></div>'
+    )
+
+
+def _uncertainty_legend(case: Case) -> str:
+    if case.uncertainty is None:
+        return ""
+    return (
+        "<p>The uncertainty says where the field may be off: how far a second refinement, from the fixed to the moving "
+        f"image, leads beside the start. Black is none, the brightest {figures.worst_of(case.uncertainty):.2g} mm and "
+        "more. It is large where the images show nothing, and knows no match that is wrong both ways.</p>"
     )
 
 

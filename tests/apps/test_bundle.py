@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.apps import cli, commands
+from monai_lm.apps import cli, pairs
 from monai_lm.apps.bundle import RegistrationBundle, save_weights
 from monai_lm.apps.cohort import refine_cohort
 from monai_lm.fields.space import Grid
@@ -99,7 +99,7 @@ def change(bundle, **entries):
 @pytest.mark.usefixtures("trusted")
 def test_the_field_leads_from_point_to_point_as_the_bundles_does(bundle, pair, tmp_path):
     """On the bundle's grids voxel ``x`` goes to voxel ``x + SHIFT``: in space by the affines, padding cancels."""
-    commands.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+    pairs.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
     values, affine = read_ddf(tmp_path / "out" / "ddf.nii.gz", moving_affine=MOVING)
     np.testing.assert_allclose(affine, FIXED)
     np.testing.assert_allclose(values, np.broadcast_to(np.reshape(SHIFT, (3, 1, 1, 1)), values.shape), atol=1e-4)
@@ -117,12 +117,12 @@ def test_an_affine_brings_the_moving_image_onto_the_fixed_grid_first(bundle, pai
     np.savetxt(tmp_path / "affine.txt", affine)
     change(bundle, refine={"similarity": "mse", "iterations": 0, "scales": [1]})
     further = {"bundle": bundle, "affine": tmp_path / "affine.txt", "report": False}
-    commands.refine_pair(**pair, **further, output_dir=tmp_path / "shifted")
+    pairs.refine_pair(**pair, **further, output_dir=tmp_path / "shifted")
     shifted, _ = read_ddf(tmp_path / "shifted" / "ddf.nii.gz", moving_affine=MOVING)
     expected = np.reshape(np.add(SHIFT, (2, 0, 3)), (3, 1, 1, 1))
     np.testing.assert_allclose(shifted, np.broadcast_to(expected, shifted.shape), atol=1e-4)
     torch.save({"shift": torch.zeros(3)}, bundle / "models" / "model.pt")
-    assert commands.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss_after"] < 1e-9
+    assert pairs.refine_pair(**pair, **further, output_dir=tmp_path / "still")["loss_after"] < 1e-9
 
 
 def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
@@ -132,11 +132,11 @@ def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
     np.savetxt(tmp_path / "far.txt", far)
     options = {"bundle": bundle, "report": False, "output_dir": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"must overlap, no voxel of the one lies in the other"):
-        commands.refine_pair(**pair, **options, affine=tmp_path / "far.txt")
+        pairs.refine_pair(**pair, **options, affine=tmp_path / "far.txt")
     nib.save(nib.Nifti1Image(np.full((14, 13, 12), 3, np.float32), FIXED), pair["fixed"])
     change(bundle, preprocessing={"_target_": "Compose", "transforms": PLAIN})
     with pytest.raises(ValueError, match=r"fixed is constant where the bundle looks at it, 3 everywhere"):
-        commands.refine_pair(**pair, **options)
+        pairs.refine_pair(**pair, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -213,13 +213,13 @@ def test_two_bundles_do_not_take_each_others_modules(bundle, pair, tmp_path):
 def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
     def refused(error, message):
         with pytest.raises(error, match=message):
-            commands.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
+            pairs.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
         assert not (tmp_path / "out").exists()
 
     with pytest.raises(ValueError, match="mask cannot be used together with bundle"):
-        commands.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
+        pairs.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
     with pytest.raises(ValueError, match="moving_mask cannot be used together with bundle"):
-        commands.refine_pair(**pair, output_dir=tmp_path / "out", moving_mask=pair["moving"], bundle=bundle)
+        pairs.refine_pair(**pair, output_dir=tmp_path / "out", moving_mask=pair["moving"], bundle=bundle)
     weights = bundle / "models" / "model.pt"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:100])

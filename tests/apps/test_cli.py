@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import monai_lm
-from monai_lm.apps import cli, commands
+from monai_lm.apps import cli, commands, pairs
 from monai_lm.fields import gaussian_smooth
 
-REFINE_PAIR = commands.refine_pair
+REFINE_PAIR = pairs.refine_pair
 
 
 def test_demo_runs_as_a_command(tmp_path):
@@ -112,7 +112,7 @@ def test_a_switch_before_another_option_means_true(monkeypatch):
 
 def test_refine_and_cohort_take_the_same_options(monkeypatch):
     given = []
-    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.append(how) or {})
+    monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.append(how) or {})
     monkeypatch.setattr("monai_lm.apps.cohort.refine_cohort", lambda *_, **how: given.append(how) or ([], {}))
     words = ["--output_dir", "out", "--report", "--scales", "[4,2]", "--step", "0.3", "--file_format", "fsl"]
     for start in (["refine", "--fixed", "f.nii", "--moving", "m.nii"], ["cohort", "--pairs", "pairs.csv"]):
@@ -130,7 +130,7 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
 
 def test_masks_of_either_side_reach_the_work(monkeypatch):
     given = []
-    monkeypatch.setattr(commands, "refine_pair", lambda *files, **_: given.append(files) or {})
+    monkeypatch.setattr(pairs, "refine_pair", lambda *files, **_: given.append(files) or {})
     words = ["--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
     monkeypatch.setattr(sys, "argv", ["monai-lm", "refine", *words, "--fixed_mask", "a.nii", "--moving_mask", "b.nii"])
     cli.main()
@@ -153,7 +153,7 @@ def test_a_warning_of_the_work_is_a_line(tmp_path, monkeypatch, capsys):
         warnings.warn("no report is written", stacklevel=1)
         return {"loss": 0.5, "remarks": {"rough": "The field is rough."}, "provenance": {"command": None}}
 
-    monkeypatch.setattr(commands, "refine_pair", warn)
+    monkeypatch.setattr(pairs, "refine_pair", warn)
     words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
     cli.main()
@@ -171,7 +171,7 @@ def test_the_version(monkeypatch, capsys):
 @pytest.mark.parametrize("scales", ["4,2,1", "[4,2,1]"])
 def test_a_list_needs_no_brackets(scales, monkeypatch):
     given = {}
-    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.update(how["settings"]) or {})
+    monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.update(how["settings"]) or {})
     words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
     monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--scales", scales, "--iterations", "20"])
     cli.main()

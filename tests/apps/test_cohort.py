@@ -12,7 +12,7 @@ import torch
 
 from monai_lm.apps import cli
 from monai_lm.apps.cohort import refine_cohort
-from monai_lm.apps.commands import refine_pair
+from monai_lm.apps.pairs import refine_pair
 from monai_lm.fields import gaussian_smooth
 
 SETTINGS = {"iterations": 5, "scales": (1,)}
@@ -261,7 +261,7 @@ def test_how_to_refine_is_checked_before_the_work(namesakes, monkeypatch):
     with pytest.raises(TypeError, match=r"settings takes the keyword arguments .*, got \['stepp'\]"):
         refine_cohort(pairs, namesakes / "out", report=False, settings={"stepp": 1})
     with pytest.raises(ValueError, match="file_format must be one of"):
-        refine_cohort(pairs, namesakes / "out", report=False, file_format="nrrd")
+        refine_cohort(pairs, namesakes / "out", report=False, file_format="dicom")
     (namesakes / "file").write_text("in the way")
     with pytest.raises(ValueError, match="output_dir must be a folder, got the file"):
         refine_cohort(pairs, namesakes / "file", report=False)

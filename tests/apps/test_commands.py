@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_lm.apps import commands
+from monai_lm.apps import commands, pairs
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
 from monai_lm.io import FORMATS, file_suffix, read_ddf, read_points, write_ddf, write_itk_ddf
@@ -56,7 +56,7 @@ def pair(tmp_path):
 
 def _refine(pair, folder, **kwargs):
     keywords = {"labels": pair["labels"], "points": pair["points"], "report": False, "settings": QUICK} | kwargs
-    return commands.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
+    return pairs.refine_pair(pair["fixed"], pair["moving"], folder, **keywords)
 
 
 def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
@@ -368,13 +368,13 @@ def test_two_dimensions_work_too(tmp_path):
     image = gaussian_smooth(torch.randn(1, 1, 24, 26, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0].numpy()
     fixed = _save(tmp_path / "f.nii.gz", image[1:, :, None], np.eye(4))
     moving = _save(tmp_path / "m.nii.gz", image[:-1, :, None], np.eye(4))
-    metrics = commands.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
+    metrics = pairs.refine_pair(fixed, moving, tmp_path / "out", report=False, settings=QUICK)
     assert metrics["loss_after"] < 0.2 * metrics["loss_before"]
     for file_format in ("fsl", "learn2reg"):
         with pytest.raises(
             ValueError, match=f"file_format must be 'itk' or .*'voxel' for 2D fields, got '{file_format}'"
         ):
-            commands.refine_pair(fixed, moving, tmp_path / "no", file_format=file_format)
+            pairs.refine_pair(fixed, moving, tmp_path / "no", file_format=file_format)
     ddf, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz")
     assert ddf.shape == (2, 23, 26)
     assert int(fold_count(torch.from_numpy(ddf)[None])) == 0
@@ -399,7 +399,7 @@ def test_a_sheared_grid_is_refused_before_the_work_and_held_by_other_formats(pai
         assert not (tmp_path / "out").exists()
     both = {"fixed": tmp_path / "fixed_sheared.nii.gz", "moving": tmp_path / "fixed_sheared.nii.gz"}
     settings = QUICK | {"iterations": 0}
-    commands.refine_pair(**both, output_dir=tmp_path / "out", report=False, settings=settings, file_format="voxel")
+    pairs.refine_pair(**both, output_dir=tmp_path / "out", report=False, settings=settings, file_format="voxel")
     for name in ("warped", "ddf", "inverse"):
         written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
         np.testing.assert_allclose(written.affine, SHEARED, atol=1e-5)
@@ -445,10 +445,10 @@ def test_a_plane_stored_along_any_axis_is_registered_and_stays_in_its_place(tmp_
     ]
     if axis != 2:
         with pytest.raises(ValueError, match=r"(?s)f.nii.gz must lie in a plane of x and y for ITK's .*'voxel'"):
-            commands.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK)
+            pairs.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK)
         assert not (tmp_path / "out").exists()
     form = "itk" if axis == 2 else "voxel"
-    metrics = commands.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
+    metrics = pairs.refine_pair(*paths, tmp_path / "out", report=False, settings=QUICK, file_format=form)
     assert metrics["loss_after"] < 0.2 * metrics["loss_before"]
     for name in ("ddf", "inverse", "warped"):
         np.testing.assert_allclose(nib.load(tmp_path / "out" / f"{name}.nii.gz").affine, affine[:, order], atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from monai_lm.apps import cli
-from monai_lm.apps.commands import refine_pair
+from monai_lm.apps.pairs import refine_pair
 from monai_lm.fields import gaussian_smooth
 
 FIXED = np.array([[-1.5, 0, 0, 20], [0, 1, 0, -5], [0, 0, 2, 3], [0, 0, 0, 1.0]])

@@ -10,8 +10,9 @@ import torch
 
 from monai_lm.apps import cli
 from monai_lm.apps.cohort import refine_cohort
-from monai_lm.apps.commands import evaluate_field, refine_pair
+from monai_lm.apps.commands import evaluate_field
 from monai_lm.apps.jacobian import jacobian_field
+from monai_lm.apps.pairs import refine_pair
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.io import read_ddf, write_ddf

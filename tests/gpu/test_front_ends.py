@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_lm import RegistrationInferer
-from monai_lm.apps import cli, commands
+from monai_lm.apps import cli, commands, pairs
 from monai_lm.fields import fold_count, metrics, warp
 from monai_lm.fields.topology import jacobian_determinant
 from monai_lm.training import RegistrationModule
@@ -172,7 +172,7 @@ def test_the_command_line_s_work_stays_on_the_device(any_device, pair, tmp_path)
     results = {}
     for name in ("cpu", str(any_device)):
         out, points = tmp_path / name.replace(":", "-"), (tmp_path / "points.csv", tmp_path / "points.csv")
-        values = commands.refine_pair(
+        values = pairs.refine_pair(
             fixed, moving, out, affine=tmp_path / "affine.txt", labels=(fixed_label, moving_label), points=points,
             device=name, report=False, settings=SETTINGS,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from monai_lm import kernels, refine
-from monai_lm.apps import commands
+from monai_lm.apps import commands, pairs
 from monai_lm.apps.cohort import refine_cohort
 from monai_lm.fields import compose, fold_count, warp
 from monai_lm.fields.topology import repair
@@ -158,7 +158,7 @@ def written(case, tmp_path):
 
 def refined(folder, name, **kwargs):
     paths = folder / "fixed.nii.gz", folder / "moving.nii.gz", folder / f"out_{name}"
-    return commands.refine_pair(*paths, report=False, settings=SETTINGS, **kwargs)
+    return pairs.refine_pair(*paths, report=False, settings=SETTINGS, **kwargs)
 
 
 def test_files_say_that_the_prediction_was_not_used(written):
@@ -191,7 +191,7 @@ def test_images_that_do_not_overlap_are_refused_before_the_work(written):
     far[0, 3] = 500
     nib.save(nib.Nifti1Image(nib.load(written / "moving.nii.gz").get_fdata().astype("f4"), far), written / "far.nii.gz")
     with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel of the one lies in the other"):
-        commands.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
+        pairs.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
     assert not (written / "out_far").exists()
 
 
@@ -210,7 +210,7 @@ def test_the_warning_points_at_the_caller(case):
 
 def test_an_image_and_itself_match_already(written):
     folder = written / "out_self"
-    metrics = commands.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
+    metrics = pairs.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
     assert (metrics["verdict"], metrics["remarks"]) == ("good", {})
     assert metrics["headline"].startswith("The images matched already")
 

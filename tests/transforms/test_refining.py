@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from monai_lm.apps import commands
+from monai_lm.apps import pairs
 from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.space import resample_moving, through_affine
 from monai_lm.guidance import Keypoints, Labels
@@ -47,7 +47,7 @@ def by_command(images, tmp_path_factory):
         nib.save(nib.Nifti1Image(image[0].numpy(), image.affine.numpy()), folder / f"{name}.nii.gz")
     np.savetxt(folder / "affine.txt", INITIAL)
     files = folder / "fixed.nii.gz", folder / "moving.nii.gz", folder / "out"
-    metrics = commands.refine_pair(*files, affine=folder / "affine.txt", report=False, settings=SETTINGS)
+    metrics = pairs.refine_pair(*files, affine=folder / "affine.txt", report=False, settings=SETTINGS)
     return folder, metrics
 
 
