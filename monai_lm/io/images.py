@@ -14,8 +14,8 @@ from torch import Tensor
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, resample_moving, through_affine
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import load_nifti
-from monai_lm.similarity.weighted import with_moving_weight
-from monai_lm.solver.checks import check_mask
+from monai_lm.similarity.weighted import continued, shown, with_moving_weight
+from monai_lm.solver.checks import check_shown, checked_mask
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
@@ -27,6 +27,7 @@ class Image:
         path: NIfTI file of one volume. A volume of one voxel along one axis, whichever, is an image in 2D of the other
             two.
         label: it must hold labels, whole numbers of at least 0.
+        finite: it must be finite.
 
     Attributes:
         path: where it came from.
@@ -40,8 +41,8 @@ class Image:
             no labels although it must.
     """
 
-    def __init__(self, path: str | Path, label: bool = False) -> None:
-        values, affine, _ = load_nifti(path)
+    def __init__(self, path: str | Path, label: bool = False, finite: bool = True) -> None:
+        values, affine, _ = load_nifti(path, finite)
         shape = values.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -157,11 +158,12 @@ class Pair:
         What the mask hides is hidden before: sampled on other voxels, it would reach those that count.
         """
         assert self.moving_mask is not None  # for mypy: the caller looked
-        both = with_moving_weight(self.moving.data.to(onto.device), self.moving_mask.data.to(onto.device))
+        image, mask = self.moving.data.to(onto.device), self.moving_mask.data.to(onto.device)
+        both = with_moving_weight(shown(image, mask), mask)
         still = onto.new_zeros(1, onto.dim() - 2, *onto.shape[2:])
         affines = self.fixed.grid.affine, self.moving.grid.affine, self.initial
-        weight, shown = resample_moving(both, still, *affines).split(1, 1)
-        return shown, weight
+        weight, there = resample_moving(both, still, *affines).split(1, 1)
+        return there, weight
 
 
 def load_pair(
@@ -173,13 +175,13 @@ def load_pair(
     mask: str | Path | None = None,
     moving_mask: str | Path | None = None,
 ) -> Pair:
-    """Load a pair and what is known of it.
+    """Load a pair and what is known of it. Images are continued where they are not finite, under zeros of a mask.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used, or that does not fit the others.
     """
-    f, m = Image(fixed), Image(moving)
+    f, m = Image(fixed, finite=mask is None), Image(moving, finite=moving_mask is None)
     n = len(f.grid.size)
     if len(m.grid.size) != n:
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.grid.size} and {m.grid.size}")
@@ -192,8 +194,11 @@ def load_pair(
                 f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
                 f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
-    if weights[1]:
-        check_mask(weights[1].data, m.data, "moving_mask", "moving")
+    for image, its, names in ((weights[0], f, ("mask", "fixed")), (weights[1], m, ("moving_mask", "moving"))):
+        if image:
+            image.data = checked_mask(image.data, its.data, *names)
+            check_shown(str(its.path), its.data, image.data)
+            its.data = continued(its.data, torch.isfinite(its.data))
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]

@@ -129,8 +129,8 @@ def label_type(label: np.ndarray) -> type[np.generic]:
     return next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if int(label.max()) <= np.iinfo(t).max)
 
 
-def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Read a NIfTI file of finite real numbers.
+def load_nifti(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Read a NIfTI file of real numbers, which must be ``finite`` unless told otherwise.
 
     Returns:
         The data, float32 or (if stored as anything but that) float64, in native byte order; the ``(4, 4)`` affine; the
@@ -149,7 +149,7 @@ def load_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, Any]:
     if data.dtype.itemsize == 8 and data.dtype.kind in "iu" and data.size and max(data.max(), -data.min()) > 2**53:
         raise ValueError(f"{path} must hold numbers up to {2**53}, which float64 can tell apart, got {data.max()}")
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
-    if not np.isfinite(data).all():
+    if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data, check_affine(f"affine of {path}", image.affine), image.header
 

@@ -20,9 +20,19 @@ from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
+from monai_lm.similarity.outliers import without_outliers
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
 from monai_lm.solver.acceptance import Acceptance
-from monai_lm.solver.checks import check_field, check_guidance, check_images, check_mask, check_spacing, plain
+from monai_lm.solver.checks import (
+    check_field,
+    check_guidance,
+    check_images,
+    check_shown,
+    check_spacing,
+    checked_mask,
+    plain,
+    plain_images,
+)
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -82,16 +92,18 @@ def refine(
     acceptance and stop: its result is the one it would have alone.
 
     Args:
-        fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32.
+        fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32, with an offset taken
+            off first that is large against the range. Few intensities far beyond all others count as the largest, or
+            smallest, of those.
         moving: ``(B, C, *S)`` on the same grid.
         ddf: predicted displacement ``(B, n, *S)`` in voxels on the fixed grid, ``warped(x) = moving(x + ddf(x))``, or
             ``None``. Folds in it are repaired first. What is folded in most cells, or makes the images less alike than
             no field does, is not used, with a warning that names likely reasons.
-        mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
-            For the measures of this package. Outside of it the field continues smoothly.
+        mask: weights ``(B, 1, *S)`` in [0, 1], or zeros and one other value, on the fixed grid: the similarity counts
+            where it is not zero. For the measures of this package. Outside of it the field continues smoothly. What
+            is more than a voxel outside is not seen, and may be NaN. Of ones everywhere it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
-            What is under its zeros is not seen. Of ones everywhere it is left out.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
             ``(warped, fixed)``.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
@@ -145,7 +157,7 @@ def refine(
         raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
     if kernels not in kernels_.CHOICES:
         raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
-    fixed, moving = (plain(name, image, memory == "half") for name, image in (("fixed", fixed), ("moving", moving)))
+    fixed, moving = plain_images(fixed, moving, memory == "half")
     check_images(fixed, moving)
     if kernels == "native" and (reason := kernels_.missing(fixed.device)) is not None:
         raise ValueError(f"kernels must not be 'native' on {fixed.device}: {reason}")
@@ -202,23 +214,22 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
 
 
 def _weighted(measure: Similarity, images: tuple[Tensor, Tensor], masks: _Masks) -> tuple[Similarity, _Masks]:
-    """The measure that counts what the masks of the fixed and of the moving image show, and the masks, checked.
-
-    A mask of the moving image that hides nothing is left out: warped, it would be one but for rounding.
-    """
-    mask, moving_mask = masks
-    if mask is not None:
-        mask = plain("mask", mask)
-        check_mask(mask, images[0])
-    if moving_mask is not None:
-        moving_mask = plain("moving_mask", moving_mask)
-        check_mask(moving_mask, images[1], "moving_mask", "moving")
-        if bool((moving_mask == 1).all()):
-            Weighted(measure, mask is not None)  # raises where it would for any other mask
-            moving_mask = None
+    """The measure that counts what the masks of the fixed and of the moving image show, and the masks; all checked."""
+    mask = _hiding(masks[0], images[0], "mask", "fixed")
+    moving_mask = _hiding(masks[1], images[1], "moving_mask", "moving")
+    check_shown("fixed", images[0], mask)
+    check_shown("moving", images[1], moving_mask)
     if mask is None and moving_mask is None:
         return measure, (None, None)
     return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
+
+
+def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | None:
+    """A mask, checked; one that hides nothing is left out: warped, it would be one but for rounding."""
+    if mask is None:
+        return None
+    mask = checked_mask(mask, image, name, of)
+    return None if bool((mask == 1).all()) else mask
 
 
 def _as_memory_allows(
@@ -251,6 +262,9 @@ def _coarse_to_fine(
     """Run the stages, and end on the finest one, which has the grid of the images."""
     fixed, moving, ddf = _normal(problem.fixed), _normal(problem.moving), problem.prediction
     constant = _constant((problem.fixed, problem.moving), masks)
+    seen = [image if mask is None else shown(image, mask) for image, mask in zip((fixed, moving), masks, strict=True)]
+    fixed, moving = without_outliers(*seen)
+    del seen
     fixed = fixed if masks[0] is None else with_weight(fixed, masks[0])
     moving = moving if masks[1] is None else with_moving_weight(moving, masks[1])
     if settings.memory == "half":
@@ -268,7 +282,7 @@ def _coarse_to_fine(
     for stage in stages:
         engine = None  # all that the level before keeps, its residual aside
         engine = engine_of(stage, finest, problem, residual, settings)
-        residual, loss = engine.residual, descend(engine, stage, settings, record, bar)
+        residual, loss = engine.residual, descend(engine, stage, settings, record, bar, constant)
     if stages[-1].level.factor != finest.level.factor:
         engine = None
         engine = engine_of(finest, finest, problem, residual, settings)
@@ -283,16 +297,19 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def _constant(images: tuple[Tensor, Tensor], masks: _Masks) -> Tensor:
-    """Pairs of which an image has one value only, or under its mask, ``(B,)``, with a warning."""
-    constant = torch.zeros(len(images[0]), dtype=torch.bool, device=images[0].device)
-    for name, image, mask in zip(("fixed", "moving"), images, masks, strict=True):
+    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning."""
+    same = []
+    for image, mask in zip(images, masks, strict=True):
         upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
-        same = upper.flatten(1).amax(1) == lower.flatten(1).amin(1)
-        if bool(same.any()):
-            pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)
-        constant |= same
-    return constant
+        same.append(upper.flatten(1).amax(1) == lower.flatten(1).amin(1))
+    for name, pairs, mask in zip(("fixed", "moving"), torch.stack(same).tolist(), masks, strict=True):
+        if any(pairs):
+            numbers = [number for number, constant in enumerate(pairs) if constant]
+            where = "" if mask is None else " inside its mask"
+            warnings.warn(
+                f"{name} is constant{where} in pairs {numbers}; their field is returned unchanged", stacklevel=6
+            )
+    return same[0] | same[1]
 
 
 def _finish(
