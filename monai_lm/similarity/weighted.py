@@ -137,20 +137,24 @@ def with_moving_weight(moving: Tensor, mask: Tensor) -> Tensor:
 
 
 def shown(image: Tensor, mask: Tensor) -> Tensor:
-    """An image ``(B, C, *S)`` as a mask ``(B, 1, *S)`` shows it: as it is where that is not zero and next to it.
+    """An image ``(B, C, *S)`` as a mask ``(B, 1, *S)`` shows it: as it is where that is not zero, and next to it.
 
-    Farther than a voxel, and where it is not finite, it is :func:`continued`, so that nothing there is seen: not by
-    what shrinks the image, nor by what scales its intensities. The voxels next to the mask do not count, but without
-    them an object whose mask ends at its border had no border, in one of the images: on coarse levels, whose voxels at
-    the border are partly beyond, a field gained from leading the other image's border out of the mask.
+    Next to it only outside: where a straight line along an axis leads to the grid's border without meeting the mask,
+    so not in a hole, which hides a lesion. Elsewhere, and where it is not finite, the image is :func:`continued`, so
+    that nothing there is seen: not by what shrinks the image, nor by what scales its intensities. The voxels next to
+    the mask do not count, but without them an object whose mask ends at its border had no border, in one of the images:
+    on coarse levels, whose voxels at the border are partly beyond, a field gained from leading the other image's border
+    out of the mask.
     """
     counts = mask > 0
-    seen = counts.clone()
+    beside, empty, outside = torch.zeros_like(counts), (~counts).to(torch.uint8), torch.zeros_like(counts)
     for axis in range(2, mask.dim()):
         size = mask.shape[axis] - 1
-        seen.narrow(axis, 0, size).logical_or_(counts.narrow(axis, 1, size))
-        seen.narrow(axis, 1, size).logical_or_(counts.narrow(axis, 0, size))
-    return continued(image, seen & torch.isfinite(image).all(1, keepdim=True))
+        beside.narrow(axis, 0, size).logical_or_(counts.narrow(axis, 1, size))
+        beside.narrow(axis, 1, size).logical_or_(counts.narrow(axis, 0, size))
+        outside |= empty.cumprod(axis, dtype=torch.uint8) > 0
+        outside |= empty.flip(axis).cumprod(axis, dtype=torch.uint8).flip(axis) > 0
+    return continued(image, (counts | (beside & outside)) & torch.isfinite(image).all(1, keepdim=True))
 
 
 def continued(image: Tensor, mask: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
     healthy, shown = nib.load(pair["moving"]).get_fdata(), (distance > 7).astype(np.uint8)
     paths = {}
     for value in (4.0, -300.0, np.nan):
-        lesion = np.where(distance < 5, value, healthy)
+        lesion = np.where(distance < 7, value, healthy)
         paths[value] = _save(tmp_path / f"lesion{value}.nii.gz", lesion.astype(np.float32), MOVING)
     mask = _save(tmp_path / "shown.nii.gz", shown, MOVING)
     fields, metrics = {}, {}

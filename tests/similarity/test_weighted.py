@@ -97,6 +97,15 @@ def test_a_mask_shows_its_voxels_and_those_beside_them(shape):
     assert torch.equal(shown(broken, mask)[mask > 0], image[mask > 0])
 
 
+def test_a_hole_in_a_mask_is_not_seen_up_to_its_edge():
+    image, mask = torch.rand(1, 1, 20, 18), torch.ones(1, 1, 20, 18)
+    mask[..., 6:10, 7:12], mask[..., -3:, :] = 0, 0
+    seen = shown(image, mask)
+    assert not (seen == image)[..., 6:10, 7:12].any()
+    assert torch.equal(seen[..., -3, :], image[..., -3, :])
+    assert not (seen == image)[..., -2:, :].any()
+
+
 def test_an_image_of_few_slices_goes_on():
     mask = torch.zeros(1, 1, 20, 18, 5)
     mask[:, :, 4:9, 4:9] = 1
