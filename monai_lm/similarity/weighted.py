@@ -13,6 +13,9 @@ from monai_lm.similarity.base import Range, Similarity
 
 __all__ = ["Weighted", "continued", "shown", "with_moving_weight", "with_weight"]
 
+BESIDE = 2
+"""Voxels beyond the outer border of a mask that are seen, but do not count."""
+
 
 class Weighted(Similarity):
     """Another measure, with a weight for every voxel of the fixed image, of the moving image, or of both.
@@ -147,11 +150,13 @@ def shown(image: Tensor, mask: Tensor) -> Tensor:
     out of the mask.
     """
     counts = mask > 0
-    beside, empty, outside = torch.zeros_like(counts), (~counts).to(torch.uint8), torch.zeros_like(counts)
+    beside, empty, outside = counts, (~counts).to(torch.uint8), torch.zeros_like(counts)
     for axis in range(2, mask.dim()):
-        size = mask.shape[axis] - 1
-        beside.narrow(axis, 0, size).logical_or_(counts.narrow(axis, 1, size))
-        beside.narrow(axis, 1, size).logical_or_(counts.narrow(axis, 0, size))
+        for _ in range(BESIDE):
+            size, before = mask.shape[axis] - 1, beside
+            beside = before.clone()
+            beside.narrow(axis, 0, size).logical_or_(before.narrow(axis, 1, size))
+            beside.narrow(axis, 1, size).logical_or_(before.narrow(axis, 0, size))
         outside |= empty.cumprod(axis, dtype=torch.uint8) > 0
         outside |= empty.flip(axis).cumprod(axis, dtype=torch.uint8).flip(axis) > 0
     return continued(image, (counts | (beside & outside)) & torch.isfinite(image).all(1, keepdim=True))

@@ -101,7 +101,7 @@ def refine(
             no field does, is not used, with a warning that names likely reasons.
         mask: weights ``(B, 1, *S)`` in [0, 1], or zeros and one other value, on the fixed grid: the similarity counts
             where it is not zero. For the measures of this package. Outside of it the field continues smoothly. What
-            is in its holes, or more than a voxel outside, is not seen, and may be NaN. Of ones it is left out.
+            is in its holes, or more than two voxels outside, is not seen, and may be NaN. Of ones it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as

@@ -86,8 +86,7 @@ def test_a_mask_shows_its_voxels_and_those_beside_them(shape):
     image = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mask, beside = torch.zeros_like(image), torch.zeros_like(image, dtype=torch.bool)
     mask[(0, 0, *(slice(4, 6) for _ in shape))], mask[1], beside[1] = 0.3, 1, True
-    for axis in range(len(shape)):
-        beside[(0, 0, *(slice(4 - (a == axis), 6 + (a == axis)) for a in range(len(shape))))] = True
+    beside[(0, 0, *(slice(2, 8) for _ in shape))] = True
     seen = shown(image, mask)
     assert torch.equal(seen[beside], image[beside])
     for hidden in (1e3, float("nan"), float("inf")):
@@ -102,8 +101,8 @@ def test_a_hole_in_a_mask_is_not_seen_up_to_its_edge():
     mask[..., 6:10, 7:12], mask[..., -3:, :] = 0, 0
     seen = shown(image, mask)
     assert not (seen == image)[..., 6:10, 7:12].any()
-    assert torch.equal(seen[..., -3, :], image[..., -3, :])
-    assert not (seen == image)[..., -2:, :].any()
+    assert torch.equal(seen[..., -3:-1, :], image[..., -3:-1, :])
+    assert not (seen == image)[..., -1:, :].any()
 
 
 def test_an_image_of_few_slices_goes_on():

@@ -9,7 +9,7 @@ from tests.solver.pairs import FLAT, SHAPES, error, pair, run, seen_of, smooth, 
 
 
 def masked_pair(shape: tuple[int, ...], batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pair, field, and the middle of the grid; more than a voxel outside of it, the fixed image is another one."""
+    """Pair, field, and the middle of the grid; more than two voxels outside of it, the fixed image is another one."""
     moving, truth = texture(shape, batch), smooth(shape, 1.0, batch) + 1.0
     fixed = warp(moving, truth)
     mask = torch.zeros(batch, 1, *shape)
