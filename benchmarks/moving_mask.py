@@ -13,7 +13,7 @@ from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.fields.algebra import lengths
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.base import Range
-from monai_lm.similarity.weighted import Weighted, with_moving_weight
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight
 
 __all__ = ["Exact", "moving_mask"]
 
@@ -46,7 +46,9 @@ def moving_mask(
                 refine(fixed, moving, similarity=similarity),
                 refine(fixed, moving, similarity=similarity, moving_mask=mask),
                 refine(
-                    torch.cat([torch.ones_like(mask), fixed], 1), with_moving_weight(moving, mask), similarity=exact
+                    torch.cat([torch.ones_like(mask), fixed], 1),
+                    with_moving_weight(shown(moving, mask), mask),
+                    similarity=exact,
                 ),
             ]
             for way, result in zip(WAYS, fields, strict=True):

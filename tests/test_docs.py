@@ -59,6 +59,29 @@ def test_the_snippets_on_usage_refine(run_page):
     start = endpoint_error(example, example.prediction)[0]
     for ddf in (names["result"].ddf, names["masked"].ddf, names["ddf"], names["matched"], names["refined"]):
         assert endpoint_error(example, ddf)[0] < 0.97 * start
+    assert endpoint_error(example, names["across"].ddf)[0] < 0.65 * start
+
+
+def test_the_commands_on_usage_follow_one_another():
+    """What a command reads, an earlier block has made; images of the Decathlon aside."""
+    text = (ROOT / "docs/usage.md").read_text()
+    made = {f"{name}.nii.gz" for name in ("fixed", "moving", "mask", "predicted")}
+    folders, commands = set(), 0
+    first = text.index("write_ddf(")
+    for block in re.finditer(r"```bash\n(.*?)```", text, re.DOTALL):
+        assert block.start() > first
+        for line in block[1].splitlines():
+            made |= set(re.findall(r"> (\S+)$", line))
+            options = dict(re.findall(r"--(\w+) (\S+)", line))
+            commands += line.startswith("monai-lm")
+            for name in ("fixed", "moving", "ddf", "fixed_mask", "pairs"):
+                path = options.get(name, "imagesTr/")
+                assert path in made or path.startswith("imagesTr/") or Path(path).parent.name in folders, line
+            made.add(options.get("output"))
+            if folder := options.get("output_dir"):
+                assert folder not in folders, line
+                folders.add(folder)
+    assert commands >= 7
 
 
 def exists(dotted):

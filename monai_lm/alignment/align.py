@@ -21,8 +21,8 @@ from monai_lm.alignment.result import Alignment
 from monai_lm.alignment.view import Look, View, levels_of
 from monai_lm.fields.space import Grid, check_affine, out_of_plane
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
-from monai_lm.solver.checks import check_finite, check_mask, plain
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
+from monai_lm.solver.checks import check_shown, checked_mask, plain
 
 __all__ = ["MODES", "align"]
 
@@ -110,18 +110,20 @@ def _checked(
                 f"{name} must be one image (1, C, *S) in 2D or 3D with at least 2 voxels along every axis, got shape "
                 f"{tuple(image.shape)}"
             )
-        check_finite(name, image)
     if f.dim() != m.dim() or f.shape[1] != m.shape[1] or f.device != m.device:
         raise ValueError(
             "fixed and moving must have as many axes and channels, on one device, got shapes "
             f"{tuple(f.shape)} on {f.device} and {tuple(m.shape)} on {m.device}"
         )
     given = {"mask": mask, "moving_mask": moving_mask}
-    weights = [None if own is None else plain(name, own) for name, own in given.items()]
-    for name, of, image, weight in zip(given, ("fixed", "moving"), (f, m), weights, strict=True):
-        if weight is not None:
-            check_mask(weight, image, name, of)
-    return (f, m), (weights[0], weights[1])
+    weights: list[Tensor | None] = []
+    seen = []
+    for (name, own), of, image in zip(given.items(), ("fixed", "moving"), (f, m), strict=True):
+        weight = None if own is None else checked_mask(own, image, name, of)
+        check_shown(of, image, weight)
+        weights.append(weight)
+        seen.append(image if weight is None else shown(image, weight))
+    return (seen[0], seen[1]), (weights[0], weights[1])
 
 
 def _found(

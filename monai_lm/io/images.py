@@ -15,8 +15,9 @@ from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plan
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.volumes import load_volume
+from monai_lm.similarity.weighted import continued
 from monai_lm.solver.between import Between
-from monai_lm.solver.checks import check_mask
+from monai_lm.solver.checks import check_shown, checked_mask
 
 __all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
 
@@ -28,6 +29,7 @@ class Image:
         path: NIfTI, MGH, MetaImage or NRRD file of one volume. A volume of one voxel along one axis, whichever, is an
             image in 2D of the other two.
         label: it must hold labels, whole numbers of at least 0.
+        finite: it must be finite.
 
     Attributes:
         path: where it came from.
@@ -41,8 +43,8 @@ class Image:
             holds no labels although it must.
     """
 
-    def __init__(self, path: str | Path, label: bool = False) -> None:
-        values, affine = load_volume(path)
+    def __init__(self, path: str | Path, label: bool = False, finite: bool = True) -> None:
+        values, affine = load_volume(path, finite)
         shape = values.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -181,13 +183,13 @@ def load_pair(
     mask: str | Path | None = None,
     moving_mask: str | Path | None = None,
 ) -> Pair:
-    """Load a pair and what is known of it.
+    """Load a pair and what is known of it. Images are continued where they are not finite, under zeros of a mask.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used, or that does not fit the others.
     """
-    f, m = Image(fixed), Image(moving)
+    f, m = Image(fixed, finite=mask is None), Image(moving, finite=moving_mask is None)
     n = len(f.grid.size)
     if len(m.grid.size) != n:
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.grid.size} and {m.grid.size}")
@@ -200,8 +202,11 @@ def load_pair(
                 f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
                 f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
-    if weights[1]:
-        check_mask(weights[1].data, m.data, "moving_mask", "moving")
+    for image, its, names in ((weights[0], f, ("mask", "fixed")), (weights[1], m, ("moving_mask", "moving"))):
+        if image:
+            image.data = checked_mask(image.data, its.data, *names)
+            check_shown(str(its.path), its.data, image.data)
+            its.data = continued(its.data, torch.isfinite(its.data))
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
     if landmarks and landmarks[0].shape != landmarks[1].shape:
         shapes = [tuple(p.shape) for p in landmarks]

@@ -200,12 +200,13 @@ def label_type(label: np.ndarray) -> type[np.generic]:
     return next(t for t in (np.uint8, np.uint16, np.uint32, np.uint64) if int(label.max()) <= np.iinfo(t).max)
 
 
-def load_nifti(path: str | Path, any_unit: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Read a NIfTI file of finite real numbers.
+def load_nifti(path: str | Path, any_unit: bool = False, finite: bool = True) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Read a NIfTI file of real numbers.
 
     Args:
         path: the file.
         any_unit: whether it may be in metres or micrometres: its numbers are no lengths.
+        finite: whether they must be finite.
 
     Returns:
         The data, float32 or (if stored as anything but that) float64, in native byte order; the ``(4, 4)`` affine, in
@@ -228,7 +229,7 @@ def load_nifti(path: str | Path, any_unit: bool = False) -> tuple[np.ndarray, np
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
     if data.size == 0:
         raise ValueError(f"{path} must hold voxels, got shape {data.shape}")
-    if not np.isfinite(data).all():
+    if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     affine = check_affine(f"affine of {path}", image.affine)
     return data, affine if scale == 1 else np.diag([scale, scale, scale, 1.0]) @ affine, image.header

@@ -71,8 +71,8 @@ def grid_of(name: str, image: Any) -> Grid:
     return Grid(tuple(image.GetSize()), check_affine(f"affine of {name}", affine + 0.0))
 
 
-def load_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``) of finite real numbers.
+def load_itk(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Read MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``) of real numbers, ``finite`` ones or any.
 
     Returns:
         The data, ``(X, Y, Z)``, of a plane ``(X, Y, 1)``, of vectors with components last, float32 or float64; the
@@ -102,7 +102,7 @@ def load_itk(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     data = np.require(data, np.float32 if stored.dtype == np.float32 else np.float64, ("C", "W"))
     if data.size == 0:
         raise ValueError(f"{path} must hold voxels, got shape {data.shape}")
-    if not np.isfinite(data).all():
+    if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data if n == 3 else np.expand_dims(data, 2), grid_of(str(path), image).affine
 

@@ -16,8 +16,12 @@ __all__ = ["MGH_SUFFIXES", "load_volume"]
 MGH_SUFFIXES = (".mgz", ".mgh")
 
 
-def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image of finite real numbers, in the format of its suffix, of any other suffix as NIfTI.
+def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image of real numbers, in the format of its suffix, of any other suffix as NIfTI.
+
+    Args:
+        path: the file.
+        finite: whether the numbers must be finite.
 
     Returns:
         The data, ``(X, Y, Z, …)`` float32 or float64, and the ``(4, 4)`` voxel-to-RAS affine in millimetres.
@@ -28,13 +32,13 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     suffix = Path(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
-        return load_itk(path)
+        return load_itk(path, finite)
     if suffix in MGH_SUFFIXES:
-        return _load_mgh(path)
-    return load_nifti(path, any_unit=True)[:2]
+        return _load_mgh(path, finite)
+    return load_nifti(path, any_unit=True, finite=finite)[:2]
 
 
-def _load_mgh(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _load_mgh(path: str | Path, finite: bool) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     with errors_of(path, "MGH file of an image"):
@@ -42,6 +46,6 @@ def _load_mgh(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         check_length(path, image)
         data, affine = np.asanyarray(image.dataobj), image.affine
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
-    if not np.isfinite(data).all():
+    if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data, check_affine(f"affine of {path}", affine)

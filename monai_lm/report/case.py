@@ -14,7 +14,8 @@ from monai_lm.fields import warp
 from monai_lm.fields.finite import check_number
 from monai_lm.fields.metrics import target_registration_error
 from monai_lm.fields.space import check_affine, spacing_of
-from monai_lm.solver.checks import check_field, check_images, check_mask, plain
+from monai_lm.similarity.weighted import continued
+from monai_lm.solver.checks import check_field, check_images, check_shown, checked_mask, plain
 from monai_lm.solver.result import RefinementResult
 
 __all__ = ["Case", "checked_case"]
@@ -117,9 +118,11 @@ def checked_case(
         check_number("settings['seconds']", settings["seconds"], 0)
     if result.unused:  # the refinement did not start from it
         fields[1] = None
-    weight = None if mask is None else plain("mask", mask).cpu()
+    weight = None if mask is None else checked_mask(mask if not isinstance(mask, Tensor) else mask.cpu(), images[0])
+    check_shown("fixed", images[0], weight)
     if weight is not None:
-        check_mask(weight, images[0])
+        images[0] = continued(images[0], torch.isfinite(images[0]).all(1, keepdim=True))
+    check_shown("moving", images[1], None)
     if uncertainty is not None:
         uncertainty = plain("uncertainty", uncertainty).cpu()
         if uncertainty.shape != images[0][:, :1].shape:

@@ -14,6 +14,7 @@ from monai_lm.fields.algebra import lengths
 from monai_lm.fields.metrics import label_overlap, sd_log_jacobian
 from monai_lm.report.case import Case
 from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
+from monai_lm.similarity.outliers import squeezed, without_outliers
 
 __all__ = [
     "LARGE_MISALIGNMENT",
@@ -48,8 +49,9 @@ class FieldMetrics:
         dice: per label of either map, in [0, 1].
         hd95: per label, 95th percentile of the symmetric surface distance in millimetres; NaN if one side is empty.
         tre: mean distance of the landmarks in millimetres.
-        sdlogj: standard deviation of the logarithm of the Jacobian determinant.
-        folds: folded cells.
+        sdlogj: standard deviation of the logarithm of the Jacobian determinant, inside the mask where there is one.
+        folds: folded cells, of the whole grid.
+        folds_inside: those of them that the mask does not leave out, where there is one.
         displacement: mean length of the displacement in millimetres.
     """
 
@@ -58,11 +60,12 @@ class FieldMetrics:
     tre: float | None
     sdlogj: float
     folds: int
+    folds_inside: int
     displacement: float
 
     def values(self) -> dict[str, float]:
         """By the names of :func:`monai_lm.fields.metrics.measure`; NaN where labels have no value."""
-        out = {"folds": float(self.folds), "sdlogj": self.sdlogj}
+        out = {"folds": float(self.folds_inside), "sdlogj": self.sdlogj}
         found = {"tre_mm": self.tre}
         if self.dice is not None:
             found = {"dice": self.mean_dice, "hd95_mm": self.mean_hd95(self.surfaces)} | found
@@ -102,8 +105,9 @@ def measure_field(case: Case, ddf: Tensor) -> FieldMetrics:
         dice=dice,
         hd95=hd95,
         tre=case.landmark_error(ddf),
-        sdlogj=float(sd_log_jacobian(ddf)),
+        sdlogj=float(sd_log_jacobian(ddf, mask=case.mask)),
         folds=int(fold_count(ddf)),
+        folds_inside=int(fold_count(ddf, case.mask)),
         displacement=float(lengths(ddf * edges).mean()),
     )
 
@@ -145,11 +149,18 @@ class Assessment:
 def assess(case: Case) -> Assessment:
     """Measure the fields of a case and say what they are worth."""
     before, after = (measure_field(case, ddf) for ddf in (case.start, case.ddf))
-    started = warp(case.moving, case.start)
+    fixed, moving = without_outliers(case.fixed, case.moving)
+    started = warp(moving, case.start)
     similarity = case.settings.get("similarity", "lncc")
-    evidence = evidence_of(case.fixed, warp(case.moving, case.ddf), case.ddf, case.mask, started, similarity)
-    start = agreement(case.fixed[:, :1], started[:, :1], case.mask)
+    evidence = evidence_of(fixed, warp(moving, case.ddf), case.ddf, case.mask, started, similarity)
+    start = agreement(fixed[:, :1], started[:, :1], case.mask)
     remarks = warnings_of(case, before, after) | doubts_of(evidence)
+    if narrow := [name for name, image in (("fixed", fixed), ("moving", moving)) if squeezed(image)]:
+        remarks["outliers"] = (
+            f"Nearly all voxels of the {' and the '.join(narrow)} image share a hundredth of its range, and those "
+            "beyond are too many to be left out: the similarity may have seen little else. Clip the intensities, or "
+            "mask what is brightest or darkest."
+        )
     if start > ALIKE and set(remarks) == {"similarity"}:
         text = f"The images matched already: they explain {start:.2f} of each other, and nothing was left to refine."
         return Assessment(before, after, evidence, start, {}, "good", text)

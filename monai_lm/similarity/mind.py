@@ -76,6 +76,11 @@ class MIND(MSE):
     def _contexts(self, image: Tensor) -> Tensor:
         """``(B, C · 2n(n - 1), *S)`` in (0, 1] of ``(B, C, *S)``, the pairs of a channel beside each other."""
         n, dtype = image.dim() - 2, image.dtype
+        if min(image.shape[2:]) < (least := 2 + min(self.radius, self.dilation)):  # all have one patch, and neighbours
+            raise ValueError(
+                f"images must have at least {least} voxels along every axis for MIND, which sees no motion along "
+                f"shorter ones, got shape {tuple(image.shape)}"
+            )
         image = normalized(image, standard_range(image.detach()))  # of no consequence but for what floats can hold
         neighbours = [_shifted(image, 2 + axis, by) for axis in range(n) for by in (-self.dilation, self.dilation)]
         counts, differences = inverse_window_counts(image, self.radius), []

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from monai_lm.similarity.base import Range, Similarity
 
-__all__ = ["Weighted", "continued", "with_moving_weight", "with_weight"]
+__all__ = ["Weighted", "continued", "shown", "with_moving_weight", "with_weight"]
+
+BESIDE = 2
+"""Voxels beyond the outer border of a mask that are seen, but do not count."""
 
 
 class Weighted(Similarity):
@@ -123,23 +126,40 @@ def _unless_nothing_counts(loss: Tensor, there: Tensor) -> Tensor:
 
 
 def with_weight(fixed: Tensor, mask: Tensor) -> Tensor:
-    """The fixed image ``(B, C, *S)`` with a weight as its last channel: the mask ``(B, 1, *S)``, brought to mean 1.
+    """A fixed image ``(B, C, *S)``, :func:`shown` already, with a weight as its last channel, ``(B, C + 1, *S)``.
 
-    Where the mask is zero the image becomes its mean over the mask, so that nothing there is seen by anyone: not by
-    what shrinks the image, nor by what scales its intensities.
+    The weight is the mask ``(B, 1, *S)``, brought to mean 1.
     """
-    axes = tuple(range(2, mask.dim()))
-    weight = mask / mask.mean(axes, keepdim=True)
-    level = (fixed * weight).mean(axes, keepdim=True).to(fixed.dtype)
-    return torch.cat([torch.where(mask > 0, fixed, level), weight.to(fixed.dtype)], 1)
+    weight = mask / mask.mean(tuple(range(2, mask.dim())), keepdim=True)
+    return torch.cat([fixed, weight.to(fixed.dtype)], 1)
 
 
 def with_moving_weight(moving: Tensor, mask: Tensor) -> Tensor:
-    """The moving image ``(B, C, *M)`` with its mask ``(B, 1, *M)`` as its first channel, ``(B, 1 + C, *M)``.
+    """A moving image ``(B, C, *M)``, :func:`shown` already, with its mask as its first channel, ``(B, 1 + C, *M)``."""
+    return torch.cat([mask.to(moving.dtype), moving], 1)
 
-    Where the mask is zero the image is :func:`continued`, so that nothing there is seen.
+
+def shown(image: Tensor, mask: Tensor) -> Tensor:
+    """An image ``(B, C, *S)`` as a mask ``(B, 1, *S)`` shows it: as it is where that is not zero, and next to it.
+
+    Next to it only outside: where a straight line along an axis leads to the grid's border without meeting the mask,
+    so not in a hole, which hides a lesion. Elsewhere, and where it is not finite, the image is :func:`continued`, so
+    that nothing there is seen: not by what shrinks the image, nor by what scales its intensities. The voxels next to
+    the mask do not count, but without them an object whose mask ends at its border had no border, in one of the images:
+    on coarse levels, whose voxels at the border are partly beyond, a field gained from leading the other image's border
+    out of the mask.
     """
-    return torch.cat([mask.to(moving.dtype), continued(moving, mask)], 1)
+    counts = mask > 0
+    beside, empty, outside = counts, (~counts).to(torch.uint8), torch.zeros_like(counts)
+    for axis in range(2, mask.dim()):
+        for _ in range(BESIDE):
+            size, before = mask.shape[axis] - 1, beside
+            beside = before.clone()
+            beside.narrow(axis, 0, size).logical_or_(before.narrow(axis, 1, size))
+            beside.narrow(axis, 1, size).logical_or_(before.narrow(axis, 0, size))
+        outside |= empty.cumprod(axis, dtype=torch.uint8) > 0
+        outside |= empty.flip(axis).cumprod(axis, dtype=torch.uint8).flip(axis) > 0
+    return continued(image, (counts | (beside & outside)) & torch.isfinite(image).all(1, keepdim=True))
 
 
 def continued(image: Tensor, mask: Tensor) -> Tensor:
@@ -152,10 +172,11 @@ def continued(image: Tensor, mask: Tensor) -> Tensor:
     if bool((mask > 0).all()):
         return image
     wide = torch.promote_types(image.dtype, torch.float32)
-    weight = mask.to(wide)
+    weight, image = mask.to(wide), image.masked_fill(mask == 0, 0)  # what is there may be NaN
     pool, mode = (F.avg_pool2d, "bilinear") if image.dim() == 4 else (F.avg_pool3d, "trilinear")
-    means = pool(weight, 2, ceil_mode=True)
-    coarse = pool(image.to(wide) * weight, 2, ceil_mode=True) / means.clamp(min=torch.finfo(wide).tiny)
+    halves = [min(2, size) for size in image.shape[2:]]
+    means = pool(weight, halves, ceil_mode=True)
+    coarse = pool(image.to(wide) * weight, halves, ceil_mode=True) / means.clamp(min=torch.finfo(wide).tiny)
     if max(means.shape[2:]) > 1:
         coarse = continued(coarse, means)
     filled = F.interpolate(coarse, size=image.shape[2:], mode=mode, align_corners=False)

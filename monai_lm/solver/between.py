@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, resample_moving, share_inside, through_affine
-from monai_lm.similarity.weighted import with_moving_weight
+from monai_lm.similarity.weighted import shown, with_moving_weight
 
 __all__ = ["Between"]
 
@@ -70,8 +70,8 @@ class Between:
 
         What the mask hides is hidden before: sampled on other voxels, it would reach those that count.
         """
-        weight, shown = self.brought(with_moving_weight(moving, mask)).tensor_split([1], dim=1)
-        return shown, weight
+        weight, there = self.brought(with_moving_weight(shown(moving, mask), mask)).tensor_split([1], dim=1)
+        return there, weight
 
     def points_brought(self, points: Tensor) -> Tensor:
         """Points ``(B, N, n)`` in voxels of the moving grid as the affine brings them, in voxels of the fixed grid."""

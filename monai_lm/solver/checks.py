@@ -18,10 +18,17 @@ __all__ = [
     "check_finite",
     "check_guidance",
     "check_images",
-    "check_mask",
+    "check_shown",
     "check_spacing",
+    "checked_mask",
     "plain",
 ]
+
+_FINER, _COUNT = (torch.int32, torch.int64, torch.float64), torch.int32
+"""Types that hold what float32 does not."""
+
+_DIGITS = 256
+"""How many times its range an image may lie from zero: float32 resolves 1/65,000 of the range then."""
 
 
 def plain(name: str, value: Any, half: bool = False) -> Tensor:
@@ -36,8 +43,35 @@ def plain(name: str, value: Any, half: bool = False) -> Tensor:
     return value.detach() if keep else value.detach().to(torch.float32)
 
 
+def plain_images(fixed: Any, moving: Any, half: bool = False) -> tuple[Tensor, Tensor]:
+    """:func:`plain` of both; an offset that leaves float32 too few digits for the rest is subtracted before.
+
+    It is one for both images where their intensities overlap, so that differences stay what they are.
+    """
+    given = [plain(name, image, half) for name, image in (("fixed", fixed), ("moving", moving))]
+    if fixed.shape == moving.shape and fixed.dim() > 2 and any(x.dtype in _FINER for x in (fixed, moving)):
+        lows, highs = zip(*(_extremes(image) for image in (fixed, moving)), strict=True)
+        sizes = [torch.maximum(low.abs(), high.abs()) for low, high in zip(lows, highs, strict=True)]
+        wanting = [bool((size > _DIGITS * (h - low)).any()) for size, h, low in zip(sizes, highs, lows, strict=True)]
+        if any(wanting):
+            common = (lows[0] <= highs[1]) & (lows[1] <= highs[0])
+            for k, image in enumerate((fixed, moving)):
+                shift = torch.where(common, torch.minimum(*lows), lows[k]).to(torch.promote_types(image.dtype, _COUNT))
+                given[k] = plain("image", image - shift.view(*shift.shape, *[1] * (image.dim() - 2)))
+    return given[0], given[1]
+
+
+def _extremes(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest finite value of every channel, ``(B, C)`` each, float64."""
+    wide = image.as_tensor() if hasattr(image, "as_tensor") else image
+    flat = wide.detach().flatten(2).double()
+    finite = torch.isfinite(flat)
+    low, high = flat.masked_fill(~finite, math.inf).amin(2), flat.masked_fill(~finite, -math.inf).amax(2)
+    return low.nan_to_num(0, 0, 0), high.nan_to_num(0, 0, 0)
+
+
 def check_images(fixed: Tensor, moving: Tensor) -> None:
-    """Two finite ``(B, C, *S)`` images, 2D or 3D, of the same shape and device, every axis at least 2 voxels."""
+    """Two ``(B, C, *S)`` images, 2D or 3D, of the same shape and device, every axis at least 2 voxels."""
     for name, image in (("fixed", fixed), ("moving", moving)):
         if image.dim() not in (4, 5):
             raise ValueError(f"{name} must be (B, C, H, W) or (B, C, H, W, D), got shape {tuple(image.shape)}")
@@ -60,9 +94,6 @@ def check_images(fixed: Tensor, moving: Tensor) -> None:
             "(1, 1, H, W, D)",
             stacklevel=3,
         )
-    for name, image in (("fixed", fixed), ("moving", moving)):
-        hint = f"; a background of NaN becomes one of zeros by {name}.nan_to_num(0), and a mask keeps it from counting"
-        check_finite(name, image, hint)
 
 
 def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device: torch.device) -> None:
@@ -75,8 +106,21 @@ def check_field(name: str, ddf: Tensor, batch: int, size: Sequence[int], device:
     check_finite(name, ddf)
 
 
-def check_mask(mask: Tensor, image: Tensor, name: str = "mask", of: str = "fixed") -> None:
-    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the image ``of``, not all zero for any pair."""
+def check_shown(name: str, image: Tensor, mask: Tensor | None) -> None:
+    """An image ``(B, C, *S)`` that is finite where its mask ``(B, 1, *S)`` is not zero."""
+    if mask is None:
+        hint = f"; a background of NaN becomes one of zeros by {name}.nan_to_num(0), and a mask keeps it from counting"
+        check_finite(name, image, hint)
+    else:
+        check_finite(name, image.masked_fill(mask == 0, 0))
+
+
+def checked_mask(mask: Any, image: Tensor, name: str = "mask", of: str = "fixed") -> Tensor:
+    """Weights ``(B, 1, *S)`` in [0, 1] on the grid of the image ``of``, not all zero for any pair, float32.
+
+    A mask of zeros and one other positive value, as 255, means zeros and ones.
+    """
+    mask = plain(name, mask)
     expected = (image.shape[0], 1, *image.shape[2:])
     if tuple(mask.shape) != expected:
         raise ValueError(f"{name} must be (B, 1, *S) = {expected} on the grid of {of}, got shape {tuple(mask.shape)}")
@@ -84,10 +128,19 @@ def check_mask(mask: Tensor, image: Tensor, name: str = "mask", of: str = "fixed
         raise ValueError(f"{name} must be on the device of {of}, {image.device}, got {mask.device}")
     check_finite(name, mask)
     low, high = float(mask.min()), float(mask.max())
+    if high > 1:
+        largest = mask.flatten(1).amax(1).view(-1, *[1] * (mask.dim() - 1))
+        if bool(((mask == 0) | (mask == largest)).all()):
+            mask = (mask > 0).to(mask.dtype)
+            high = 1.0
     if low < 0 or high > 1:
-        raise ValueError(f"{name} must be weights in [0, 1], got values from {low:g} to {high:g}")
+        raise ValueError(
+            f"{name} must be weights in [0, 1], or zeros and one other positive value, got values from {low:g} to "
+            f"{high:g}"
+        )
     if empty := (mask.flatten(1).amax(1) == 0).nonzero().flatten().tolist():
         raise ValueError(f"{name} must not be zero everywhere, got that for pairs {empty}")
+    return mask
 
 
 def check_guidance(guidance: Any, fixed: Tensor, promised: bool) -> tuple[Guidance, ...]:

@@ -20,9 +20,19 @@ from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
+from monai_lm.similarity.outliers import without_outliers
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
 from monai_lm.solver.acceptance import Acceptance
-from monai_lm.solver.checks import check_field, check_guidance, check_images, check_mask, check_spacing, plain
+from monai_lm.solver.checks import (
+    check_field,
+    check_guidance,
+    check_images,
+    check_shown,
+    check_spacing,
+    checked_mask,
+    plain,
+    plain_images,
+)
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -89,16 +99,18 @@ def refine(
     acceptance and stop: its result is the one it would have alone.
 
     Args:
-        fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32.
+        fixed: ``(B, C, *S)``, 2D or 3D; integers and half precision are converted to float32, with an offset taken
+            off first that is large against the range. Few intensities far beyond all others count as the largest, or
+            smallest, of those.
         moving: ``(B, C, *S)`` on the same grid.
         ddf: predicted displacement ``(B, n, *S)`` in voxels on the fixed grid, ``warped(x) = moving(x + ddf(x))``, or
             ``None``. Folds in it are repaired first. What is folded in most cells, or makes the images less alike than
             no field does, is not used, with a warning that names likely reasons.
-        mask: weights ``(B, 1, *S)`` in [0, 1], bool too, on the fixed grid: the similarity counts where it is not zero.
-            For the measures of this package. Outside of it the field continues smoothly.
+        mask: weights ``(B, 1, *S)`` in [0, 1], or zeros and one other value, on the fixed grid: the similarity counts
+            where it is not zero. For the measures of this package. Outside of it the field continues smoothly. What
+            is in its holes, or more than two voxels outside, is not seen, and may be NaN. Of ones it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
-            What is under its zeros is not seen. Of ones everywhere it is left out.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
             ``(warped, fixed)``.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
@@ -155,7 +167,7 @@ def refine(
         raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
     if kernels not in kernels_.CHOICES:
         raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
-    fixed, moving = (plain(name, image, memory == "half") for name, image in (("fixed", fixed), ("moving", moving)))
+    fixed, moving = plain_images(fixed, moving, memory == "half")
     check_images(fixed, moving)
     if kernels == "native" and (reason := kernels_.missing(fixed.device)) is not None:
         raise ValueError(f"kernels must not be 'native' on {fixed.device}: {reason}")
@@ -221,21 +233,14 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
 def _weighted(
     measure: Similarity, images: tuple[Tensor, Tensor], masks: _Masks, symmetric: bool
 ) -> tuple[Similarity, _Masks]:
-    """The measure that counts what the masks of the fixed and of the moving image show, and the masks, checked.
+    """The measure that counts what the masks of the fixed and of the moving image show, and the masks; all checked.
 
-    A mask of the moving image that hides nothing is left out: warped, it would be one but for rounding. Where both
-    images move, both have a mask then, or none.
+    Where both images move, both have a mask then, or none.
     """
-    mask, moving_mask = masks
-    if mask is not None:
-        mask = plain("mask", mask)
-        check_mask(mask, images[0])
-    if moving_mask is not None:
-        moving_mask = plain("moving_mask", moving_mask)
-        check_mask(moving_mask, images[1], "moving_mask", "moving")
-        if bool((moving_mask == 1).all()):
-            Weighted(measure, mask is not None)  # raises where it would for any other mask
-            moving_mask = None
+    mask = _hiding(masks[0], images[0], "mask", "fixed")
+    moving_mask = _hiding(masks[1], images[1], "moving_mask", "moving")
+    check_shown("fixed", images[0], mask)
+    check_shown("moving", images[1], moving_mask)
     if mask is None and moving_mask is None:
         return measure, (None, None)
     if symmetric:
@@ -245,6 +250,14 @@ def _weighted(
         )
         return Weighted(measure, moving=True), (next(both), next(both))
     return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
+
+
+def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | None:
+    """A mask, checked; one that hides nothing is left out: warped, it would be one but for rounding."""
+    if mask is None:
+        return None
+    mask = checked_mask(mask, image, name, of)
+    return None if bool((mask == 1).all()) else mask
 
 
 def _as_memory_allows(
@@ -277,6 +290,7 @@ def _coarse_to_fine(
     """Run the stages, and end on the finest one, which has the grid of the images."""
     ddf = None if problem.prediction is None else _normal(problem.prediction)
     constant = _constant((problem.fixed, problem.moving), masks)
+    idle = torch.cat([constant, constant]) if settings.symmetric else constant
     fixed, moving = _images(problem, masks, settings)
     repaired = used = None
     if ddf is not None:
@@ -292,7 +306,7 @@ def _coarse_to_fine(
     for stage in stages:
         engine = None  # all that the level before keeps, its residual aside
         engine = engine_of(stage, finest, problem, residual, settings)
-        residual, loss = engine.residual, descend(engine, stage, settings, record, bar)
+        residual, loss = engine.residual, descend(engine, stage, settings, record, bar, idle)
     if stages[-1].level.factor != finest.level.factor:
         engine = None
         engine = engine_of(finest, finest, problem, residual, settings)
@@ -303,7 +317,12 @@ def _coarse_to_fine(
 
 def _images(problem: Problem, masks: _Masks, settings: Settings) -> tuple[Tensor, Tensor]:
     """Fixed and moving image as they are refined: with their weights, in the precision of the memory mode."""
-    fixed, moving, (mask, moving_mask) = _normal(problem.fixed), _normal(problem.moving), masks
+    mask, moving_mask = masks
+    seen = [
+        _normal(image) if own is None else shown(image, own)
+        for image, own in zip((problem.fixed, problem.moving), masks, strict=True)
+    ]
+    fixed, moving = without_outliers(*seen)
     if settings.symmetric:
         fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
         mask, moving_mask = _twice(mask, moving_mask), _twice(moving_mask, mask)
@@ -322,16 +341,19 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def _constant(images: tuple[Tensor, Tensor], masks: _Masks) -> Tensor:
-    """Pairs of which an image has one value only, or under its mask, ``(B,)``, with a warning."""
-    constant = torch.zeros(len(images[0]), dtype=torch.bool, device=images[0].device)
-    for name, image, mask in zip(("fixed", "moving"), images, masks, strict=True):
+    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning."""
+    same = []
+    for image, mask in zip(images, masks, strict=True):
         upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
-        same = upper.flatten(1).amax(1) == lower.flatten(1).amin(1)
-        if bool(same.any()):
-            pairs = same.nonzero().flatten().tolist()
-            warnings.warn(f"{name} is constant in pairs {pairs}; their field is returned unchanged", stacklevel=6)
-        constant |= same
-    return constant
+        same.append(upper.flatten(1).amax(1) == lower.flatten(1).amin(1))
+    for name, pairs, mask in zip(("fixed", "moving"), torch.stack(same).tolist(), masks, strict=True):
+        if any(pairs):
+            numbers = [number for number, constant in enumerate(pairs) if constant]
+            where = "" if mask is None else " inside its mask"
+            warnings.warn(
+                f"{name} is constant{where} in pairs {numbers}; their field is returned unchanged", stacklevel=6
+            )
+    return same[0] | same[1]
 
 
 def _finish(

@@ -106,11 +106,14 @@ def _guide(stage: Stage, finest: Stage, problem: Problem) -> Guide | None:
     return Guide(problem.guidance, Grid(finest.level.size, problem.edges, level.size, level.factor, level.unit, sigma))
 
 
-def descend(engine: Engine, stage: Stage, settings: Settings, record: Record, bar: tqdm) -> Tensor:
-    """Iterate, end at the best residual, without folds; returns its loss ``(B,)``."""
+def descend(
+    engine: Engine, stage: Stage, settings: Settings, record: Record, bar: tqdm, idle: Tensor | None = None
+) -> Tensor:
+    """Iterate, end at the best residual, without folds; returns its loss ``(B,)``. Pairs that are ``idle`` stay."""
     method, scale = settings.method, stage.level.scale
     loss = engine.evaluate()
     trust = initial_trust(engine.gradient, loss, stage.damping, engine.unit)
+    trust = trust if idle is None else trust.stopped(trust.active & ~idle)
     first = looked_at = best_loss = loss
     better = torch.ones_like(trust.active)  # whether the residual at hand is the best one so far
     note = partial(record.add, scale, (engine.voxels, stage.damping))

@@ -17,7 +17,7 @@ from monai_lm.fields.space import Grid, check_affine
 from monai_lm.guidance import Guidance, Keypoints, Labels
 from monai_lm.io import read_affine
 from monai_lm.solver.between import Between
-from monai_lm.solver.checks import check_field, check_mask
+from monai_lm.solver.checks import check_field, check_shown, checked_mask
 from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
 from monai_lm.transforms.places import check_same_axes, check_target, has_affine, leads_into, same_axes
@@ -187,13 +187,15 @@ def _on_fixed_grid(pair: Mapping[str, Any], between: Between) -> dict[str, Any]:
     """A pair whose moving image lies on another grid, as the refinement takes it."""
     out = dict(pair)
     moving, ddf, moving_mask = pair["moving"].float(), pair["ddf"], pair["moving_mask"]
+    if moving_mask is not None:
+        moving_mask = checked_mask(moving_mask, moving, "moving_mask", "moving")
+        check_shown("moving", moving, moving_mask)
     if ddf is not None:
         check_field("ddf", ddf, len(moving), between.fixed.size, moving.device)
         ddf = ddf.float()
     out["ddf"], out["moving"] = between.start(moving, ddf)
     if moving_mask is not None:
-        check_mask(moving_mask, moving, "moving_mask", "moving")
-        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask.float())
+        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask)
     return out
 
 

@@ -68,6 +68,13 @@ def test_a_mask_says_where_the_images_are_compared(pair, tmp_path):
     assert masked["tre_mm_after"] < 0.3 * masked["tre_mm_before"]
     assert masked["tre_mm_after"] < plain["tre_mm_after"]
     assert masked["loss_after"] < plain["loss_after"]
+    full = _save(tmp_path / "full.nii.gz", (255 * (world[..., 0] < 18)).astype(np.uint8), FIXED)
+    assert _refine(pair, tmp_path / "full", mask=full)["loss_after"] == masked["loss_after"]
+    for given in (near, full):
+        field = tmp_path / "masked" / "ddf.nii.gz"
+        again = commands.evaluate_field(field, pair["fixed"], pair["moving"], mask=given)
+        assert again["sdlogj"] == pytest.approx(masked["sdlogj_after"], rel=1e-4)
+        assert again["folds"] == masked["folds_after"] == 0
     elsewhere = _save(tmp_path / "elsewhere.nii.gz", np.ones((18, 17, 14), np.uint8), np.diag([1.5, 1.5, 2.5, 1]))
     with pytest.raises(ValueError, match=r"elsewhere.nii.gz must lie on the grid of its image"):
         _refine(pair, tmp_path / "no", mask=elsewhere)
@@ -79,15 +86,21 @@ def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
     distance = np.linalg.norm(world - world.mean((0, 1, 2)), axis=-1)
     healthy, shown = nib.load(pair["moving"]).get_fdata(), (distance > 7).astype(np.uint8)
     paths = {}
-    for value in (4.0, -300.0):
+    for value in (4.0, -300.0, np.nan):
         lesion = np.where(distance < 7, value, healthy)
         paths[value] = _save(tmp_path / f"lesion{value}.nii.gz", lesion.astype(np.float32), MOVING)
     mask = _save(tmp_path / "shown.nii.gz", shown, MOVING)
     fields, metrics = {}, {}
-    for name, value, given in (("plain", 4.0, None), ("masked", 4.0, mask), ("other", -300.0, mask)):
+    for name, value, given in (
+        ("plain", 4.0, None),
+        ("masked", 4.0, mask),
+        ("other", -300.0, mask),
+        ("nan", np.nan, mask),
+    ):
         metrics[name] = _refine(pair | {"moving": paths[value]}, tmp_path / name, moving_mask=given)
         fields[name] = nib.load(tmp_path / name / "ddf.nii.gz").get_fdata()
-    np.testing.assert_array_equal(fields["masked"], fields["other"])
+    for other in ("other", "nan"):
+        np.testing.assert_array_equal(fields["masked"], fields[other])
     after = {name: m["tre_mm_after"] for name, m in metrics.items()}  # the landmarks lie in the lesion
     assert after["masked"] < 0.4 * metrics["masked"]["tre_mm_before"]
     assert after["masked"] < 0.3 * after["plain"]
@@ -95,7 +108,11 @@ def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
     assert nib.load(tmp_path / "other" / "warped.nii.gz").get_fdata().min() < -250  # what is written is whole
     for values, affine, message in (
         (shown, FIXED, r"no.nii.gz must lie on the grid of its image .*lesion4.0.nii.gz"),
-        (2 * shown, MOVING, r"moving_mask must be weights in \[0, 1\], got values from 0 to 2"),
+        (
+            np.where(shown, 1, -2).astype(np.int16),
+            MOVING,
+            r"moving_mask must be weights in \[0, 1\], .* got values from -2 to 1",
+        ),
     ):
         wrong = _save(tmp_path / "no.nii.gz", values, affine)
         with pytest.raises(ValueError, match=message):

@@ -37,25 +37,25 @@ def test_a_shift_of_two_voxels_is_measured_in_millimetres(shifted):
 
 def test_a_mean_is_over_the_labels_asked_for():
     nan = float("nan")
-    first = FieldMetrics({1: 0.5, 2: 0.7, 3: 0.0}, {1: 2.0, 2: 4.0, 3: nan}, None, 0.0, 0, 0.0)
-    second = FieldMetrics({1: 0.0, 2: 0.9, 3: 0.9}, {1: nan, 2: 3.0, 3: 1.0}, None, 0.0, 0, 0.0)
+    first = FieldMetrics({1: 0.5, 2: 0.7, 3: 0.0}, {1: 2.0, 2: 4.0, 3: nan}, None, 0.0, 0, 0, 0.0)
+    second = FieldMetrics({1: 0.0, 2: 0.9, 3: 0.9}, {1: nan, 2: 3.0, 3: 1.0}, None, 0.0, 0, 0, 0.0)
     assert first.mean_dice == pytest.approx(0.4)
     shared = first.surfaces & second.surfaces
     assert shared == {2}
     assert (first.mean_hd95(shared), second.mean_hd95(shared)) == (4.0, 3.0)
     assert first.mean_hd95(first.surfaces) == 3.0
     assert first.values() == {"folds": 0, "sdlogj": 0, "dice": pytest.approx(0.4), "hd95_mm": 3}
-    missed = FieldMetrics({1: 0.0}, {1: nan}, 1.5, 0.25, 2, 0.0).values()
+    missed = FieldMetrics({1: 0.0}, {1: nan}, 1.5, 0.25, 3, 2, 0.0).values()
     assert missed == pytest.approx({"folds": 2, "sdlogj": 0.25, "dice": 0, "hd95_mm": nan, "tre_mm": 1.5}, nan_ok=True)
-    empty = FieldMetrics(None, None, None, 0.0, 0, 0.0)
+    empty = FieldMetrics(None, None, None, 0.0, 0, 0, 0.0)
     assert empty.values() == {"folds": 0, "sdlogj": 0}
     assert (empty.mean_dice, empty.surfaces, empty.mean_hd95([])) == (None, set(), None)
 
 
 def test_the_verdict_follows_from_the_remarks(shifted):
-    good = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 0, 0.0)
-    worse = FieldMetrics({1: 0.8}, None, 2.0, 0.1, 0, 0.0)
-    folds = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 3, 0.0)
+    good = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 0, 0, 0.0)
+    worse = FieldMetrics({1: 0.8}, None, 2.0, 0.1, 0, 0, 0.0)
+    folds = FieldMetrics({1: 0.9}, None, 1.0, 0.1, 3, 0, 0.0)
     for before, after, expected, state in (
         (worse, good, set(), "good"),
         (good, worse, {"dice", "tre"}, "check"),

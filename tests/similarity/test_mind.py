@@ -121,3 +121,14 @@ def test_half_precision_holds_images_of_any_scale(measure, smooth_image, smooth_
     full, half = (refine(1e6 * fixed, 1e6 * moving, similarity=measure, memory=mode) for mode in ("full", "half"))
     assert away(half.ddf, full.ddf) < 0.1 * away(0 * truth, truth)
     assert away(half.ddf, truth) < 0.6 * away(0 * truth, truth)
+
+
+def test_an_axis_too_short_for_neighbours_is_refused(random_tensor):
+    """Two voxels have the same neighbours and patches, so nothing would be seen of a motion along that axis."""
+    image = random_tensor((1, 1, 12, 11, 3))
+    for short in (image[..., :2], image[..., :2, :].transpose(3, 4)):
+        with pytest.raises(
+            ValueError, match=r"^images must have at least 3 voxels along every axis for MIND.*got shape"
+        ):
+            refine(short, short.flip(2), similarity="mind")
+    assert MIND().described(image, image)[0].diff(dim=4).abs().max() > 0.01

@@ -5,7 +5,7 @@ import torch
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 
 from monai_lm.similarity import LNCC, MSE, NCC, Combined, get_similarity, lookup
-from monai_lm.similarity.weighted import Weighted, continued, with_moving_weight, with_weight
+from monai_lm.similarity.weighted import Weighted, continued, shown, with_moving_weight, with_weight
 
 MEASURES = [measure for make in lookup.MEASURES.values() if (measure := make()).weighable]
 MEASURES.append(Combined([LNCC(1), MSE()], [1, 1], [1.0, 3.0]))
@@ -73,13 +73,43 @@ def test_voxels_without_weight_are_not_seen(measure, size, random_tensor):
     assert not derivative[(weight == 0).expand_as(derivative)].any()
 
 
-def test_the_weight_is_a_channel_of_mean_one_and_hides_the_rest(size, random_tensor):
+def test_the_weight_is_a_channel_of_mean_one(size, random_tensor):
     _, fixed, weight = images(MSE(), size, random_tensor)
-    mask = (weight > 0.5).double()
-    joined = with_weight(fixed, 0.5 * mask)
+    joined = with_weight(fixed, 0.5 * weight)
     torch.testing.assert_close(joined[:, -1:].flatten(1).mean(1), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(joined, with_weight(fixed + 7 * (1 - mask), mask), rtol=1e-12, atol=1e-12)
-    assert torch.equal(joined[:, :-1][mask > 0], fixed[mask > 0])
+    torch.testing.assert_close(joined, with_weight(fixed, weight), rtol=1e-12, atol=1e-12)
+    assert torch.equal(joined[:, :-1], fixed)
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 9)])
+def test_a_mask_shows_its_voxels_and_those_beside_them(shape):
+    image = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask, beside = torch.zeros_like(image), torch.zeros_like(image, dtype=torch.bool)
+    mask[(0, 0, *(slice(4, 6) for _ in shape))], mask[1], beside[1] = 0.3, 1, True
+    beside[(0, 0, *(slice(2, 8) for _ in shape))] = True
+    seen = shown(image, mask)
+    assert torch.equal(seen[beside], image[beside])
+    for hidden in (1e3, float("nan"), float("inf")):
+        assert torch.equal(shown(image.masked_fill(~beside, hidden), mask), seen)
+    broken = image.masked_fill(mask == 0, float("nan"))  # beside it, too: filled from what is known
+    assert torch.isfinite(shown(broken, mask)).all()
+    assert torch.equal(shown(broken, mask)[mask > 0], image[mask > 0])
+
+
+def test_a_hole_in_a_mask_is_not_seen_up_to_its_edge():
+    image, mask = torch.rand(1, 1, 20, 18), torch.ones(1, 1, 20, 18)
+    mask[..., 6:10, 7:12], mask[..., -3:, :] = 0, 0
+    seen = shown(image, mask)
+    assert not (seen == image)[..., 6:10, 7:12].any()
+    assert torch.equal(seen[..., -3:-1, :], image[..., -3:-1, :])
+    assert not (seen == image)[..., -1:, :].any()
+
+
+def test_an_image_of_few_slices_goes_on():
+    mask = torch.zeros(1, 1, 20, 18, 5)
+    mask[:, :, 4:9, 4:9] = 1
+    image = torch.where(mask > 0, 2.0, 7.0)
+    torch.testing.assert_close(continued(image, mask), torch.full_like(image, 2.0))
 
 
 def test_ranges_leave_the_weight_alone(size, random_tensor):
@@ -160,13 +190,11 @@ def test_a_pair_of_which_nothing_counts_has_no_finite_loss(size, random_tensor):
     assert not derivative[1].any()
 
 
-def test_the_moving_weight_is_a_channel_before_an_image_that_hides_the_rest(size, random_tensor):
+def test_the_moving_weight_is_a_channel_before_the_image(size, random_tensor):
     _, moving, weight = images(MSE(), size, random_tensor)
-    mask = (weight > 0.5).double()
-    joined = with_moving_weight(moving, 0.5 * mask)
-    assert torch.equal(joined[:, :1], 0.5 * mask)
-    assert torch.equal(joined[:, 1:][mask > 0], moving[mask > 0])
-    assert torch.equal(joined, with_moving_weight(torch.where(mask > 0, moving, 1e3 - moving), 0.5 * mask))
+    joined = with_moving_weight(moving, weight)
+    assert torch.equal(joined[:, :1], weight)
+    assert torch.equal(joined[:, 1:], moving)
 
 
 def test_an_image_goes_on_smoothly_where_its_mask_is_zero():

@@ -38,6 +38,12 @@ def error(a: Tensor, b: Tensor | float) -> float:
     return float(torch.linalg.vector_norm(a - b, dim=1).mean())
 
 
+def seen_of(mask: Tensor) -> Tensor:
+    """What a mask ``(B, 1, *S)`` shows: where it is not zero, and two voxels beyond, bool."""
+    pool = torch.nn.functional.max_pool2d if mask.dim() == 4 else torch.nn.functional.max_pool3d
+    return pool((mask > 0).float(), 5, 1, 2) > 0
+
+
 def run(fixed: Tensor, moving: Tensor, ddf: Tensor | None = None, mask: Tensor | None = None, **kwargs):
     return refine(fixed, moving, ddf, mask, **kwargs)
 

@@ -12,8 +12,10 @@ from monai_lm.fields.finite import check_number
 from monai_lm.solver.checks import (
     check_field,
     check_images,
+    check_shown,
     check_spacing,
     plain,
+    plain_images,
 )
 
 CPU = torch.device("cpu")
@@ -106,7 +108,27 @@ def test_images_that_are_not_finite_are_refused(size, value, name, position):
     images[position].view(-1)[:2] = value
     way_out = f"; a background of NaN becomes one of zeros by {name}.nan_to_num(0), and a mask keeps it from counting"
     with refusal(ValueError, f"{name} must be finite, got 2 NaN or infinite values{way_out}"):
-        check_images(*images)
+        check_shown(name, images[position], None)
+    mask = torch.ones(1, 1, *size)
+    mask.view(-1)[:1] = 0
+    with refusal(ValueError, f"{name} must be finite, got 1 NaN or infinite values"):
+        check_shown(name, images[position], mask)
+    mask.view(-1)[1] = 0
+    check_shown(name, images[position], mask)
+
+
+@pytest.mark.parametrize("offset", [0, 10**8, -(10**8)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_an_offset_that_float32_has_no_digits_beside_is_taken_off(size, dtype, offset):
+    images = [torch.randint(0, 1000, (2, 1, *size), generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    fixed, moving = plain_images(*((image + offset).to(dtype) for image in images))
+    assert fixed.dtype == moving.dtype == torch.float32
+    differences = (images[0] - images[1]).float()
+    assert torch.equal(fixed - moving, differences)
+    assert (not offset) or max(float(fixed.abs().max()), float(moving.abs().max())) < 1000
+    apart = plain_images((images[0] + offset).to(dtype), images[1].to(dtype))  # each has its own
+    assert torch.equal(apart[0].diff(dim=2), images[0].diff(dim=2).float())
+    assert torch.equal(apart[1].diff(dim=2), images[1].diff(dim=2).float())
 
 
 def test_a_field_on_the_grid_passes(size):

@@ -106,6 +106,7 @@ def test_a_constant_image_warns_and_leaves_the_field(name, value, similarity):
     assert bool(torch.isfinite(result.ddf).all())
     assert bool(torch.isfinite(result.final_loss).all())
     assert float(result.final_loss[0]) == float(result.initial_loss[0])
+    assert result.history[0] == []  # not an iteration
     alone = run(fixed[1:], moving[1:], 0.5 * truth[1:], similarity=similarity, iterations=20)
     torch.testing.assert_close(result.ddf[1:], alone.ddf, rtol=0, atol=1e-4)
 
