@@ -34,6 +34,12 @@ def pytest_cmdline_main(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Refuse names that differ between processes, which could not share the tests then."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"give these tests ids without addresses: {changing}")
+
+
 @pytest.fixture(params=[(6, 5), (4, 5, 3)], ids=["2D", "3D"])
 def size(request):
     """A tiny grid with a different length along every axis; a test that uses it runs in 2D and in 3D."""
