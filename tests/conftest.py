@@ -20,6 +20,26 @@ def pytest_addoption(parser):
     parser.addoption("--device", help="device of the tests marked gpu, such as cuda:1, or cpu to try them out")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes of one thread each where pytest-xdist is there; ``-n`` chooses otherwise.
+
+    A file stays in one process, for what its tests share.
+    """
+    given, whole = config.option, config.args_source is not pytest.Config.ArgsSource.ARGS
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):  # a worker comes here too
+        return
+    if whole and given.numprocesses is None and not (given.collectonly or given.usepdb):
+        given.numprocesses, given.dist, given.loadscopereorder = 2, "loadfile", False
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse names that differ between processes, which could not share the tests then."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"give these tests ids without addresses: {changing}")
+
+
 @pytest.fixture(params=[(6, 5), (4, 5, 3)], ids=["2D", "3D"])
 def size(request):
     """A tiny grid with a different length along every axis; a test that uses it runs in 2D and in 3D."""

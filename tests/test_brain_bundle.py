@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import compare_labels
 from monai_lm.fields.space import Grid
+from tests.bundles import run_bundle
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")
@@ -69,18 +69,7 @@ def small_brains(tmp_path_factory) -> Path:
 
 
 def run(names: list[str], data: Path, output: Path, processes: int = 1, **settings) -> None:
-    """Run configurations, the later over the earlier, from the bundle's folder."""
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29519", "-m"]
-    files = ",".join(f"'configs/{name}.json'" for name in names)
-    options = {"config_file": f"[{files}]", "dataset_dir": data, "output_dir": output, **settings}
-    command = [*start, "monai.bundle", "run", *(t for k, v in options.items() for t in (f"--{k}", str(v)))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_bundle(BUNDLE, names, processes, dataset_dir=data, output_dir=output, **settings)
 
 
 SMALL = {

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -231,12 +231,12 @@ def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid:
         ValueError: one line per file and reason.
     """
     problems: list[str] = []
-    headers: dict[str, Any] = {}
+    headers: dict[str, _Header | None] = {}
     allowed = None if values is None else {0, *values}
     for pair in pairs:
         for key in FILES:
             if key in pair and pair[key] not in headers:
-                headers[pair[key]] = _header(pair[key], key, allowed, problems)
+                headers[pair[key]] = _read_header(pair[key], key, allowed, problems)
     for pair in pairs:
         fixed, moving = (headers[pair[key]] for key in ("fixed", "moving"))
         if fixed is not None and moving is not None:
@@ -247,14 +247,20 @@ def check_files(pairs: Sequence[Entry], values: Iterable[int] | None, same_grid:
                 continue
             if image.shape[:3] != label.shape[:3]:
                 problems.append(f"{pair[f'{role}_label']}: shape {label.shape}, but its image has {image.shape}")
-            elif (codes := nib.aff2axcodes(label.affine)) != (expected := nib.aff2axcodes(image.affine)):
-                problems.append(
-                    f"{pair[f'{role}_label']}: orientation {''.join(codes)}, but its image has {''.join(expected)}"
-                )
+            elif label.codes != image.codes:
+                problems.append(f"{pair[f'{role}_label']}: orientation {label.codes}, but its image has {image.codes}")
     raise_all(list(dict.fromkeys(problems)), "data")
 
 
-def _header(path: str, key: str, allowed: set[int] | None, problems: list[str]) -> Any:
+class _Header(NamedTuple):
+    """What pairs are compared by; there are far more pairs than files."""
+
+    shape: tuple[int, ...]
+    codes: str
+    zooms: tuple[float, ...]
+
+
+def _read_header(path: str, key: str, allowed: set[int] | None, problems: list[str]) -> _Header | None:
     if not Path(path).is_file():
         problems.append(f"{path}: no such file")
         return None
@@ -273,16 +279,17 @@ def _header(path: str, key: str, allowed: set[int] | None, problems: list[str]) 
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         problems.append(f"{path}: cannot be read: {error}")
         return None
-    return image
+    zooms = tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
+    return _Header(image.shape, "".join(nib.aff2axcodes(image.affine)), zooms)
 
 
-def _differences(fixed: Any, moving: Any, same_grid: bool) -> Iterable[str]:
-    codes = ["".join(nib.aff2axcodes(image.affine)) for image in (fixed, moving)]
-    if codes[0] != codes[1]:
-        yield f"orientation {codes[1]}, but its fixed image has {codes[0]}"
-    zooms = [np.asarray(image.header.get_zooms()[:3], dtype=float) for image in (fixed, moving)]
-    if zooms[0].shape != zooms[1].shape or not np.allclose(zooms[0], zooms[1], rtol=1e-3):
-        yield f"spacing {zooms[1].round(4).tolist()} mm, but its fixed image has {zooms[0].round(4).tolist()}"
+def _differences(fixed: _Header, moving: _Header, same_grid: bool) -> Iterable[str]:
+    if fixed.codes != moving.codes:
+        yield f"orientation {moving.codes}, but its fixed image has {fixed.codes}"
+    both = zip(fixed.zooms, moving.zooms, strict=False)
+    if len(fixed.zooms) != len(moving.zooms) or not all(abs(a - b) <= 1e-3 * b for a, b in both):
+        here, there = ([round(zoom, 4) for zoom in header.zooms] for header in (moving, fixed))
+        yield f"spacing {here} mm, but its fixed image has {there}"
     if same_grid and fixed.shape[:3] != moving.shape[:3]:
         yield f"shape {moving.shape}, but its fixed image has {fixed.shape}; give a common grid"
 

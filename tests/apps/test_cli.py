@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import subprocess
+import runpy
 import sys
 import warnings
 
@@ -18,11 +18,12 @@ from monai_lm.fields import gaussian_smooth
 REFINE_PAIR = pairs.refine_pair
 
 
-def test_demo_runs_as_a_command(tmp_path):
+@pytest.mark.filterwarnings("ignore:'monai_lm.apps.cli' found in sys.modules:RuntimeWarning")
+def test_demo_runs_as_a_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("nilearn", reason="the demo needs nilearn")
-    command = [sys.executable, "-m", "monai_lm.apps.cli", "demo", "--output_dir", str(tmp_path), "--resolution", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "refined by LM" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["monai-lm", "demo", "--output_dir", str(tmp_path), "--resolution", "4"])
+    runpy.run_module("monai_lm.apps.cli", run_name="__main__")
+    assert "refined by LM" in capsys.readouterr().out
     assert (tmp_path / "demo.png").is_file()
 
 

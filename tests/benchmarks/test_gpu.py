@@ -2,7 +2,7 @@
 
 import json
 import math
-import subprocess
+import runpy
 import sys
 import time
 
@@ -21,15 +21,20 @@ CPU = torch.device("cpu")
 LATER = time.time() + 10_000
 
 
-def benchmarks(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """``benchmarks(*words)``: ``python -m benchmarks`` in this process, which has imported everything."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+        runpy.run_module("benchmarks", run_name="__main__")
+
+    return run
 
 
-def test_a_dry_run_of_everything_fails_nowhere(tmp_path):
-    out = benchmarks("gpu", "--out", str(tmp_path), "--dry")
-    assert out.returncode == 0, out.stderr[-2000:]
+def test_a_dry_run_of_everything_fails_nowhere(tmp_path, benchmarks, capsys):
+    benchmarks("gpu", "--out", str(tmp_path), "--dry")
+    printed = capsys.readouterr().out
     rows = {part: {row["step"]: row for row in read_rows(tmp_path / f"{part}.jsonl")} for part in command.PARTS}
     assert not [row for part in rows.values() for row in part.values() if "error" in row]
     assert rows["correctness"]["tests"]["exit_code"] == 0
@@ -44,7 +49,7 @@ def test_a_dry_run_of_everything_fails_nowhere(tmp_path):
     assert rows["scaling"]["repair"]["folds_before"] > rows["scaling"]["repair"]["folds_after"] == 0
     assert (tmp_path / "trace_reference.json.gz").stat().st_size > 1000
     for part in command.PARTS:
-        assert (tmp_path / f"{part}.txt").read_text() in out.stdout
+        assert (tmp_path / f"{part}.txt").read_text() in printed
 
 
 @pytest.mark.parametrize("part", ["tables", "scaling"])
@@ -138,9 +143,9 @@ def test_a_process_that_dies_is_followed_by_one_that_goes_on(tmp_path):
 
 def test_a_process_that_hangs_is_cut_off(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    hanging = [sys.executable, "-c", WORKER.format(bad="time.sleep(1000)"), str(rows)]
-    command.run_process(hanging, rows, time.time() - 10)  # and some seconds for the process
-    assert read_rows(rows)[-1] == {"step": "b", "error": "cut off: out of time"}
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('b'); time.sleep(1000)"
+    command.run_process([sys.executable, "-c", code, str(now_of(rows))], rows, time.time() - 16)  # and some seconds
+    assert read_rows(rows) == [{"step": "b", "error": "cut off: out of time"}]
 
 
 def test_a_process_that_cannot_start_is_not_tried_for_ever(tmp_path):
@@ -163,11 +168,13 @@ def test_bad_input_is_refused_before_anything_is_done(arguments, reason, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_that_is_not_there_ends_with_one_sentence(tmp_path):
-    out = benchmarks("gpu", "--out", str(tmp_path), "--device", "cuda:7")
-    assert out.returncode == 2
-    assert out.stderr.startswith("benchmarks: device must be auto or one that torch has here")
-    assert len(out.stderr.strip().splitlines()) == 1
+def test_a_device_that_is_not_there_ends_with_one_sentence(tmp_path, benchmarks, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmarks("gpu", "--out", str(tmp_path), "--device", "cuda:7")
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("benchmarks: device must be auto or one that torch has here")
+    assert len(told.strip().splitlines()) == 1
 
 
 def test_the_requirements_are_pinned():

@@ -90,7 +90,10 @@ def test_masks_of_both_images_count_on_a_device_as_on_the_cpu(n, similarity, mem
     fixed, moving, ddf, mask, moving_mask = moved([*images, prediction, *masks], device)
     result = refine(fixed, moving, ddf, mask, moving_mask=moving_mask, **settings)
     assert result.ddf.device == device
-    assert float(torch.linalg.vector_norm(result.ddf.cpu() - expected.ddf, dim=1).mean()) < 0.01
+    distance = float(torch.linalg.vector_norm(result.ddf.cpu() - expected.ddf, dim=1).mean())
+    assert distance < (
+        0.01 if memory == "full" else 0.03
+    )  # mutual information in half precision is .04 off the full one
     assert (result.final_loss < result.initial_loss).all()
     with pytest.raises(ValueError, match=r"moving_mask must be on the device of moving"):
         refine(fixed, moving, ddf, mask, moving_mask=masks[1], **settings)

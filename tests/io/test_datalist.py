@@ -1,6 +1,7 @@
 """Lists of subjects and pairs."""
 
 import json
+from itertools import permutations
 
 import nibabel as nib
 import numpy as np
@@ -137,6 +138,18 @@ def test_files_are_checked_all_at_once(tmp_path):
                "orientation LPS, but its image has RAS"]  # fmt: skip
     assert all(any(reason in line for line in lines) for reason in reasons)
     check_files(pairs[5:6], values=None, same_grid=False)
+
+
+def test_an_orientation_is_found_once_a_file_however_many_pairs_it_is_in(cohort, monkeypatch):
+    subjects, found, find = read_list(cohort)[""], [], nib.aff2axcodes
+    monkeypatch.setattr(nib, "aff2axcodes", lambda affine: found.append(1) or find(affine))
+    pairs = [
+        {role: subject["image"] for role, subject in zip(("fixed", "moving"), pair, strict=True)}
+        | {f"{role}_label": subject["label"] for role, subject in zip(("fixed", "moving"), pair, strict=True)}
+        for pair in permutations(subjects, 2)
+    ]
+    check_files(pairs, values=(1, 2), same_grid=True)
+    assert (len(pairs), len(found)) == (30, 12)
 
 
 def test_a_name_that_is_given_is_kept_and_given_once_only():

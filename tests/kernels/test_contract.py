@@ -91,6 +91,15 @@ WHERE = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """Kernels share their work between threads, also where the suite's processes have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("kind", "size", "batch_and_channels"), WHERE, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_every_implementation_is_the_reference_in_float64(case, kind, size, batch_and_channels):

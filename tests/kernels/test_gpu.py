@@ -316,8 +316,12 @@ def failure(case, args):
 
 
 def interpret():
-    """Run all cases."""
+    """Run all cases, in tiles of several rows: the interpreter's time goes by their number."""
+    from monai_lm.kernels import gpu
+
     torch.set_num_threads(1)
+    gpu._TILE.update(by=8, bz=32)
+    gpu._MARCH.update(groups=4, bz=32)
     say({name: failure(*case) for name, case in CASES.items()})
 
 

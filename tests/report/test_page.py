@@ -29,6 +29,21 @@ def drawing():
     """Make the pictures."""
 
 
+@pytest.fixture(scope="module")
+def drawn_pages():
+    """Pages with their pictures, by the number of axes."""
+    return {}
+
+
+@pytest.fixture
+def page(tmp_path, case, drawing, drawn_pages):  # noqa: ARG001
+    """A page with everything on it, drawn once."""
+    axes = case["fixed"].dim() - 2
+    if axes not in drawn_pages:
+        drawn_pages[axes] = written(tmp_path, case, prediction=case["result"].ddf)
+    return drawn_pages[axes]
+
+
 def written(tmp_path, case, **changes):
     return write_report(tmp_path / "report.html", **{**case, **changes}).read_text(encoding="utf-8")
 
@@ -161,14 +176,12 @@ def test_a_field_that_folds_is_condemned(tmp_path, case, make_result):
     assert "Do not use this field" in html
 
 
-@pytest.mark.usefixtures("drawing")
-def test_nothing_is_loaded_from_elsewhere(tmp_path, case):
-    html = written(tmp_path, case, prediction=case["result"].ddf)
-    assert not re.findall(r"https?:|<link|@import|<iframe", html)
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', html)
+def test_nothing_is_loaded_from_elsewhere(page):
+    assert not re.findall(r"https?:|<link|@import|<iframe", page)
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert html.count("<img ") == html.count(' alt="')
+    assert page.count("<img ") == page.count(' alt="')
 
 
 def test_strings_from_outside_are_escaped(tmp_path, case):
@@ -180,9 +193,8 @@ def test_strings_from_outside_are_escaped(tmp_path, case):
     assert '<th scope="row">similarity</th><td>lncc</td>' in html
 
 
-@pytest.mark.usefixtures("drawing")
-def test_pictures_have_the_proportions_of_the_patient(tmp_path, case):
-    shown = {alt: image for alt, image in pictures(written(tmp_path, case)).items() if alt.startswith("fixed,")}
+def test_pictures_have_the_proportions_of_the_patient(page, case):
+    shown = {alt: image for alt, image in pictures(page).items() if alt.startswith("fixed,")}
     size = [s * e for s, e in zip(case["fixed"].shape[2:], (2, 1, 3), strict=False)]
     planes = {"axial": (0, 1)} if len(size) == 2 else {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
     for plane, (a, b) in planes.items():
@@ -320,9 +332,8 @@ def test_a_mask_says_where_agreement_counts(tmp_path, case, random_tensor):
     assert "agreement" not in warned(written(tmp_path, case, **changes, mask=mask))
 
 
-@pytest.mark.usefixtures("drawing")
-def test_outlines_are_drawn_finely_to_be_enlarged(tmp_path, case):
-    shown = pictures(written(tmp_path, case))
+def test_outlines_are_drawn_finely_to_be_enlarged(page):
+    shown = pictures(page)
     labels, plain = (max(i.size[0] for alt, i in shown.items() if alt.startswith(n)) for n in ("labels", "fixed,"))
     assert labels == pytest.approx(2.5 * plain, abs=2)
 

@@ -1,7 +1,7 @@
 """``python -m monai_lm.training`` with a yaml file."""
 
 import csv
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -76,8 +76,9 @@ def test_the_shipped_example_is_a_whole_configuration(tmp_path):
     assert command.model(torch.zeros(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
 
 
-def test_the_module_runs_as_a_command():
-    out = subprocess.run(
-        [sys.executable, "-m", "monai_lm.training", "--help"], capture_output=True, text=True, check=True
-    )
-    assert {"fit", "validate", "test", "predict"} <= set(out.stdout.replace(",", " ").split())
+def test_the_module_runs_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["monai_lm.training", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("monai_lm.training", run_name="__main__")
+    assert stop.value.code == 0
+    assert {"fit", "validate", "test", "predict"} <= set(capsys.readouterr().out.replace(",", " ").split())

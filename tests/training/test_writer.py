@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -198,7 +199,6 @@ _SCRIPT = """
 import json, sys, torch, pytorch_lightning as pl
 from monai_lm.training import FieldWriter, PairDataModule, RegistrationModule
 cohort, output, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
 torch.manual_seed(0)
 last = torch.nn.Conv3d(4, 3, 3, padding=1)
 torch.nn.init.normal_(last.weight, std=1e-2)
@@ -216,17 +216,17 @@ if trainer.is_global_zero:
 """
 
 
-def test_two_processes_do_what_one_does(tmp_path, cohort):
+def test_two_processes_do_what_one_does(tmp_path, cohort, monkeypatch):
     script = tmp_path / "run.py"
     script.write_text(_SCRIPT)
-    root = str(Path(monai_lm.__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     for devices in (1, 2):
-        output = tmp_path / f"out{devices}"
-        output.mkdir()
-        command = [sys.executable, script, cohort, output, str(devices)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        (tmp_path / f"out{devices}").mkdir()
+    monkeypatch.setattr(sys, "argv", [str(script), str(cohort), str(tmp_path / "out1"), "1"])
+    runpy.run_path(str(script))
+    environment = os.environ | {"PYTHONPATH": str(Path(monai_lm.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, cohort, tmp_path / "out2", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"metrics{d}").read_text()) for d in (1, 2))
     assert one.keys() == two.keys()
     assert two == pytest.approx(one, rel=1e-5)

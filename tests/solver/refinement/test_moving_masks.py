@@ -59,7 +59,7 @@ def test_a_mask_that_hides_a_corner_changes_little_elsewhere(similarity):
 
 
 @pytest.mark.parametrize("memory", ["full", "half"])
-@pytest.mark.parametrize("similarity", [*MEASURES, Combined([LNCC(), MSE()], [1, 1])], ids=str)
+@pytest.mark.parametrize("similarity", [*MEASURES, Combined([LNCC(), MSE()], [1, 1])], ids=[*MEASURES, "combined"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_lies_under_zeros_is_not_seen(shape, similarity, memory):
     fixed, moving, truth, mask = lesion(shape)
