@@ -100,6 +100,14 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
     )
 
 
+def _regularized(stage: Stage, problem: Problem, settings: Settings) -> Regularized | None:
+    """What regularises on the grid of a stage."""
+    if settings.regularizer is None:
+        return None
+    edges = [edge * factor for edge, factor in zip(problem.edges, stage.level.factor, strict=True)]
+    return Regularized(settings.regularizer, edges, stage.level.unit, stage.smooth_gradient)
+
+
 def _guide(stage: Stage, finest: Stage, problem: Problem) -> Guide | None:
     """What guides on the grid of a stage."""
     if not problem.guidance:
@@ -109,23 +117,14 @@ def _guide(stage: Stage, finest: Stage, problem: Problem) -> Guide | None:
     return Guide(problem.guidance, Grid(finest.level.size, problem.edges, level.size, level.factor, level.unit, sigma))
 
 
-def _regularized(stage: Stage, problem: Problem, settings: Settings) -> Regularized | None:
-    """What regularises on the grid of a stage."""
-    if settings.regularizer is None:
-        return None
-    edges = [edge * factor for edge, factor in zip(problem.edges, stage.level.factor, strict=True)]
-    return Regularized(settings.regularizer, edges, stage.level.unit, stage.smooth_gradient)
-
-
 def descend(engine: Engine, stage: Stage, settings: Settings, record: Record, bar: tqdm) -> Tensor:
     """Iterate, end at the best residual, without folds; returns its loss ``(B,)``."""
     method, scale = settings.method, stage.level.scale
     loss = engine.evaluate()
     trust = initial_trust(engine.gradient, loss, stage.damping, engine.unit)
-    if engine.regularized is not None:
-        trust = engine.regularized.steadied(trust, engine.step)
     first = looked_at = best_loss = loss
     better = torch.ones_like(trust.active)  # whether the residual at hand is the best one so far
+    trust = trust if engine.regularized is None else engine.regularized.steadied(trust, engine.step)
     note = partial(record.add, scale, (engine.voxels, stage.damping))
     note(loss, trust.damping, trust.reference, trust.expected, better, trust.active)
     for k in range(1, stage.iterations + 1):

@@ -22,6 +22,7 @@ VARIANTS = [
     {"control": "trust_region", "acceptance": "descent", "memory": "half"},
     {"window": 3},
     {"symmetric": True},
+    {"regularizer": "sliding", "spacing": (1.0, 2.0, 1.5)},
     {"similarity": "mse", "memory": "half"},
     {"kernels": "reference"},
     {"similarity": "ncc"},
