@@ -188,7 +188,7 @@ def refine(
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
     measure, masks = _weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask), symmetric)
     if memory == "auto":
-        memory = automatic_mode(fixed, symmetric)
+        memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         similarity=measure, method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline,
         symmetric=symmetric, regularizer=make_regularizer(regularizer, method.damping.needs_promise),

@@ -5,7 +5,7 @@ the same at every level, spacing and image size. To add one, derive from :class:
 :data:`REGULARIZERS`, or pass it as ``refine(regularizer=…)``; ``tests/solver/test_regularizer.py`` holds every one
 there to the same laws.
 
-A level takes 10 V more for a moment of every iteration (counted on a CPU), see :mod:`monai_lm.solver.engine`.
+In every iteration it takes 10 V for a moment, see :mod:`monai_lm.solver.engine`.
 """
 
 from __future__ import annotations
