@@ -27,6 +27,7 @@ from monai_lm import kernels
 from monai_lm.fields import warp
 from monai_lm.fields.metrics import measure
 from monai_lm.io import read_ddf
+from monai_lm.solver.regularizer import REGULARIZERS
 from monai_lm.solver.schedule import automatic_scales
 
 
@@ -50,7 +51,7 @@ def validation(
         greedy: register the pairs with greedy, too, from the identity, with the same iterations on the same levels, or
             on those of them that leave it four voxels of every axis.
         identity: leave predictions aside.
-        settings: keyword arguments of ``monai_lm.refine``; default: none.
+        settings: keyword arguments of ``monai_lm.refine``; default: none. A regulariser may be ``{name: weight}``.
         json_file: write one line per pair here, as it goes; pairs that stand in it are not run again, and it must be of
             the same settings.
         against: the ``json_file`` of another run; paired differences to it are printed, with standard errors.
@@ -87,6 +88,10 @@ def refined(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[
 
         return call
 
+    weighed = settings.get("regularizer")
+    if isinstance(weighed, dict):
+        ((kind, weight),) = weighed.items()
+        settings = settings | {"regularizer": REGULARIZERS[kind](weight)}
     with ExitStack() as stack:
         for name in ("unfolded", "mend"):
             stack.enter_context(mock.patch.object(kernels, name, clocked(getattr(kernels, name))))

@@ -19,6 +19,7 @@ import monai_lm
 from monai_lm.apps.console import console
 from monai_lm.apps.demo import run_demo
 from monai_lm.io.outputs import as_json
+from monai_lm.solver.regularizer import REGULARIZERS, Regularizer
 
 __all__ = ["main", "with_values"]
 
@@ -150,6 +151,8 @@ def _options(
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
     step: float = 0.5,
+    regularizer: str | None = None,
+    regularizer_weight: float | None = None,
     symmetric: bool = False,
     seconds: float | None = None,
     memory: str = "auto",
@@ -173,6 +176,8 @@ def _options(
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
+        regularizer: of the field, in millimetres, beside the similarity: diffusion, bending or sliding.
+        regularizer_weight: how much it counts.
         symmetric: refine field and inverse together, so that the order of the images does not matter.
         seconds: time budget of a pair.
         memory: auto, full or half.
@@ -189,6 +194,7 @@ def _options(
     guided = guide_labels is not None or guide_points
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
+        "regularizer": _weighed(regularizer, regularizer_weight),
         "symmetric": symmetric, "seconds": seconds, "memory": memory, "kernels": kernels,
     }  # fmt: skip
     if bundle is not None:
@@ -408,6 +414,15 @@ def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) 
         seed: of the deformation, the noise and the error of the prediction.
     """
     print(run_demo(output_dir, resolution, seed))
+
+
+def _weighed(regularizer: str | None, weight: float | None) -> str | Regularizer | None:
+    """A regulariser with a weight of its own, if it has one."""
+    if weight is None:
+        return regularizer
+    if regularizer not in REGULARIZERS:
+        raise ValueError(f"regularizer_weight needs a regularizer, one of {tuple(REGULARIZERS)}, got {regularizer!r}")
+    return REGULARIZERS[regularizer](weight)
 
 
 def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:

@@ -24,6 +24,7 @@ from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.refinement import defaults
+from monai_lm.solver.regularizer import Regularizer
 from monai_lm.solver.smoothing import Smoothing
 
 __all__ = [
@@ -145,7 +146,9 @@ def describe(value: Any) -> Any:
         return f"{type(value).__name__} {tuple(value.shape)} {_digest(torch.as_tensor(value))}"
     kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if not isinstance(value, Guidance | Similarity | nn.Module | Descent | Damping | Acceptance | Smoothing):
+    if not isinstance(
+        value, Guidance | Similarity | nn.Module | Descent | Damping | Acceptance | Smoothing | Regularizer
+    ):
         return name
     out = {k: describe(v) for k, v in vars(value).items() if not k.startswith("_") and k != "training"}
     return {"type": name} | out | ({"weights": weights_digest(value)} if isinstance(value, nn.Module) else {})

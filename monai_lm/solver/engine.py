@@ -4,8 +4,8 @@ In V, the size of one image in float32, an engine keeps beside the two images an
 the residual 3, the best residual 3, and 3 more that the warped image and the derivative of the loss share with the
 gradient that is made of them and with the residual after the step. With more channels than one, or where a step's
 promise needs the images again, those have memory of their own. A weight of the moving image takes 1 more when it is
-warped. In half precision all of it is half as much. What guides needs memory for a moment, see
-:mod:`monai_lm.guidance`.
+warped. In half precision all of it is half as much. What guides or regularises needs memory for a moment, see
+:mod:`monai_lm.guidance` and :mod:`monai_lm.solver.regularizer`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from monai_lm import kernels
 from monai_lm.guidance.base import Guide
 from monai_lm.similarity import Similarity
 from monai_lm.solver.method import Method
+from monai_lm.solver.regularizer import Regularized
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.trust import Trust, per_voxel
 
@@ -38,6 +39,7 @@ class Engine:
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the finest axis.
         step: largest displacement per iteration, in voxels of the finest axis.
         guide: what pulls beside the images, or ``None``.
+        regularized: what of the residual is minimised beside the dissimilarity, or ``None``.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class Engine:
         smooth_gradient: float,
         step: float,
         guide: Guide | None = None,
+        regularized: Regularized | None = None,
     ) -> None:
         fixed, self.moving = (image.contiguous() for image in similarity.described(fixed, moving))
         self.prediction = None if prediction is None else prediction.contiguous()
         self.residual, self.similarity, self.method, self.step = residual, similarity, method, step
-        self.guide = guide
+        self.guide, self.regularized = guide, regularized
         self.unit, self.sigma = residual.level.unit, residual.level.in_voxels(smooth_gradient)
         self.descent = method.descent.start()
         fixed_range, self.moving_range = similarity.ranges(fixed, self.moving)
@@ -72,14 +75,25 @@ class Engine:
 
     def evaluate(self) -> Tensor:
         """Loss ``(B,)`` at the residual; from now on :attr:`gradient` and :meth:`advance` are those of this point."""
-        loss = self._dissimilarity(self.residual.field)
-        kernels.gradient(self.warped, self.derivative, self.sigma, self.work)
-        return loss if self.guide is None else loss + self.guide.pull(self.residual.field, self.prediction, self.work)
+        field, work = self.residual.field, self.work
+        loss = self._dissimilarity(field)
+        kernels.gradient(self.warped, self.derivative, self.sigma, work)
+        if self.regularized is not None:
+            loss = loss + self.regularized.pull(field, work)
+        return self.over_places(loss if self.guide is None else loss + self.guide.pull(field, self.prediction, work))
 
     def loss(self, residual: Tensor | None) -> Tensor:
         """Loss ``(B,)`` at a residual, ``None`` for zero; call :meth:`evaluate` before the next step."""
         loss = self._dissimilarity(residual)
-        return loss if self.guide is None else loss + self.guide.loss(residual, self.prediction, self.residual.field)
+        if self.regularized is not None and residual is not None:
+            loss = loss + self.regularized.loss(residual)
+        if self.guide is not None:
+            loss = loss + self.guide.loss(residual, self.prediction, self.residual.field)
+        return self.over_places(loss)
+
+    def over_places(self, values: Tensor) -> Tensor:
+        """Values ``(B,)`` of pairs, each the mean over the places in the batch that a pair has: one."""
+        return values
 
     def _dissimilarity(self, residual: Tensor | None) -> Tensor:
         """That of the images, ``(B,)``; what warps and derives stays in memory."""
@@ -110,7 +124,7 @@ class Engine:
         image = (self.warped, self.derivative) if self.method.damping.needs_promise else None
         expected = self.descent.advance(work, field, trust, self.unit, self.step, image, work)
         self.method.smoothing.relax(work, self.unit, trust.length, field)
-        return expected
+        return self.over_places(expected)
 
     def retract(self, accepted: Tensor) -> None:
         """Return the pairs that are not ``accepted`` ``(B,)`` to where they were before the step."""

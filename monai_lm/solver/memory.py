@@ -20,12 +20,13 @@ channel, and for every further one. Counted with CPU data that are labelled as a
 PyTorch 53.3 and 5.8 V are needed), 3 more for what Triton's LNCC keeps of a channel, and a margin; not measured."""
 
 
-def automatic_mode(fixed: Tensor, symmetric: bool = False) -> str:
+def automatic_mode(fixed: Tensor, symmetric: bool = False, regularized: bool = False) -> str:
     """``"full"`` where the free memory of a GPU allows it, and on other devices.
 
     Args:
         fixed: ``(B, C, *S)``.
         symmetric: whether every pair is there twice: twice as much, copies of the images, and two fields for a moment.
+        regularized: whether there is a regulariser, which takes 10 V of every pair for a moment.
     """
     if fixed.device.type != "cuda":
         return "full"
@@ -33,7 +34,7 @@ def automatic_mode(fixed: Tensor, symmetric: bool = False) -> str:
     free += torch.cuda.memory_reserved(fixed.device) - torch.cuda.memory_allocated(fixed.device)
     one, more = _NEED["native" if kernels.missing(fixed.device) is None else "reference"]
     volume, channels = 4 * fixed.shape[0] * fixed[0, 0].numel(), fixed.shape[1]
-    need = one + more * (channels - 1)
+    need = one + more * (channels - 1) + 10 * regularized
     return "full" if free > (2 * need + 4 * channels + 12 if symmetric else need) * volume else "half"
 
 

@@ -40,6 +40,7 @@ from monai_lm.solver.memory import MODES, automatic_mode, halved
 from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
 from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
@@ -81,6 +82,7 @@ def refine(
     window: int = 1,
     smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
     smooth_residual: float | Smoothing = 0.6,
+    regularizer: str | Regularizer | None = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
     symmetric: bool = False,
     spacing: Sequence[float] | None = None,
@@ -130,6 +132,10 @@ def refine(
         smooth_residual: how far the residual is smoothed after every step, as an elastic solid comes to rest, in
             voxels of the finest axis: the field gets smoother, and fits less. Or a
             :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`.
+        regularizer: what is minimised of the residual beside the dissimilarity, both per voxel: ``"diffusion"``,
+            ``"bending"`` or ``"sliding"``, in millimetres where there is a ``spacing``, or a
+            :class:`~monai_lm.solver.regularizer.Regularizer`, which has a weight. Losses are then the sum of both. Not
+            with ``control="trust_region"``.
         guidance: what guides beside the images, :class:`~monai_lm.guidance.Labels`,
             :class:`~monai_lm.guidance.Keypoints`, or several. Losses are then the dissimilarity per voxel plus
             the guidance's, times its weight. Not with ``control="trust_region"``.
@@ -194,10 +200,10 @@ def refine(
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
     measure, masks = _weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask), symmetric)
     if memory == "auto":
-        memory = automatic_mode(fixed, symmetric)
+        memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         similarity=measure, method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline,
-        symmetric=symmetric,
+        symmetric=symmetric, regularizer=make_regularizer(regularizer, method.damping.needs_promise),
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     with (

@@ -16,6 +16,7 @@ from monai_lm.similarity import Similarity
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import move_field, shrink
+from monai_lm.solver.regularizer import Regularized, Regularizer
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record
 from monai_lm.solver.schedule import Stage
@@ -40,7 +41,7 @@ class Problem:
         moving: ``(B, C, *S)``, with a weight as a first channel where it has a mask.
         prediction: ``(B, n, *S)`` without folds, or ``None``.
             With ``symmetric`` settings all are of ``2 B`` pairs, see :class:`SymmetricEngine`.
-        edges: voxel edge per axis, in millimetres; for the guidance only.
+        edges: voxel edge per axis, in millimetres; for the guidance and the regulariser.
         guidance: what guides beside the images.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     memory: str
     deadline: float
     symmetric: bool = False
+    regularizer: Regularizer | None = None
 
 
 def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual | None, settings: Settings) -> Engine:
@@ -94,7 +96,16 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         smooth_gradient=stage.smooth_gradient,
         step=settings.step,
         guide=_guide(stage, finest, problem),
+        regularized=_regularized(stage, problem, settings),
     )
+
+
+def _regularized(stage: Stage, problem: Problem, settings: Settings) -> Regularized | None:
+    """What regularises on the grid of a stage."""
+    if settings.regularizer is None:
+        return None
+    edges = [edge * factor for edge, factor in zip(problem.edges, stage.level.factor, strict=True)]
+    return Regularized(settings.regularizer, edges, stage.level.unit, stage.smooth_gradient)
 
 
 def _guide(stage: Stage, finest: Stage, problem: Problem) -> Guide | None:
@@ -116,6 +127,7 @@ def descend(
     trust = trust if idle is None else trust.stopped(trust.active & ~idle)
     first = looked_at = best_loss = loss
     better = torch.ones_like(trust.active)  # whether the residual at hand is the best one so far
+    trust = trust if engine.regularized is None else engine.regularized.steadied(trust, engine.step)
     note = partial(record.add, scale, (engine.voxels, stage.damping))
     note(loss, trust.damping, trust.reference, trust.expected, better, trust.active)
     for k in range(1, stage.iterations + 1):

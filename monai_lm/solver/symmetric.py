@@ -15,7 +15,6 @@ from monai_lm import kernels
 from monai_lm.fields.inversion import invert
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.solver.engine import Engine
-from monai_lm.solver.trust import Trust
 
 __all__ = ["SymmetricEngine", "both_ways", "reconciled", "swapped"]
 
@@ -64,15 +63,9 @@ class SymmetricEngine(Engine):
     """
 
     @override
-    def _dissimilarity(self, residual: Tensor | None) -> Tensor:
-        loss = super()._dissimilarity(residual)
-        return (loss + swapped(loss)) / 2
-
-    @override
-    def advance(self, trust: Trust, better: Tensor) -> Tensor:
-        """As :meth:`Engine.advance`; what a step promises is the mean of both places, too."""
-        expected = super().advance(trust, better)
-        return (expected + swapped(expected)) / 2
+    def over_places(self, values: Tensor) -> Tensor:
+        """The mean of both places of a pair: of its loss, and of what a step promises."""
+        return (values + swapped(values)) / 2
 
     @override
     def mend(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 import monai_lm
 from monai_lm.apps import cli, commands, pairs
 from monai_lm.fields import gaussian_smooth
+from monai_lm.solver.regularizer import Sliding
 
 REFINE_PAIR = pairs.refine_pair
 
@@ -127,6 +128,20 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
     assert of_cohort[0]["settings"].keys() > {"similarity", "seconds", "memory"}
     assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3}  # what differs from the bundle's own
     assert (of_cohort[1]["bundle"], of_cohort[0]["bundle"]) == ("folder", None)
+
+
+def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.append(how["settings"]["regularizer"]) or {})
+    start = ["monai-lm", "refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
+    for words in ([], ["--regularizer", "bending"], ["--regularizer", "sliding", "--regularizer_weight", "2"]):
+        monkeypatch.setattr(sys, "argv", [*start, *words])
+        cli.main()
+    assert given == [None, "bending", Sliding(2.0)]
+    monkeypatch.setattr(sys, "argv", [*start, "--regularizer_weight", "2"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "regularizer_weight needs a regularizer, one of" in capsys.readouterr().err
 
 
 def test_masks_of_either_side_reach_the_work(monkeypatch):

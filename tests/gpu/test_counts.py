@@ -26,6 +26,7 @@ MOST = {
     "prediction, metropolis": (50, 52, 12.1),
     "prediction, trust_region": (20, 49, 11.1),
     "prediction, seconds": (50, 31, 9.1),
+    "prediction, regularised": (20, 390, 19.0),
 }
 CHANGES = {
     "identity": {},
@@ -35,6 +36,7 @@ CHANGES = {
     "prediction, metropolis": {"acceptance": "metropolis"},
     "prediction, trust_region": {"control": "trust_region"},
     "prediction, seconds": {"seconds": 600.0},
+    "prediction, regularised": {"regularizer": "bending"},
 }
 
 

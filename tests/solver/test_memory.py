@@ -20,10 +20,10 @@ def test_the_free_memory_of_a_gpu_decides(channels, triton, monkeypatch):
         image = torch.zeros(2, channels, 16, 16, 16, device="cuda")
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6000)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
-        for change, mode in ((1, "full"), (-1, "half")):
+        for change, mode, regularized in ((1, "full", False), (-1, "half", False), (9, "half", True)):
             free = (one + more * (channels - 1) + change) * volume - 5000
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
-            assert automatic_mode(image) == mode
+            assert automatic_mode(image, regularized=regularized) == mode
 
 
 def test_other_devices_get_everything():

@@ -11,6 +11,8 @@ from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.solver.acceptance import ACCEPTANCES
 from tests.solver.pairs import CONTROLS, FLAT, SHAPES, error, pair, run, smooth, texture
 
+_BENDING = {"regularizer": "bending"}
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flips_commute(shape):
@@ -35,6 +37,30 @@ def test_permutations_of_the_axes_commute(shape, order):
     result = run(fixed, moving, 0.5 * truth).ddf
     permuted = run(fixed.permute(axes), moving.permute(axes), (0.5 * truth).permute(axes)[:, order]).ddf
     assert error(permuted, result.permute(axes)[:, order]) < 0.01
+
+
+@pytest.mark.parametrize("settings", [{"similarity": name} for name in ("lncc", "ncc", "mse", "mind")] + [_BENDING])
+@pytest.mark.parametrize(("order", "flipped"), [((0, 1, 2), 2), ((2, 0, 1), 0), ((1, 2, 0), 0)])
+def test_thick_slices_may_lie_along_any_axis(order, flipped, settings):
+    """Images, prediction and spacing on exchanged and mirrored axes: the field follows."""
+    spacing, settings = (1.0, 1.2, 7.7), settings | {"iterations": 8}
+    moving = gaussian_smooth(torch.randn(1, 1, 24, 20, 9, generator=torch.Generator().manual_seed(0)), (2, 2, 0.6))
+    truth = smooth((24, 20, 9), 3.0)
+    fixed = warp(moving, truth)
+
+    def turned(image: Tensor) -> Tensor:
+        return image.permute(0, 1, *[2 + a for a in order]).flip(2 + flipped)
+
+    def field(ddf: Tensor) -> Tensor:
+        out = turned(ddf)[:, order]
+        out[:, flipped] *= -1
+        return out
+
+    result = run(fixed, moving, 0.5 * truth, spacing=spacing, **settings).ddf
+    assert error(result, 0.5 * truth) > 0.02
+    turned_spacing = [spacing[a] for a in order]
+    again = run(turned(fixed), turned(moving), field(0.5 * truth), spacing=turned_spacing, **settings).ddf
+    assert error(again, field(result)) < 0.01
 
 
 @pytest.mark.parametrize("similarity", ["lncc", "mse"])
