@@ -157,6 +157,20 @@ def test_code_networks_can_be_scripted():
     torch.testing.assert_close(torch.jit.script(net)(images), net(images))
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_networks_can_be_exported(n):
+    """As ``torch.export`` does it: from one pair, for any other on that grid, one without content too."""
+    conv = nn.Conv2d if n == 2 else nn.Conv3d
+    semantic = SemanticRegistrationNet(conv(2**n, 3 * 2**n, 1), conv(6 * 2**n, n, 1))
+    shape = (1, 2, *(8, 10, 12)[:n])
+    for net in (semantic, StructureCodes(conv(2**n + n, 5, 1), 5, 4)):
+        exported = torch.export.export(net.eval(), (torch.zeros(shape),)).module()
+        image = torch.zeros(shape)
+        image[..., 2:5, 1:4] = torch.rand(image[..., 2:5, 1:4].shape, generator=torch.Generator().manual_seed(0))
+        for images in (image, torch.zeros(shape)):
+            torch.testing.assert_close(exported(images), net(images))
+
+
 def test_codes_of_grids_and_numbers_that_do_not_fit():
     with pytest.raises(ValueError, match=r"image must have a grid divisible by 2, got shape \(1, 1, 7, 8\)"):
         coded()(torch.zeros(1, 1, 7, 8))
