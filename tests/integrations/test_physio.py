@@ -9,6 +9,7 @@ import torch
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import resample_moving, to_voxel
+from monai_lm.io import read_itk_transform
 
 pytest.importorskip("monai_physio", reason="monai-physio is not installed, pip install 'monai_lm[physio]'")
 import itk
@@ -201,7 +202,7 @@ def test_label_maps_guide_where_there_are_both():
     assert moved[:, 0].min() > 1
 
 
-def test_it_refines_what_greedy_found(pair):
+def test_it_refines_what_greedy_found_and_both_go_into_a_file(pair, tmp_path):
     pytest.importorskip("picsl_greedy", reason="picsl-greedy is not installed")
     moving, truth, fixed = pair
     greedy = RegisterImagesGreedy(**QUIET)
@@ -218,6 +219,11 @@ def test_it_refines_what_greedy_found(pair):
         for transform in (greedy.fixed_to_moving_transform, result["fixed_to_moving_transform"])
     ]
     assert off[1] < 0.8 * off[0]
+    itk.transformwrite([result["fixed_to_moving_transform"]], str(tmp_path / "both.h5"))
+    ddf, _ = read_itk_transform(tmp_path / "both.h5", THERE, SIZE, HERE)
+    there = voxels + ddf[:, voxels[:, 0], voxels[:, 1], voxels[:, 2]].T
+    there = (there @ THERE[:3, :3].T + THERE[:3, 3]) * [-1, -1, 1]
+    np.testing.assert_allclose(there, led(result["fixed_to_moving_transform"], points), atol=1e-3)
 
 
 def test_what_it_cannot_register():
