@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import itk
 import numpy as np
 import torch
-from monai_physio import RegisterImagesBase
 from torch import Tensor
 
 from monai_lm.fields.inverses import invert_between
@@ -18,6 +16,14 @@ from monai_lm.io.vectors import LPS
 from monai_lm.kernels.devices import find_device
 from monai_lm.solver.between import Between
 from monai_lm.solver.refinement import check_keywords, refine
+
+try:
+    import itk
+    from monai_physio import RegisterImagesBase
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{__name__} needs monai-physio, in the physio extra: pip install 'monai_lm[physio]' ({error})", name=error.name
+    ) from error
 
 __all__ = ["RegisterImagesLM"]
 
