@@ -85,12 +85,14 @@ def test_the_commands_on_usage_follow_one_another():
 
 
 def exists(dotted):
-    """Whether there is an object of this dotted name."""
+    """Whether there is an object of this dotted name, as far as one can tell without the packages that it needs."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         try:
             found = import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if str(error.name).split(".")[0] != parts[0]:
+                return True
             continue
         for part in parts[length:]:
             found = getattr(found, part, None)

@@ -147,6 +147,7 @@ def sequence(
 def _options(
     bundle: str | None = None,
     ddf_format: str = "auto",
+    ddf_before_affine: bool = False,
     similarity: str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
@@ -172,6 +173,8 @@ def _options(
         bundle: folder of a MONAI bundle that predicts the field and refines it; what differs from the defaults below
             replaces its settings.
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
+        ddf_before_affine: a predicted field ends where the file of its affine begins, as ANTs and greedy write the two;
+            otherwise it leads through both.
         similarity: lncc, mi, mind, mse or ncc.
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
@@ -201,7 +204,8 @@ def _options(
         defaults = signature(monai_lm.refine).parameters
         settings = {name: value for name, value in settings.items() if value != defaults[name].default}
     return {
-        "bundle": bundle, "ddf_format": ddf_format, "device": device, "file_format": file_format, "report": report,
+        "bundle": bundle, "ddf_format": ddf_format, "ddf_before_affine": ddf_before_affine,
+        "device": device, "file_format": file_format, "report": report,
         "jacobian": jacobian, "uncertainty": uncertainty,
         "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight} if guided else None,
         "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),

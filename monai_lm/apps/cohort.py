@@ -107,7 +107,8 @@ def _files_of(entry: Entry) -> dict[str, Any]:
 
 def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any]) -> set[str]:
     """Names of the pairs that are there already; ValueError for folders that hold something else."""
-    how = {key: kwargs[key] for key in ("settings", "bundle", "file_format", "ddf_format", "guide") if key in kwargs}
+    kept = ("settings", "bundle", "file_format", "ddf_format", "guide", "ddf_before_affine")
+    how = {key: kwargs[key] for key in kept if key in kwargs}
     file_format = kwargs.get("file_format", "itk")
     done, problems = set(), []
     for entry in entries:

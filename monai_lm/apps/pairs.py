@@ -79,6 +79,7 @@ def refine_pair(
     dry_run: bool = False,
     log_json: str | Path | None = None,
     uncertainty: bool = False,
+    ddf_before_affine: bool = False,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -114,6 +115,8 @@ def refine_pair(
         uncertainty: refine a second time, from the fixed to the moving image, and write ``uncertainty.nii.gz``, see
             :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide and ``symmetric``.
         log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`; replaced.
+        ddf_before_affine: ``ddf`` ends where the affine of that file begins, as ANTs and greedy write the two, instead
+            of leading through both.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -129,6 +132,8 @@ def refine_pair(
     given = [name for name, value in own.items() if value is not None]
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
+        raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
     check_guide(guide, labels, points, bundle)
     others = {"bundle": bundle, "guide": guide, "symmetric": (settings or {}).get("symmetric") or None}
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
@@ -143,15 +148,16 @@ def refine_pair(
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
     recipe = pair_recipe(
-        fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide
-    )
+        fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
+        ddf_before_affine,
+    )  # fmt: skip
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     aligned = None if mode is None else _aligned(pair, mode, chosen)
     if aligned is not None and aligned.kind != "none":
         pair = replace(pair, initial=aligned.matrix)
-    field = None if ddf is None else Field(ddf, pair.fixed, pair.moving, ddf_format).ddf.to(chosen)
+    field = None if ddf is None else _predicted(pair, ddf, ddf_format, ddf_before_affine).to(chosen)
     paths = [str(image.path) for image in (pair.fixed, pair.moving)]
     predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
@@ -204,6 +210,13 @@ def refine_pair(
         for name in _FURTHER - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
+
+
+def _predicted(pair: Pair, ddf: str | Path, ddf_format: str, before_affine: bool) -> Tensor:
+    """A field of a file from voxels of the fixed to voxels of the moving grid, the affine included."""
+    if before_affine:
+        return pair.whole(Field(ddf, pair.fixed, None, ddf_format).ddf)
+    return Field(ddf, pair.fixed, pair.moving, ddf_format).ddf
 
 
 def _aligned(pair: Pair, mode: str, device: torch.device) -> Alignment:

@@ -126,11 +126,15 @@ def _spread(count: int, dimensions: int) -> Tensor:
 
 def _grid_centre(image: Tensor, background: float) -> Tensor:
     """Centre of the grid ``(n,)`` of an image ``(*S)``, in voxels from the centre of the box around its content."""
-    content = (image > background).nonzero()
-    size = torch.tensor(image.shape, dtype=torch.float32, device=image.device)
-    if len(content) == 0:
-        return torch.zeros_like(size)
-    return (size - 1) / 2 - (content.amin(0) + content.amax(0)) / 2
+    centre = []
+    content = image > background
+    for axis in range(image.dim()):
+        here = content.movedim(axis, 0).flatten(1).any(1)
+        voxels = torch.arange(image.shape[axis], device=image.device)
+        first = torch.where(here, voxels, image.shape[axis]).amin()
+        last = torch.where(here, voxels, -1).amax()  # without content first + last is the grid's, and the centre 0
+        centre.append((image.shape[axis] - 1) / 2 - (first + last) / 2)
+    return torch.stack(centre)
 
 
 def _positions(image: Tensor, centre: Tensor, factor: int) -> Tensor:

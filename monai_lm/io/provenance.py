@@ -95,6 +95,7 @@ def pair_recipe(
     file_format: str = "itk",
     ddf_format: str = "auto",
     guide: Mapping[str, Any] | None = None,
+    ddf_before_affine: bool = False,
 ) -> Recipe:
     """Recipe of :func:`monai_lm.apps.pairs.refine_pair`, whose arguments these are."""
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf}
@@ -109,6 +110,8 @@ def pair_recipe(
         kept["guidance"] = describe(guide)
     if affine in MODES:
         kept["affine"] = affine
+    if ddf_before_affine:
+        kept["ddf_before_affine"] = True
     return Recipe(files, kept | {"file_format": file_format, "ddf_format": ddf_format})
 
 

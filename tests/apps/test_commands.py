@@ -159,6 +159,30 @@ def test_an_initial_affine_is_part_of_what_is_written(pair, tmp_path):
     np.testing.assert_allclose(back.get_fdata()[:, :, :, 0] + pair["shift"] * [-1, -1, 1], 0, atol=1e-4)
 
 
+def test_a_field_may_end_where_its_affine_begins(pair, tmp_path):
+    """As ANTs and greedy write the two: first the field, then the affine; the same as both in one field."""
+    turn = np.eye(4)
+    turn[:3] = [[1, -0.01, 0, 0.1], [0.01, 1, 0, -0.1], [0, 0, 1.01, 0.1]]
+    np.savetxt(tmp_path / "affine.txt", turn)
+    noise = gaussian_smooth(torch.randn(1, 3, 18, 17, 14, generator=torch.Generator().manual_seed(0)), 3.0)
+    warp = 0.1 * noise / noise.abs().max() + torch.tensor(pair["shift"] / np.diag(FIXED)[:3]).view(1, 3, 1, 1, 1)
+    write_itk_ddf(tmp_path / "warp.nii.gz", warp[0].numpy(), FIXED)
+    whole = through_affine(warp, FIXED, MOVING, turn)[0].numpy()
+    write_itk_ddf(tmp_path / "whole.nii.gz", whole, FIXED, MOVING)
+    both = {"affine": tmp_path / "affine.txt", "settings": QUICK | {"iterations": 0}}
+    metrics = _refine(pair, tmp_path / "out", ddf=tmp_path / "warp.nii.gz", ddf_before_affine=True, **both)
+    assert metrics["prediction_used"]
+    assert metrics["provenance"]["settings"]["ddf_before_affine"] is True
+    written, _ = read_ddf(tmp_path / "out" / "ddf.nii.gz", moving_affine=MOVING)
+    np.testing.assert_allclose(written, whole, atol=1e-4)
+    again = _refine(pair, tmp_path / "whole", ddf=tmp_path / "whole.nii.gz", **both)
+    assert again["loss_before"] == pytest.approx(metrics["loss_before"], abs=1e-5)
+    assert "ddf_before_affine" not in again["provenance"]["settings"]
+    for given in ({"ddf": tmp_path / "warp.nii.gz"}, {"ddf": tmp_path / "warp.nii.gz", "affine": "auto"}, both):
+        with pytest.raises(ValueError, match="ddf_before_affine needs the files ddf and affine, got"):
+            _refine(pair, tmp_path / "not", ddf_before_affine=True, **given)
+
+
 def test_images_are_aligned_first_where_that_is_asked_for(pair, tmp_path):
     """The moving file, put 30 mm away by its header, is brought back; what was found is written and read again."""
     moving = nib.load(pair["moving"])

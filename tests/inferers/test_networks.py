@@ -1,7 +1,10 @@
 """Networks: what their parts are fed, and where their outputs go."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.utils import pixelunshuffle
 from torch import nn
 from torch.nn import functional as F
@@ -157,9 +160,39 @@ def test_code_networks_can_be_scripted():
     torch.testing.assert_close(torch.jit.script(net)(images), net(images))
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_networks_can_be_exported(n):
+    """As ``torch.export`` does it: from one pair, for any other on that grid, one without content too."""
+    conv = nn.Conv2d if n == 2 else nn.Conv3d
+    semantic = SemanticRegistrationNet(conv(2**n, 3 * 2**n, 1), conv(6 * 2**n, n, 1))
+    shape = (1, 2, *(8, 10, 12)[:n])
+    for net in (semantic, StructureCodes(conv(2**n + n, 5, 1), 5, 4)):
+        exported = torch.export.export(net.eval(), (torch.zeros(shape),)).module()
+        image = torch.zeros(shape)
+        image[..., 2:5, 1:4] = torch.rand(image[..., 2:5, 1:4].shape, generator=torch.Generator().manual_seed(0))
+        for images in (image, torch.zeros(shape)):
+            torch.testing.assert_close(exported(images), net(images))
+
+
 def test_codes_of_grids_and_numbers_that_do_not_fit():
     with pytest.raises(ValueError, match=r"image must have a grid divisible by 2, got shape \(1, 1, 7, 8\)"):
         coded()(torch.zeros(1, 1, 7, 8))
     for arguments, name in (((1,), "labels"), ((3, 1), "codes"), ((3, 2, 0), "factor"), ((True,), "labels")):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
             StructureCodes(nn.Identity(), *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("brain_mri_registration", (32, 48, 32)), ("hippocampus_mr_registration", (64, 64, 64))]
+)
+def test_the_networks_of_the_bundles_can_be_exported(name, size, tmp_path):
+    bundle = Path(__file__).parents[2] / "bundles" / name
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "inference.json")
+    net = parser.get_parsed_content("network_def").eval()
+    net.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 2, *size),)), tmp_path / "model.pt2")
+    images = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(images), net(images))
