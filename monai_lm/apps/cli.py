@@ -16,9 +16,9 @@ import torch
 from jsonargparse import auto_cli
 
 import monai_lm
-from monai_lm.apps.console import console
+from monai_lm.apps.cli_fields import apply, compose, convert, evaluate, invert, jacobian
+from monai_lm.apps.console import both, console, show
 from monai_lm.apps.demo import run_demo
-from monai_lm.io.outputs import as_json
 from monai_lm.solver.regularizer import REGULARIZERS, Regularizer
 
 __all__ = ["main", "with_values"]
@@ -72,7 +72,7 @@ def refine(
     how = _options(**options)
     if sys.stderr.isatty():
         how["settings"]["progress"] = True
-    labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
+    labels, points = both("label", fixed_label, moving_label), both("points", fixed_points, moving_points)
     metrics = pairs.refine_pair(
         fixed,
         moving,
@@ -88,7 +88,7 @@ def refine(
         log_json=log_json,
         **how,
     )
-    _show(metrics, json)
+    show(metrics, json)
 
 
 def cohort(pairs: str, output_dir: str, affine: str | None = None, overwrite: bool = False, **options: Any) -> None:
@@ -212,173 +212,6 @@ def _options(
     }  # fmt: skip
 
 
-def apply(
-    ddf: str,
-    input: str,  # noqa: A002 (what users of a command line expect)
-    output: str,
-    fixed: str | None = None,
-    moving: str | None = None,
-    label: bool = False,
-    file_format: str = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Warp an image or a label map with a field, or lead points of the fixed image to the moving image.
-
-    Args:
-        ddf: the field.
-        input: NIfTI image on the moving side, or points (.csv, .fcsv, .mrk.json, .vtk) of the fixed image.
-        output: warped image, or points as .csv in RAS millimetres.
-        fixed: image on the field's grid, for formats that do not say where they lie.
-        moving: image that the field leads to, for points and voxel fields.
-        label: the image is a label map: nearest neighbour.
-        file_format: of the field: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
-            ras, lps or positions.
-        device: auto, cpu, cuda, cuda:1, ...
-        overwrite: replace an output that exists.
-    """
-    from monai_lm.apps import commands
-
-    commands.apply_field(ddf, input, output, fixed, moving, label, overwrite, file_format, device)
-
-
-def invert(
-    ddf: str,
-    output: str,
-    moving: str | None = None,
-    file_format: str = "itk",
-    ddf_format: str = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Invert a field: from points of the moving to points of the fixed image; says where that fails, and why.
-
-    Args:
-        ddf: the field, a NIfTI file.
-        output: its inverse.
-        moving: image on whose grid the inverse shall lie; default: the field's grid.
-        file_format: of the output.
-        ddf_format: of the field, where its file does not say.
-        device: auto, cpu, cuda, cuda:1, ...
-        overwrite: replace an output that exists.
-    """
-    from monai_lm.apps import commands
-
-    print(commands.invert_field(ddf, output, moving, file_format, overwrite, ddf_format, device))
-
-
-def jacobian(
-    ddf: str,
-    output: str,
-    log: bool = False,
-    fixed: str | None = None,
-    moving: str | None = None,
-    ddf_format: str = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Write the Jacobian determinant of a field: of the whole map in the file, an affine that it contains included.
-
-    Args:
-        ddf: the field.
-        output: NIfTI image on the field's grid, float32.
-        log: its natural logarithm; determinants below 1e-3, negative ones included, count as 1e-3.
-        fixed: image on the field's grid, for formats that do not say where they lie.
-        moving: image that the field leads to, if its grid is another one.
-        ddf_format: of the field, where its file does not say.
-        device: auto, cpu, cuda, cuda:1, ...
-        overwrite: replace an output that exists.
-    """
-    from monai_lm.apps.jacobian import jacobian_field
-
-    jacobian_field(ddf, output, log, fixed, moving, overwrite, ddf_format, device)
-
-
-def compose(
-    first: str,
-    second: str,
-    output: str,
-    first_format: str = "auto",
-    second_format: str = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Compose two fields: a point goes through the first, then through the second.
-
-    Args:
-        first: field on the grid that the result lies on.
-        second: field on the grid that the first leads to.
-        output: ITK field.
-        first_format: of the first, where its file does not say.
-        second_format: of the second.
-        overwrite: replace an output that exists.
-    """
-    from monai_lm.apps import commands
-
-    commands.compose_fields(first, second, output, overwrite, first_format, second_format)
-
-
-def convert(
-    ddf: str,
-    output: str,
-    to: str,
-    fixed: str | None = None,
-    moving: str | None = None,
-    file_format: str = "auto",
-    overwrite: bool = False,
-    resample: bool = False,
-) -> None:
-    """Convert a field between formats.
-
-    Args:
-        ddf: the field.
-        output: the new file.
-        to: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
-        fixed: image on the field's grid, for formats that do not say where they lie.
-        moving: image that the field leads to, if its grid is another one.
-        file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
-            ras, lps or positions.
-        overwrite: replace an output that exists.
-        resample: bring the field to the grid of ``fixed``, where it lies on another one.
-    """
-    from monai_lm.apps import commands
-
-    commands.convert_field(ddf, output, to, fixed, moving, file_format, overwrite, resample)
-
-
-def evaluate(
-    ddf: str,
-    fixed: str,
-    moving: str,
-    fixed_label: str | None = None,
-    moving_label: str | None = None,
-    fixed_points: str | None = None,
-    moving_points: str | None = None,
-    fixed_mask: str | None = None,
-    file_format: str = "auto",
-    device: str = "auto",
-    json: bool = False,
-) -> None:
-    """Measure a field: folds, SDlogJ and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm).
-
-    Args:
-        ddf: the field.
-        fixed: image on its grid.
-        moving: image that it leads to.
-        fixed_label: labels of the fixed image.
-        moving_label: labels of the moving image.
-        fixed_points: landmarks in the fixed image.
-        moving_points: the same points in the moving image.
-        fixed_mask: on the fixed grid: folds and SDlogJ count where it is not zero.
-        file_format: of the field.
-        device: auto, cpu, cuda, cuda:1, ...
-        json: print JSON.
-    """
-    from monai_lm.apps import commands
-
-    labels, points = _both("label", fixed_label, moving_label), _both("points", fixed_points, moving_points)
-    _show(commands.evaluate_field(ddf, fixed, moving, labels, points, file_format, device, fixed_mask), json)
-
-
 def info(file: str | None = None, file_format: str = "auto", json: bool = False) -> None:
     """What a file is taken for: a field, an affine, points, an image; without one versions and devices.
 
@@ -390,7 +223,7 @@ def info(file: str | None = None, file_format: str = "auto", json: bool = False)
     if file is not None:
         from monai_lm.apps.info import describe_file
 
-        _show(describe_file(file, file_format), json)
+        show(describe_file(file, file_format), json)
         return
     import monai
     import nibabel
@@ -406,7 +239,7 @@ def info(file: str | None = None, file_format: str = "auto", json: bool = False)
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
         "kernels": missing(torch.device("cuda" if cuda else "cpu")) or "native",
     }  # fmt: skip
-    _show(out, json)
+    show(out, json)
 
 
 def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) -> None:
@@ -427,25 +260,6 @@ def _weighed(regularizer: str | None, weight: float | None) -> str | Regularizer
     if regularizer not in REGULARIZERS:
         raise ValueError(f"regularizer_weight needs a regularizer, one of {tuple(REGULARIZERS)}, got {regularizer!r}")
     return REGULARIZERS[regularizer](weight)
-
-
-def _both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
-    if (fixed is None) != (moving is None):
-        raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
-    return None if fixed is None or moving is None else (fixed, moving)
-
-
-def _show(values: dict[str, Any], json: bool) -> None:
-    if json:
-        print(as_json(values))
-        return
-    for key, value in values.items():
-        if key == "alignment":
-            print(value["text"])
-        elif key == "remarks":
-            print("".join(f"- {text}\n" for text in value.values()), end="")
-        elif not isinstance(value, dict):
-            print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")
 
 
 def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> list[str]:

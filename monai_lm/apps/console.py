@@ -1,4 +1,4 @@
-"""How a command speaks: warnings and errors in a line each, and an exit code."""
+"""How a command speaks: values, warnings and errors in a line each, and an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["console"]
+from monai_lm.io.outputs import as_json
+
+__all__ = ["both", "console", "show"]
 
 
 @contextmanager
@@ -25,11 +27,11 @@ def console(name: str) -> Iterator[None]:
         name: of the command.
     """
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{name}: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = tell
         try:
             yield
         except KeyboardInterrupt as error:
@@ -38,3 +40,24 @@ def console(name: str) -> Iterator[None]:
         except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+
+
+def both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
+    """Two files that belong together, or none; ValueError for one of them alone."""
+    if (fixed is None) != (moving is None):
+        raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
+    return None if fixed is None or moving is None else (fixed, moving)
+
+
+def show(values: dict[str, Any], json: bool) -> None:
+    """Print values a line each, or as JSON."""
+    if json:
+        print(as_json(values))
+        return
+    for key, value in values.items():
+        if key == "alignment":
+            print(value["text"])
+        elif key == "remarks":
+            print("".join(f"- {text}\n" for text in value.values()), end="")
+        elif not isinstance(value, dict):
+            print(f"{key:<20}{value:.4g}" if isinstance(value, float) else f"{key:<20}{value}")

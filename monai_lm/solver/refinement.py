@@ -20,23 +20,20 @@ from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.outliers import without_outliers
-from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.checks import (
     check_field,
     check_guidance,
     check_images,
-    check_shown,
     check_spacing,
-    checked_mask,
     plain,
     plain_images,
 )
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
-from monai_lm.solver.memory import MODES, automatic_mode, halved
+from monai_lm.solver.images import Masks, constant_pairs, normal, refined_images, weighted
+from monai_lm.solver.memory import MODES, automatic_mode
 from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
 from monai_lm.solver.pyramid import make_level
@@ -49,8 +46,6 @@ from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
 
 __all__ = ["check_keywords", "defaults", "refine"]
-
-_Masks = tuple[Tensor | None, Tensor | None]
 
 _GOAL = 0.5
 """What determinants of a folded prediction are brought above: what is rough in it folds again with the residual, and
@@ -198,7 +193,7 @@ def refine(
         check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
-    measure, masks = _weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask), symmetric)
+    measure, masks = weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask), symmetric)
     if memory == "auto":
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
@@ -236,36 +231,6 @@ def check_keywords(owner: str, names: Iterable[str]) -> None:
         raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
 
 
-def _weighted(
-    measure: Similarity, images: tuple[Tensor, Tensor], masks: _Masks, symmetric: bool
-) -> tuple[Similarity, _Masks]:
-    """The measure that counts what the masks of the fixed and of the moving image show, and the masks; all checked.
-
-    Where both images move, both have a mask then, or none.
-    """
-    mask = _hiding(masks[0], images[0], "mask", "fixed")
-    moving_mask = _hiding(masks[1], images[1], "moving_mask", "moving")
-    check_shown("fixed", images[0], mask)
-    check_shown("moving", images[1], moving_mask)
-    if mask is None and moving_mask is None:
-        return measure, (None, None)
-    if symmetric:
-        both = (
-            torch.ones_like(image[:, :1]) if m is None else m
-            for image, m in zip(images, (mask, moving_mask), strict=True)
-        )
-        return Weighted(measure, moving=True), (next(both), next(both))
-    return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
-
-
-def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | None:
-    """A mask, checked; one that hides nothing is left out: warped, it would be one but for rounding."""
-    if mask is None:
-        return None
-    mask = checked_mask(mask, image, name, of)
-    return None if bool((mask == 1).all()) else mask
-
-
 def _as_memory_allows(
     run: Callable[[Settings], RefinementResult], settings: Settings, images: Tensor
 ) -> RefinementResult:
@@ -286,7 +251,7 @@ def _as_memory_allows(
 
 def _coarse_to_fine(
     problem: Problem,
-    masks: _Masks,
+    masks: Masks,
     stages: list[Stage],
     finest: Stage,
     settings: Settings,
@@ -294,10 +259,10 @@ def _coarse_to_fine(
     bar: tqdm,
 ) -> RefinementResult:
     """Run the stages, and end on the finest one, which has the grid of the images."""
-    ddf = None if problem.prediction is None else _normal(problem.prediction)
-    constant = _constant((problem.fixed, problem.moving), masks)
+    ddf = None if problem.prediction is None else normal(problem.prediction)
+    constant = constant_pairs((problem.fixed, problem.moving), masks)
     idle = torch.cat([constant, constant]) if settings.symmetric else constant
-    fixed, moving = _images(problem, masks, settings)
+    fixed, moving = refined_images(problem, masks, settings)
     repaired = used = None
     if ddf is not None:
         edges = [1 / unit for unit in finest.level.unit]
@@ -319,47 +284,6 @@ def _coarse_to_fine(
         loss = engine.loss(engine.residual.field)
     assert engine is not None  # for mypy: there is a stage
     return _finish(engine, loss, (ddf, repaired, used), constant, record)
-
-
-def _images(problem: Problem, masks: _Masks, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Fixed and moving image as they are refined: with their weights, in the precision of the memory mode."""
-    mask, moving_mask = masks
-    seen = [
-        _normal(image) if own is None else shown(image, own)
-        for image, own in zip((problem.fixed, problem.moving), masks, strict=True)
-    ]
-    fixed, moving = without_outliers(*seen)
-    if settings.symmetric:
-        fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
-        mask, moving_mask = _twice(mask, moving_mask), _twice(moving_mask, mask)
-    fixed = fixed if mask is None else with_weight(fixed, mask)
-    moving = moving if moving_mask is None else with_moving_weight(moving, moving_mask)
-    return halved(fixed, moving, settings.similarity) if settings.memory == "half" else (fixed, moving)
-
-
-def _twice(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return None if mask is None or other is None else torch.cat([mask, other])
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    """Copy of an inference tensor that may take part in autograd; any other tensor itself."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _constant(images: tuple[Tensor, Tensor], masks: _Masks) -> Tensor:
-    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning."""
-    same = []
-    for image, mask in zip(images, masks, strict=True):
-        upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
-        same.append(upper.flatten(1).amax(1) == lower.flatten(1).amin(1))
-    for name, pairs, mask in zip(("fixed", "moving"), torch.stack(same).tolist(), masks, strict=True):
-        if any(pairs):
-            numbers = [number for number, constant in enumerate(pairs) if constant]
-            where = "" if mask is None else " inside its mask"
-            warnings.warn(
-                f"{name} is constant{where} in pairs {numbers}; their field is returned unchanged", stacklevel=6
-            )
-    return same[0] | same[1]
 
 
 def _finish(

@@ -1,0 +1,91 @@
+"""The two images of a refinement: what of them counts, and how they are kept."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from monai_lm.similarity import Similarity
+from monai_lm.similarity.outliers import without_outliers
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
+from monai_lm.solver.checks import check_shown, checked_mask
+from monai_lm.solver.memory import halved
+from monai_lm.solver.run import Problem, Settings
+
+__all__ = ["Masks", "constant_pairs", "normal", "refined_images", "weighted"]
+
+Masks = tuple[Tensor | None, Tensor | None]
+"""Of the fixed and of the moving image, ``(B, 1, *S)``."""
+
+
+def weighted(
+    measure: Similarity, images: tuple[Tensor, Tensor], masks: Masks, symmetric: bool
+) -> tuple[Similarity, Masks]:
+    """The measure that counts what the masks of the fixed and of the moving image show, and the masks; all checked.
+
+    Where both images move, both have a mask then, or none.
+    """
+    mask = _hiding(masks[0], images[0], "mask", "fixed")
+    moving_mask = _hiding(masks[1], images[1], "moving_mask", "moving")
+    check_shown("fixed", images[0], mask)
+    check_shown("moving", images[1], moving_mask)
+    if mask is None and moving_mask is None:
+        return measure, (None, None)
+    if symmetric:
+        both = (
+            torch.ones_like(image[:, :1]) if m is None else m
+            for image, m in zip(images, (mask, moving_mask), strict=True)
+        )
+        return Weighted(measure, moving=True), (next(both), next(both))
+    return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
+
+
+def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | None:
+    """A mask, checked; one that hides nothing is left out: warped, it would be one but for rounding."""
+    if mask is None:
+        return None
+    mask = checked_mask(mask, image, name, of)
+    return None if bool((mask == 1).all()) else mask
+
+
+def refined_images(problem: Problem, masks: Masks, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Fixed and moving image as they are refined: with their weights, in the precision of the memory mode."""
+    mask, moving_mask = masks
+    seen = [
+        normal(image) if own is None else shown(image, own)
+        for image, own in zip((problem.fixed, problem.moving), masks, strict=True)
+    ]
+    fixed, moving = without_outliers(*seen)
+    if settings.symmetric:
+        fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
+        mask, moving_mask = _twice(mask, moving_mask), _twice(moving_mask, mask)
+    fixed = fixed if mask is None else with_weight(fixed, mask)
+    moving = moving if moving_mask is None else with_moving_weight(moving, moving_mask)
+    return halved(fixed, moving, settings.similarity) if settings.memory == "half" else (fixed, moving)
+
+
+def _twice(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if mask is None or other is None else torch.cat([mask, other])
+
+
+def normal(tensor: Tensor) -> Tensor:
+    """Copy of an inference tensor that may take part in autograd; any other tensor itself."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def constant_pairs(images: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
+    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning."""
+    same = []
+    for image, mask in zip(images, masks, strict=True):
+        upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
+        same.append(upper.flatten(1).amax(1) == lower.flatten(1).amin(1))
+    for name, pairs, mask in zip(("fixed", "moving"), torch.stack(same).tolist(), masks, strict=True):
+        if any(pairs):
+            numbers = [number for number, constant in enumerate(pairs) if constant]
+            where = "" if mask is None else " inside its mask"
+            warnings.warn(
+                f"{name} is constant{where} in pairs {numbers}; their field is returned unchanged", stacklevel=6
+            )
+    return same[0] | same[1]
