@@ -44,8 +44,9 @@ def machine(device: torch.device) -> Values:
 
 
 def imports() -> Values:
-    """Every module of the package; those that cannot be imported, with the reason. One is for Triton only."""
-    found = [module.name for module in pkgutil.walk_packages(monai_lm.__path__, "monai_lm.")]
+    """Every module of the package but adapters; those that cannot be imported, with the reason. One needs Triton."""
+    modules = pkgutil.walk_packages(monai_lm.__path__, "monai_lm.")
+    found = [module.name for module in modules if not module.name.startswith("monai_lm.integrations.")]
     if importlib.util.find_spec("triton") is None:
         found.remove("monai_lm.kernels.gpu")
     reasons = {name: _reason(name) for name in found if not name.endswith("__main__")}

@@ -21,7 +21,7 @@ from monai_lm.alignment.result import Alignment
 from monai_lm.alignment.view import Look, View, levels_of
 from monai_lm.fields.space import Grid, check_affine, out_of_plane
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
+from monai_lm.similarity.weighted import Weighted, continued, with_moving_weight, with_weight
 from monai_lm.solver.checks import check_shown, checked_mask, plain
 
 __all__ = ["MODES", "align"]
@@ -122,7 +122,9 @@ def _checked(
         weight = None if own is None else checked_mask(own, image, name, of)
         check_shown(of, image, weight)
         weights.append(weight)
-        seen.append(image if weight is None else shown(image, weight))
+        seen.append(
+            image if weight is None else continued(image, (weight > 0) & torch.isfinite(image).all(1, keepdim=True))
+        )
     return (seen[0], seen[1]), (weights[0], weights[1])
 
 

@@ -132,7 +132,7 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
 
 def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(commands, "refine_pair", lambda *_, **how: given.append(how["settings"]["regularizer"]) or {})
+    monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.append(how["settings"]["regularizer"]) or {})
     start = ["monai-lm", "refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
     for words in ([], ["--regularizer", "bending"], ["--regularizer", "sliding", "--regularizer_weight", "2"]):
         monkeypatch.setattr(sys, "argv", [*start, *words])

@@ -11,6 +11,7 @@ from monai_lm.apps import commands, pairs
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
 from monai_lm.io import FORMATS, file_suffix, read_ddf, read_points, write_ddf, write_itk_ddf
+from monai_lm.io.outputs import as_json
 
 QUICK = {"scales": (2, 1), "iterations": (40, 20)}
 FIXED = np.diag([1.5, 1.5, 2.0, 1.0])
@@ -401,7 +402,7 @@ def test_a_folder_that_failed_work_made_goes_and_one_that_was_there_stays(pair, 
 
 
 def test_json_has_no_nan():
-    text = commands.as_json({"a": float("nan"), "b": 1.5, "c": 2, "d": float("inf")})
+    text = as_json({"a": float("nan"), "b": 1.5, "c": 2, "d": float("inf")})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": 1.5, "c": 2, "d": None}
 
 
@@ -601,7 +602,7 @@ def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, mo
         raise OSError(28, "No space left on device", "warped.nii.gz")
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "save_nifti", full)
+        patch.setattr(pairs, "save_nifti", full)
         with pytest.raises(OSError, match=r"No space left on device: 'warped\.nii\.gz'"):
             _refine(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
     assert list((tmp_path / "out").iterdir()) == []

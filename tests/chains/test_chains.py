@@ -13,7 +13,8 @@ import pytest
 import torch
 from scipy.ndimage import binary_erosion
 
-from monai_lm.apps.commands import apply_field, refine_pair
+from monai_lm.apps.commands import apply_field
+from monai_lm.apps.pairs import refine_pair
 from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.space import resample_moving
 
