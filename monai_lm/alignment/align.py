@@ -21,6 +21,7 @@ from monai_lm.alignment.result import Alignment
 from monai_lm.alignment.view import Look, View, levels_of
 from monai_lm.fields.space import Grid, check_affine, out_of_plane
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.similarity.outliers import without_outliers
 from monai_lm.similarity.weighted import Weighted, continued, with_moving_weight, with_weight
 from monai_lm.solver.checks import check_shown, checked_mask, plain
 
@@ -125,7 +126,8 @@ def _checked(
         seen.append(
             image if weight is None else continued(image, (weight > 0) & torch.isfinite(image).all(1, keepdim=True))
         )
-    return (seen[0], seen[1]), (weights[0], weights[1])
+    f, m = without_outliers(*seen)
+    return (f, m), (weights[0], weights[1])
 
 
 def _found(

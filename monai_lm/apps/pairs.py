@@ -114,7 +114,7 @@ def refine_pair(
             :func:`monai_lm.apps.plan.plan_of`.
         uncertainty: refine a second time, from the fixed to the moving image, and write ``uncertainty.nii.gz``, see
             :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide and ``symmetric``.
-        log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`; replaced.
+        log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`.
         ddf_before_affine: ``ddf`` ends where the affine of that file begins, as ANTs and greedy write the two, instead
             of leading through both.
 
@@ -141,6 +141,11 @@ def refine_pair(
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
     mode = affine if isinstance(affine, str) and affine in MODES else None
+    if affine is not None and mode is None and not Path(affine).is_file():
+        raise FileNotFoundError(f"affine must be a file or one of {list(MODES)}, found no file {affine}")
+    if log_json is not None:
+        log = Path(log_json).absolute()
+        check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask)

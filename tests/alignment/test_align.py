@@ -168,3 +168,17 @@ def test_what_cannot_be_used_is_named(change, message, random_tensor):
     given = {"fixed": random_tensor((1, 1, 8, 8)), "moving": random_tensor((1, 1, 8, 8)), "fixed_affine": np.eye(4)}
     with pytest.raises(ValueError, match=message):
         monai_lm.align(**given | {"moving_affine": np.eye(4)} | change)
+
+
+@pytest.mark.parametrize("value", [1e3, 1e6])
+def test_one_bright_voxel_does_not_keep_images_apart(value):
+    axis = torch.arange(40.0)
+    shift = (4.0, -3.0)
+    images = [
+        torch.exp(-((axis[:, None] - 20 - s) ** 2 / 60 + (axis - 18 - t) ** 2 / 30))[None, None]
+        + 0.3 * torch.exp(-((axis[:, None] - 26 - s) ** 2 + (axis - 20 - t) ** 2) / 8)[None, None]
+        for s, t in ((0.0, 0.0), shift)
+    ]
+    images[0][0, 0, 2, 3] = value
+    found = monai_lm.align(*images, np.eye(4), np.eye(4), "center")
+    np.testing.assert_allclose(found.matrix[:2, 3], shift, atol=0.3)
