@@ -59,6 +59,10 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     return _field(path, found)
 
 
+_OF_TWO_GRIDS = ("voxel", "fsl", "learn2reg")
+"""Formats whose numbers mean something only beside the moving image's grid."""
+
+
 def _transform(path: Path) -> dict[str, Any]:
     """A file of ITK's transforms, linear or not."""
     content = path.read_bytes()
@@ -95,6 +99,10 @@ def _field(path: Path, file_format: str) -> dict[str, Any]:
     field = torch.from_numpy(np.ascontiguousarray(ddf))[None].float()
     out = {"kind": "field", "format": file_format, "values": says(file_format), "direction": _DIRECTION}
     out |= _grid(ddf.shape[1:], affine) | {"components": len(ddf), "folds": int(fold_count(field))}
+    if file_format in _OF_TWO_GRIDS:
+        out["note"] = (
+            "folds and length are right if the moving image lies on the same grid: the file does not say where"
+        )
     if affine is None:
         return out | {"largest (voxels)": float(field[0].norm(dim=0).max())}
     matrix = torch.from_numpy(affine[:3, : len(ddf)]).float()

@@ -618,3 +618,19 @@ def test_an_input_is_never_replaced(pair, tmp_path):
     ):
         _refine(pair, tmp_path / "out", ddf=field, overwrite=True, settings=QUICK | {"iterations": 1})
     assert field.read_bytes() == before
+
+
+def test_a_log_that_is_there_is_not_replaced_unasked(pair, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("kept")
+    with pytest.raises(FileExistsError, match=r"log\.jsonl"):
+        _refine(pair, tmp_path / "out", settings=QUICK, log_json=log)
+    assert log.read_text() == "kept"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_affine_that_is_neither_a_file_nor_a_way_to_find_one_is_named(pair, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"affine must be a file or one of .*'rigid'.*, found no file similarity"
+    ):
+        _refine(pair, tmp_path / "out", settings=QUICK, affine="similarity")

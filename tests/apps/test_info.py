@@ -31,6 +31,7 @@ def test_a_field(tmp_path, name):
     said = describe_file(path)
     assert (said["kind"], said["format"], said["size"], said["components"]) == ("field", name, "7 6 5", 3)
     assert said["folds"] == 4
+    assert ("same grid" in said.get("note", "")) == (name in ("voxel", "fsl", "learn2reg"))
     assert said["direction"].startswith("from points of the fixed image")
     if name == "learn2reg":
         assert said["largest (voxels)"] == 2
