@@ -91,9 +91,9 @@ def test_masks_of_both_images_count_on_a_device_as_on_the_cpu(n, similarity, mem
     fixed, moving, ddf, mask, moving_mask = moved([*images, prediction, *masks], device)
     result = refine(fixed, moving, ddf, mask, moving_mask=moving_mask, **settings)
     assert result.ddf.device == device
-    if memory == "full":
+    if (similarity, memory) != ("mi", "half"):
         assert float(torch.linalg.vector_norm(result.ddf.cpu() - expected.ddf, dim=1).mean()) < 0.01
-    else:  # what is rounded so decides which of two iterates that are as good is the best one
+    else:  # noise as small as its rounding, 2e-4 of the image, moves this field by .1 voxel on one and the same CPU
         torch.testing.assert_close(result.final_loss.cpu(), expected.final_loss, rtol=0.02, atol=1e-4)
     assert (result.final_loss < result.initial_loss).all()
     with pytest.raises(ValueError, match=r"moving_mask must be on the device of moving"):
