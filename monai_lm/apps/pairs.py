@@ -143,9 +143,6 @@ def refine_pair(
     mode = affine if isinstance(affine, str) and affine in MODES else None
     if affine is not None and mode is None and not Path(affine).is_file():
         raise FileNotFoundError(f"affine must be a file or one of {list(MODES)}, found no file {affine}")
-    if log_json is not None:
-        log = Path(log_json).absolute()
-        check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask)
@@ -158,6 +155,10 @@ def refine_pair(
     )  # fmt: skip
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
+    if log_json is not None:
+        log = Path(log_json).absolute()
+        check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
+        check_not_inputs(log.parent, [log.name], recipe.inputs.values())
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     aligned = None if mode is None else _aligned(pair, mode, chosen)
     if aligned is not None and aligned.kind != "none":

@@ -51,7 +51,7 @@ def register_sequence(
         mask: weights in [0, 1] on the reference: the similarity counts where they are not zero.
         file_format: of the fields.
         device: ``"auto"`` takes a GPU if there is one.
-        overwrite: replace what is in ``output_dir``.
+        overwrite: replace what is in ``output_dir``; fields of frames that are none any more do not stay.
         progress: show a progress bar.
         settings: keyword arguments of :func:`monai_lm.refine`.
         command: recorded as what was called.
@@ -98,6 +98,9 @@ def register_sequence(
         write_table(folder / "motion.csv", rows)
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json({"provenance": provenance | {"refine": used}}) + "\n")
+    for path in folder.glob(f"ddf_[0-9][0-9][0-9][0-9]{suffix}"):  # of a longer series, or of another reference
+        if overwrite and path.name not in names:
+            path.unlink()
     return rows
 
 

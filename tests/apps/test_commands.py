@@ -627,6 +627,8 @@ def test_a_log_that_is_there_is_not_replaced_unasked(pair, tmp_path):
         _refine(pair, tmp_path / "out", settings=QUICK, log_json=log)
     assert log.read_text() == "kept"
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="would be replaced"):
+        _refine(pair, tmp_path / "out", settings=QUICK, log_json=pair["moving"], overwrite=True)
 
 
 def test_an_affine_that_is_neither_a_file_nor_a_way_to_find_one_is_named(pair, tmp_path):

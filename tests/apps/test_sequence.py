@@ -90,3 +90,14 @@ def test_what_cannot_be_used_is_refused_before_the_work(series, tmp_path):
     with pytest.raises(FileExistsError, match=r"motion\.csv"):
         register_sequence(path, tmp_path / "out", settings=SETTINGS)
     assert (tmp_path / "out" / "motion.csv").read_text() == "kept"
+
+
+def test_fields_of_another_reference_do_not_stay(series, tmp_path):
+    path, _, _ = series(2)
+    quick = {"scales": (1,), "iterations": 1}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ddf_0009.nii.gz").write_text("somebody's")
+    register_sequence(path, tmp_path / "out", 1, settings=quick)
+    assert (tmp_path / "out" / "ddf_0009.nii.gz").exists()  # nobody said that it may be replaced
+    register_sequence(path, tmp_path / "out", 0, overwrite=True, settings=quick)
+    assert sorted(p.name for p in (tmp_path / "out").glob("ddf_*")) == ["ddf_0001.nii.gz", "ddf_0002.nii.gz"]
