@@ -38,6 +38,7 @@ from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.regularizer import Regularizer, make_regularizer
+from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
@@ -213,6 +214,8 @@ def refine(
             bar.reset()
             record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
             problem = Problem(fixed, moving, ddf, edges, guides)
+            if kernels != "reference":
+                rehearse(problem, any(m is not None for m in masks), stages, how)
             return _coarse_to_fine(problem, masks, stages, finest, how, record, bar)
 
         return _as_memory_allows(run, settings, fixed)

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from monai_lm.kernels import reference
+from monai_lm.solver import refinement
 
 CPU = torch.device("cpu")
 TOTAL_MEMORY = 80 * 2**30
@@ -151,6 +152,7 @@ class Pretend:
         }
         for name, answer in answers.items():
             yield mock.patch.object(torch.cuda, name, answer)
+        yield mock.patch.object(refinement, "rehearse")  # its threads know no labels
 
 
 @contextmanager
