@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from monai_lm.fields.space import check_affine
+from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import linear_matrix
 from monai_lm.io.lta import read_lta
 from monai_lm.io.nifti import replacing
@@ -53,7 +54,7 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     content = path.read_bytes()
-    if content.startswith(b"\x89HDF"):
+    if is_hdf5(path):
         return _checked(path, *_by_simpleitk(path, dimensions))
     if path.suffix.lower() == ".lta":
         return _checked(path, read_lta(path), dimensions)
