@@ -97,6 +97,7 @@ def compose(
     output: str,
     first_format: str = "auto",
     second_format: str = "auto",
+    moving: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Compose two fields: a point goes through the first, then through the second.
@@ -107,11 +108,12 @@ def compose(
         output: ITK field.
         first_format: of the first, where its file does not say.
         second_format: of the second.
+        moving: image that the second leads to, if it is in voxels of another grid than its own.
         overwrite: replace an output that exists.
     """
     from monai_lm.apps import commands
 
-    commands.compose_fields(first, second, output, overwrite, first_format, second_format)
+    commands.compose_fields(first, second, output, overwrite, first_format, second_format, moving)
 
 
 def convert(
@@ -135,7 +137,8 @@ def convert(
         file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
             ras, lps or positions.
         overwrite: replace an output that exists.
-        resample: bring the field to the grid of ``fixed``, where it lies on another one.
+        resample: bring the field to the grid of ``fixed``, where it lies on another one; to or from voxel, fsl and
+            learn2reg, which are in voxels of the moving image, moving must be given, too.
     """
     from monai_lm.apps import commands
 

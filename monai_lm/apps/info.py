@@ -12,7 +12,7 @@ import torch
 from monai_lm.fields import fold_count
 from monai_lm.fields.space import spacing_of
 from monai_lm.io import guess_format, read_affine, read_ddf, read_points
-from monai_lm.io.formats import says
+from monai_lm.io.formats import is_of_two_grids, says
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, applied_parts
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.volumes import load_volume
@@ -59,10 +59,6 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     return _field(path, found)
 
 
-_OF_TWO_GRIDS = ("voxel", "fsl", "learn2reg")
-"""Formats whose numbers mean something only beside the moving image's grid."""
-
-
 def _transform(path: Path) -> dict[str, Any]:
     """A file of ITK's transforms, linear or not."""
     content = path.read_bytes()
@@ -99,7 +95,7 @@ def _field(path: Path, file_format: str) -> dict[str, Any]:
     field = torch.from_numpy(np.ascontiguousarray(ddf))[None].float()
     out = {"kind": "field", "format": file_format, "values": says(file_format), "direction": _DIRECTION}
     out |= _grid(ddf.shape[1:], affine) | {"components": len(ddf), "folds": int(fold_count(field))}
-    if file_format in _OF_TWO_GRIDS:
+    if is_of_two_grids(file_format):
         out["note"] = (
             "folds and length are right if the moving image lies on the same grid: the file does not say where"
         )

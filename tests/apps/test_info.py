@@ -26,6 +26,8 @@ def bump():
 def test_a_field(tmp_path, name):
     if name in ("itk_transform", "metaimage", "nrrd"):
         pytest.importorskip("SimpleITK")
+    if name == "itk_transform":
+        pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     path = tmp_path / f"u{file_suffix(name)}"
     write_ddf(path, bump(), GRID, name)
     said = describe_file(path)
@@ -59,6 +61,7 @@ def test_images_labels_and_vectors_that_do_not_say_what_they_are(tmp_path):
 
 def test_affines_points_and_transforms(tmp_path):
     pytest.importorskip("SimpleITK")
+    pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     turn = np.array([[0, -1.0, 0, 3], [1, 0, 0, -2], [0, 0, 2, 1], [0, 0, 0, 1]])
     np.savetxt(tmp_path / "a.txt", turn)
     said = describe_file(tmp_path / "a.txt")
