@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_lm.io.content import look_of
 from monai_lm.io.simpleitk import grid_of, simpleitk
 
 __all__ = ["is_hdf5", "load_hdf5"]
@@ -69,10 +70,10 @@ def _read_parts(path: str | Path) -> list[Part]:
     except PermissionError:
         raise
     except Exception as error:  # a file that is damaged makes pyfive raise anything
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} must be a whole ITK transform file in HDF5, got {type(error).__name__}: {said}"
-        ) from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, pyfive.core.InvalidHDF5File):
+            said = look_of(path)
+        raise ValueError(f"{path} must be a whole ITK transform file in HDF5, got {said}") from error
 
 
 def _parts(transforms: Any, size: int) -> list[Part]:

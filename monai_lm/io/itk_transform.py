@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from monai_lm.fields.space import Grid, check_affine
+from monai_lm.io.content import check_file
 from monai_lm.io.itk import check_itk_grid
 from monai_lm.io.itk_hdf5 import is_hdf5, load_hdf5
 from monai_lm.io.itk_images import lps_vectors
@@ -150,8 +151,7 @@ def _parts_of(transform: Any) -> list[Any]:
 
 
 def _load(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     sitk = simpleitk(path)
     with errors_of_itk(path, "ITK transform file"):
         try:

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from monai_lm.fields.space import check_affine
+from monai_lm.io.content import check_file
 from monai_lm.io.nifti import check_length, errors_of, load_nifti
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
 
@@ -39,8 +40,7 @@ def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.n
 
 
 def _load_mgh(path: str | Path, finite: bool) -> tuple[np.ndarray, np.ndarray]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     with errors_of(path, "MGH file of an image"):
         image = nib.MGHImage.from_filename(path)
         check_length(path, image)
