@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +119,8 @@ def from_coarse(ddf: Tensor, size: Sequence[int], factor: float | Sequence[float
     n, own = ddf.shape[1], tuple(ddf.shape[2:])
     size = _voxel_counts(size, n)
     factors = [s / p for s, p in zip(size, own, strict=True)] if factor is None else factor
-    values: list[Any] = [factors] * n if isinstance(factors, Real) else list(factors)
-    if len(values) != n or not all(isinstance(v, Real) and 0 < v < float("inf") for v in values):
+    values: list[float] = list(factors) if isinstance(factors, Sequence) else [factors] * n
+    if len(values) != n or not all(isinstance(v, Real) and 0 < float(v) < float("inf") for v in values):
         raise ValueError(f"factor must be a positive number or {n} of them, an axis each, got {factor!r}")
     if any(abs(p * f - s) >= max(f, 1) for p, f, s in zip(own, values, size, strict=True)):
         about = [round(s / p, 2) for s, p in zip(size, own, strict=True)]
@@ -145,9 +144,9 @@ CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Ways to read ``(B, n, *S)``, each with what makes a displacement in voxels of it. The negated field is near the
 inverse of one that leads from the moving to the fixed image; invert such a field, :func:`monai_lm.fields.invert`."""
 
-MILLIMETRES: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
-    "millimetres": lambda u, spacing: u / _per_axis(spacing, u),
-    "millimetres LPS": lambda u, spacing: u / _per_axis([-s if axis < 2 else s for axis, s in enumerate(spacing)], u),
+MILLIMETRES: dict[str, Callable[[Sequence[float], Tensor], Tensor]] = {
+    "millimetres": lambda spacing, u: u / _per_axis(spacing, u),
+    "millimetres LPS": lambda spacing, u: u / _per_axis([-s if axis < 2 else s for axis, s in enumerate(spacing)], u),
 }
 """Further ways, for which the voxel edges must be known: along the axes of the array, which is RAS where they lead to
 the right, to the front and up, and LPS on such a grid."""
@@ -257,7 +256,7 @@ def _in_millimetres(spacing: Sequence[float], ddf: Tensor, given: str) -> dict[s
     same = {"millimetres": "voxels"} | ({"millimetres LPS": "inverse direction"} if len(edges) == 2 else {})
     are_ones = max(abs(edge - 1) for edge in edges) < 1e-3
     return {
-        name: partial(read, spacing=edges)
+        name: partial(read, edges)
         for name, read in MILLIMETRES.items()
         if not (are_ones and name in same and name != given)
     }

@@ -14,11 +14,12 @@ from monai_lm.fields.space import spacing_of
 from monai_lm.io import guess_format, read_affine, read_ddf, read_points
 from monai_lm.io.content import check_file, look_of
 from monai_lm.io.formats import is_of_two_grids, says
+from monai_lm.io.freesurfer import MGH_SUFFIXES, is_warp
 from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, applied_parts
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES
-from monai_lm.io.volumes import MGH_SUFFIXES, load_volume
+from monai_lm.io.volumes import load_volume
 
 __all__ = ["describe_file"]
 
@@ -65,7 +66,9 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
         found = guess_format(path)
     except ValueError as not_a_field:
         return _volume(path, not_a_field)
-    if found in ("metaimage", "nrrd") and load_volume(path)[0].ndim == 3:
+    if found == "freesurfer" and not is_warp(path):
+        return _volume(path)
+    if found in ("metaimage", "nrrd") and load_volume(path, finite=False)[0].ndim == 3:
         return _volume(path)
     return _field(path, found)
 

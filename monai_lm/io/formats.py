@@ -16,6 +16,7 @@ import numpy as np
 
 from monai_lm.fields.space import Grid
 from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
+from monai_lm.io.freesurfer import MGH_SUFFIXES, read_freesurfer_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
@@ -107,6 +108,12 @@ _TABLE = {
         of_two_grids=True,
     ),
     "niftyreg": Format("displacements of points, or positions, RAS mm", read_niftyreg_ddf),
+    "freesurfer": Format(
+        "displacements or positions, RAS mm or voxels of its source, as the file says",
+        read_freesurfer_ddf,
+        suffixes=MGH_SUFFIXES,
+        planes=False,
+    ),
     "afni": Format(_LPS, read_afni_ddf, planes=False, check_grid=check_afni_grid),
     "ras": Format(_RAS, partial(read_millimetre_ddf, kind="ras")),
     "lps": Format(_LPS, partial(read_millimetre_ddf, kind="lps")),

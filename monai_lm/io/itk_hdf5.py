@@ -90,7 +90,8 @@ def _part(group: Any, size: int) -> Part:
     kind = kind.rstrip("\0")
     if not re.fullmatch(_KIND, kind):
         raise ValueError(f"the class {kind[:80]!r}, not one of ITK's in 2D or 3D")
-    return kind, *(_numbers(group, names, size) for names in _NUMBERS)
+    parameters, fixed = (_numbers(group, names, size) for names in _NUMBERS)
+    return kind, parameters, fixed
 
 
 def _numbers(group: Any, names: tuple[str, ...], size: int) -> np.ndarray:

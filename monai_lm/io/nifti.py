@@ -50,8 +50,8 @@ _OTHERS = {
     (".nrrd", ".nhdr"): "NRRD, which is read as an image or as a field (file_format='nrrd')",
     (".mat", ".lta"): "a linear transform, which is read as an affine",
     (".npz",): "Learn2Reg's, which is read as a field (file_format='learn2reg')",
-    (".mgz", ".mgh"): "MGH, which is read as an image; mri_warp_convert --inmgzwarp … --outras … makes a field for "
-    "file_format='ras' of a warp",
+    (".mgz", ".mgh"): "MGH, which is read as an image or, if it says that it is a warp, as a field "
+    "(file_format='freesurfer')",
     (".m3z",): "FreeSurfer's morph; mri_warp_convert --inm3z … --outras … makes a field for file_format='ras' of it",
     (".head", ".brik"): "AFNI's dataset; 3dcopy makes a NIfTI file of it",
 }

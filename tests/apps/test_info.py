@@ -96,7 +96,7 @@ def test_what_it_is_not_is_said_in_a_line(tmp_path):
         "noise.mha": (b"noise" * 200, "must be MetaImage, .*, got 1000 bytes"),
         "noise.mat": (b"noise" * 200, "must be ITK's .mat .*, got 1000 bytes"),
         "noise.npz": (b"noise" * 200, "must be a whole .npz file, got 1000 bytes"),
-        "noise.mgh": (b"noise" * 200, "must be a whole MGH file of an image, got an unknown code"),
+        "noise.mgh": (b"noise" * 200, "must be a whole MGH file, got 1000 bytes"),
         "empty.nii": (b"", "must be a whole NIfTI file, got an empty file"),
         "empty.txt": (b"", "must hold a linear transform, got an empty file"),
         "empty.csv": (b"", "must hold points, got none"),

@@ -117,7 +117,11 @@ def test_broken_files_and_other_suffixes_are_named(tmp_path):
             "must be a whole MetaImage or NRRD file, got RuntimeError: MetaImageIO: File cannot be read",
         ),
         ("u.nrrd", "ObjectType = Image", "must be NRRD, got MetaImage"),
-        ("u.nrrd", "NRRD0004\n", "must be a whole MetaImage or NRRD file, got RuntimeError: Error reading"),
+        (
+            "u.nrrd",
+            "NRRD0004\n",
+            "must be a whole MetaImage or NRRD file, got RuntimeError: [a-zA-Z]*:? ?.*trouble reading",
+        ),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name} {message}"):
