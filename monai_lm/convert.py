@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +19,12 @@ from torch import Tensor
 from monai_lm.fields import warp
 from monai_lm.fields.topology import folded_cells
 from monai_lm.similarity import Similarity, get_similarity
-from monai_lm.solver.checks import check_field, check_images, plain
+from monai_lm.solver.checks import check_field, check_images, check_spacing, plain
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
 
 __all__ = [
     "CONVENTIONS",
+    "MILLIMETRES",
     "Check",
     "check",
     "from_coarse",
@@ -48,13 +51,12 @@ def from_grid_sample(grid: Tensor, align_corners: bool = True, size: Sequence[in
     Raises:
         ValueError: another shape.
     """
+    _check_tensor(grid, "grid")
     n = grid.dim() - 2
     if n not in (2, 3) or grid.shape[-1] != n:
         raise ValueError(f"grid must be (B, *S, n) with n = len(S) = 2 or 3, got shape {tuple(grid.shape)}")
     own = tuple(grid.shape[1:-1])
-    if size is not None and len(size) != n:
-        raise ValueError(f"size must be {n} voxel counts, got {size!r}")
-    length = grid.new_tensor(own if size is None else tuple(size))
+    length = grid.new_tensor(own if size is None else _voxel_counts(size, n))
     normalised = grid.flip(-1) + 1
     voxels = normalised / 2 * (length - 1) if align_corners else (normalised * length - 1) / 2
     return voxels.movedim(-1, 1) - _identity(own, grid)
@@ -109,16 +111,24 @@ def from_coarse(ddf: Tensor, size: Sequence[int], factor: float | Sequence[float
         coincide with the image's, see :func:`monai_lm.fields.resample`.
 
     Raises:
-        ValueError: another shape, or a size or factors of another number.
+        TypeError: ``ddf`` is no tensor.
+        ValueError: another shape; a size that is no voxel count per axis; factors that are no positive number, or one
+            per axis, or of which the blocks do not fill the image: ``P * factor`` differs from ``size`` by a block.
     """
     _check(ddf, "ddf")
-    n = ddf.shape[1]
-    factors = [s / p for s, p in zip(size, ddf.shape[2:], strict=False)] if factor is None else factor
-    factors = [float(factors)] * n if isinstance(factors, int | float) else [float(f) for f in factors]
-    if len(size) != n or len(factors) != n:
-        raise ValueError(f"size and factor must have {n} numbers for this field, got {size!r} and {factor!r}")
+    n, own = ddf.shape[1], tuple(ddf.shape[2:])
+    size = _voxel_counts(size, n)
+    factors = [s / p for s, p in zip(size, own, strict=True)] if factor is None else factor
+    values: list[float] = list(factors) if isinstance(factors, Sequence) else [factors] * n
+    if len(values) != n or not all(isinstance(v, Real) and 0 < float(v) < float("inf") for v in values):
+        raise ValueError(f"factor must be a positive number or {n} of them, an axis each, got {factor!r}")
+    if any(abs(p * f - s) >= max(f, 1) for p, f, s in zip(own, values, size, strict=True)):
+        about = [round(s / p, 2) for s, p in zip(size, own, strict=True)]
+        raise ValueError(
+            f"factor must be about size / P, {about} for a field of {own} on an image of {size} voxels, got {factor!r}"
+        )
     mode = "bilinear" if n == 2 else "trilinear"
-    return F.interpolate(ddf, size=tuple(size), mode=mode, align_corners=False) * _per_axis(factors, ddf)
+    return F.interpolate(ddf, size=size, mode=mode, align_corners=False) * _per_axis(values, ddf)
 
 
 CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,6 +144,13 @@ CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Ways to read ``(B, n, *S)``, each with what makes a displacement in voxels of it. The negated field is near the
 inverse of one that leads from the moving to the fixed image; invert such a field, :func:`monai_lm.fields.invert`."""
 
+MILLIMETRES: dict[str, Callable[[Sequence[float], Tensor], Tensor]] = {
+    "millimetres": lambda spacing, u: u / _per_axis(spacing, u),
+    "millimetres LPS": lambda spacing, u: u / _per_axis([-s if axis < 2 else s for axis, s in enumerate(spacing)], u),
+}
+"""Further ways, for which the voxel edges must be known: along the axes of the array, which is RAS where they lead to
+the right, to the front and up, and LPS on such a grid."""
+
 _FOLDED = 0.5
 _GAIN = 0.05
 _LEAD = 0.25
@@ -148,7 +165,8 @@ class Check:
     """What :func:`check` found.
 
     Attributes:
-        losses: dissimilarity of fixed and warped image at half the resolution by reading, see :data:`CONVENTIONS`;
+        losses: dissimilarity of fixed and warped image at half the resolution by reading, see :data:`CONVENTIONS` and,
+            with a spacing, :data:`MILLIMETRES`;
             infinite where a field read so folds in most of its cells, and cannot be meant.
         without: the same without a field.
         perfect: the same of the fixed image and itself.
@@ -173,6 +191,7 @@ def check(
     ddf: Tensor,
     given: str = "voxels",
     similarity: str | Similarity = "lncc",
+    spacing: Sequence[float] | None = None,
 ) -> Check:
     """Tell by similarity which convention a field is in.
 
@@ -180,24 +199,29 @@ def check(
         fixed: ``(B, C, *S)``.
         moving: ``(B, C, *S)``, on the same grid.
         ddf: ``(B, n, *S)``, as the network returned it; a map ``(B, *S, n)`` with its components moved to the front.
-        given: the convention that it is meant to be in, one of :data:`CONVENTIONS`.
+        given: the convention that it is meant to be in, one of :data:`CONVENTIONS` or, with a spacing,
+            :data:`MILLIMETRES`.
         similarity: a measure that fits the images, see :func:`monai_lm.refine`.
+        spacing: voxel edge per axis in millimetres: those are tried, too, unless they are voxels (edges of 1).
 
     Returns:
         The dissimilarity by convention, and which is the best; over all pairs of the batch.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: shapes that do not fit, values that are not finite, or an unknown ``given``.
+        ValueError: shapes that do not fit, values that are not finite, an unknown ``given``, or a spacing that is not.
 
     Warns:
         UserWarning: another convention fits clearly better than ``given``.
     """
-    if given not in CONVENTIONS:
-        raise ValueError(f"given must be one of {list(CONVENTIONS)}, got {given!r}")
+    if given not in CONVENTIONS and given not in MILLIMETRES:
+        raise ValueError(f"given must be one of {[*CONVENTIONS, *MILLIMETRES]}, got {given!r}")
+    if given in MILLIMETRES and spacing is None:
+        raise ValueError(f"spacing must be given for given={given!r}, the edges of a voxel")
     fixed, moving, ddf = (plain(name, x) for name, x in (("fixed", fixed), ("moving", moving), ("ddf", ddf)))
     check_images(fixed, moving)
     check_field("ddf", ddf, len(fixed), fixed.shape[2:], fixed.device)
+    readings = CONVENTIONS if spacing is None else CONVENTIONS | _in_millimetres(spacing, ddf, given)
     measure = get_similarity(similarity)
     ones = (1.0,) * ddf.shape[1]
     finest, level = (make_level(fixed.shape[2:], ones, scale) for scale in (1, 2))
@@ -209,12 +233,12 @@ def check(
         reference, source = measure.prepare(*images)
         without = float(measure.evaluate(source, reference)[0].mean()) / voxels
         losses = {}
-        for name, read in CONVENTIONS.items():
+        for name, read in readings.items():
             field = _meant(read(ddf), finest, level)
             loss = float("inf") if field is None else float(measure.evaluate(warp(source, field), reference)[0].mean())
             losses[name] = loss / voxels
     best = _best(losses, without, perfect)
-    if best is not None and float(CONVENTIONS[best](ddf).square().sum(1).mean().sqrt()) < _SMALL:
+    if best is not None and float(readings[best](ddf).square().sum(1).mean().sqrt()) < _SMALL:
         best = None
     out = Check(losses, without, perfect, best)
     if out.best not in (None, given):
@@ -224,6 +248,18 @@ def check(
             stacklevel=2,
         )
     return out
+
+
+def _in_millimetres(spacing: Sequence[float], ddf: Tensor, given: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The readings of :data:`MILLIMETRES` for a spacing, without those that others are, too, unless ``given``."""
+    edges = check_spacing(spacing, ddf.shape[1])
+    same = {"millimetres": "voxels"} | ({"millimetres LPS": "inverse direction"} if len(edges) == 2 else {})
+    are_ones = max(abs(edge - 1) for edge in edges) < 1e-3
+    return {
+        name: partial(read, edges)
+        for name, read in MILLIMETRES.items()
+        if not (are_ones and name in same and name != given)
+    }
 
 
 def _meant(ddf: Tensor, finest: Level, level: Level) -> Tensor | None:
@@ -239,7 +275,21 @@ def _best(losses: dict[str, float], without: float, perfect: float) -> str | Non
     return first if clear else None
 
 
+def _check_tensor(value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _voxel_counts(size: Sequence[int], n: int) -> tuple[int, ...]:
+    """A size as it is; ValueError unless it is ``n`` positive whole numbers."""
+    values = tuple(size) if isinstance(size, Sequence) else ()
+    if len(values) != n or not all(isinstance(v, Integral) and not isinstance(v, bool) and v > 0 for v in values):
+        raise ValueError(f"size must be {n} voxel counts, for the field has {n} components, got {size!r}")
+    return tuple(int(v) for v in values)
+
+
 def _check(field: Tensor, name: str) -> None:
+    _check_tensor(field, name)
     if field.dim() not in (4, 5) or field.shape[1] != field.dim() - 2:
         raise ValueError(f"{name} must be (B, n, *S) with n = len(S) = 2 or 3, got shape {tuple(field.shape)}")
 

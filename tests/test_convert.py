@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from monai_lm.convert import (
     CONVENTIONS,
+    MILLIMETRES,
     check,
     from_coarse,
     from_grid_sample,
@@ -84,8 +85,23 @@ def test_a_coarse_grid_of_blocks_keeps_a_linear_field(factor):
         (lambda: from_lapirn(torch.zeros(1, 2, 4, 5, 6)), r"flow must be \(B, n, \*S\)"),
         (lambda: from_symnet(torch.zeros(3, 4, 5, 6)), r"flow must be \(B, n, \*S\)"),
         (lambda: from_icon(torch.zeros(1, 4, 5, 2)), r"phi must be \(B, n, \*S\)"),
-        (lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8,)), "size and factor must have 2 numbers"),
+        (
+            lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8,)),
+            r"size must be 2 voxel counts, .* 2 components, got \(8,\)",
+        ),
+        (lambda: from_coarse(torch.zeros(1, 2, 4, 5), 8), "size must be 2 voxel counts, .* got 8"),
+        (lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8.0, 10)), r"size must be 2 voxel counts, .* got \(8.0, 10\)"),
+        (lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8, 10), 0), "factor must be a positive number or 2 of them"),
+        (lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8, 10), (2,)), r"factor must be .* an axis each, got \(2,\)"),
+        (
+            lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8, 10), 4),
+            r"factor must be about size / P, \[2.0, 2.0\] for a field of \(4, 5\) on an image of \(8, 10\) .*, got 4",
+        ),
         (lambda: check(*[torch.zeros(1, 1, 8, 8)] * 2, torch.zeros(1, 2, 8, 8), "mm"), "given must be one of"),
+        (
+            lambda: check(*[torch.zeros(1, 1, 8, 8)] * 2, torch.zeros(1, 2, 8, 8), "millimetres"),
+            "spacing must be given for given='millimetres'",
+        ),
     ],
 )
 def test_what_is_none_of_them_is_refused(call, message):
@@ -142,6 +158,27 @@ def test_the_convention_of_a_networks_field_is_told(predicted, convention):
     assert str(found).splitlines()[:2] == [
         f"the field is {convention!r}", f"{convention:<20}{found.losses[convention]:.4f}"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("convention", ["voxels", *MILLIMETRES])
+def test_with_a_spacing_millimetres_are_told(predicted, convention):
+    fixed, moving, ddf = predicted
+    edges = ddf.new_tensor([1.5, 2.0, 3.0]).view(3, 1, 1, 1)
+    signs = ddf.new_tensor([-1, -1, 1] if "LPS" in convention else [1, 1, 1]).view(3, 1, 1, 1)
+    given = ddf if convention == "voxels" else ddf * edges * signs
+    found = check(fixed, moving, given, convention, spacing=(1.5, 2.0, 3.0))
+    assert found.best == convention
+    assert set(found.losses) == {*CONVENTIONS, *MILLIMETRES}
+    assert set(check(fixed, moving, ddf, spacing=(1, 1, 1)).losses) == {*CONVENTIONS, "millimetres LPS"}
+    if convention != "voxels":
+        with pytest.warns(UserWarning, match=f"better as '{convention}' than as 'voxels'"):
+            check(fixed, moving, given, spacing=(1.5, 2.0, 3.0))
+
+
+def test_a_field_is_a_tensor():
+    for call in (from_grid_sample, from_lapirn, from_symnet, from_icon, lambda u: from_coarse(u, (4, 5))):
+        with pytest.raises(TypeError, match=r"must be a torch.Tensor, got ndarray"):
+            call(np.zeros((1, 2, 4, 5)))
 
 
 @pytest.mark.parametrize("most", [0.0, 0.3])

@@ -19,6 +19,7 @@ import monai_lm
 from monai_lm.apps.cli_fields import apply, compose, convert, evaluate, invert, jacobian
 from monai_lm.apps.console import both, console, show
 from monai_lm.apps.demo import run_demo
+from monai_lm.fields.finite import check_number
 from monai_lm.solver.regularizer import REGULARIZERS, Regularizer
 
 __all__ = ["main", "with_values"]
@@ -130,7 +131,8 @@ def sequence(
         output_dir: gets warped.nii.gz, the series at rest, a field per frame, motion.csv and metrics.json.
         reference: frame that stays, from 0; negative from the end.
         label: labels on the reference; motion.csv has the motion of each.
-        mask: weights in [0, 1] on the reference: the similarity counts where they are not zero.
+        mask: weights in [0, 1] on the reference: the similarity counts where they are not zero. Motion is told over it,
+            else over the labels, else over the foreground.
         similarity: lncc, mi, mind, mse or ncc.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written, from the reference to the frames.
@@ -141,7 +143,8 @@ def sequence(
     how: dict[str, Any] = {"settings": {"similarity": similarity}, "command": shlex.join(["monai-lm", *sys.argv[1:]])}
     shown = sys.stderr.isatty()
     rows = register_sequence(series, output_dir, reference, label, mask, file_format, device, overwrite, shown, **how)
-    print(f"{len(rows)} frames, see {Path(output_dir) / 'motion.csv'}")
+    over = next(row["over"] for row in rows if "over" in row)
+    print(f"{len(rows)} frames, see {Path(output_dir) / 'motion.csv'}: motion over the {over}")
 
 
 def _options(
@@ -195,6 +198,9 @@ def _options(
         guide_weight: how hard they pull, relative to the images.
     """
     guided = guide_labels is not None or guide_points
+    check_number("guide_weight", guide_weight, 0, exclusive=True)
+    if guided and symmetric:
+        raise ValueError("guide_labels and guide_points cannot be used together with symmetric")
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
         "regularizer": _weighed(regularizer, regularizer_weight),
@@ -259,6 +265,7 @@ def _weighed(regularizer: str | None, weight: float | None) -> str | Regularizer
         return regularizer
     if regularizer not in REGULARIZERS:
         raise ValueError(f"regularizer_weight needs a regularizer, one of {tuple(REGULARIZERS)}, got {regularizer!r}")
+    check_number("regularizer_weight", weight, 0)
     return REGULARIZERS[regularizer](weight)
 
 
@@ -275,7 +282,9 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
                 joined = ",".join(value.strip(",") for value in values)
                 raise ValueError(f"{option} must be one word, {option} {joined}, got {' '.join(values)}")
     words = [
-        f"[{word}]" if before in _LISTS and _NUMBERS.fullmatch(word) and "," in word else word
+        f"[{word}]"
+        if _NUMBERS.fullmatch(word) and (before in _ONLY_LISTS or (before in _LISTS and "," in word))
+        else word
         for before, word in zip(["", *words], words, strict=False)
     ]
     parameters = [p for command in commands for p in signature(command).parameters.values()]
@@ -286,7 +295,8 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
     return out
 
 
-_LISTS = ("--scales", "--iterations", "--guide_labels")
+_ONLY_LISTS = ("--scales", "--guide_labels")
+_LISTS = (*_ONLY_LISTS, "--iterations")
 _NUMBERS = re.compile(r"[\d.,]+")
 
 

@@ -29,8 +29,8 @@ def apply(
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, for points and voxel fields.
         label: the image is a label map: nearest neighbour.
-        file_format: of the field: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
-            ras, lps or positions.
+        file_format: of the field: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg,
+            freesurfer, afni, ras, lps or positions.
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
@@ -97,6 +97,7 @@ def compose(
     output: str,
     first_format: str = "auto",
     second_format: str = "auto",
+    moving: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Compose two fields: a point goes through the first, then through the second.
@@ -107,11 +108,12 @@ def compose(
         output: ITK field.
         first_format: of the first, where its file does not say.
         second_format: of the second.
+        moving: image that the second leads to, if it is in voxels of another grid than its own.
         overwrite: replace an output that exists.
     """
     from monai_lm.apps import commands
 
-    commands.compose_fields(first, second, output, overwrite, first_format, second_format)
+    commands.compose_fields(first, second, output, overwrite, first_format, second_format, moving)
 
 
 def convert(
@@ -132,10 +134,11 @@ def convert(
         to: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, if its grid is another one.
-        file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg, afni,
-            ras, lps or positions.
+        file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg,
+            freesurfer, afni, ras, lps or positions.
         overwrite: replace an output that exists.
-        resample: bring the field to the grid of ``fixed``, where it lies on another one.
+        resample: bring the field to the grid of ``fixed``, where it lies on another one; to or from voxel, fsl and
+            learn2reg, which are in voxels of the moving image, moving must be given, too.
     """
     from monai_lm.apps import commands
 

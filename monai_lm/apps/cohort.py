@@ -66,7 +66,7 @@ def refine_cohort(
         UserWarning: columns that are not known, and ignored.
     """
     source = pairs if isinstance(pairs, str | Path) else list(pairs)
-    entries = named(entry for part in read_list(source).values() for entry in part)
+    entries = named(entry for part in read_list(source, argument="pairs").values() for entry in part)
     if not entries:
         raise ValueError(f"pairs must have at least one pair, got none in {pairs!s}")
     entries = _known(entries)

@@ -14,7 +14,8 @@ from monai_lm.fields.algebra import lengths
 from monai_lm.fields.inverses import InverseReport, inspect_inverse, invert_between
 from monai_lm.fields.metrics import measure
 from monai_lm.fields.space import Grid, move_to_grid, resample_moving, share_inside, through_affine, to_voxel, to_world
-from monai_lm.io import file_suffix, read_ddf, write_ddf
+from monai_lm.io import FORMATS, file_suffix, guess_format, read_ddf, write_ddf
+from monai_lm.io.formats import check_format, is_of_two_grids, says_where
 from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
 from monai_lm.io.nifti import label_type, replacing, save_nifti
 from monai_lm.io.outputs import (
@@ -101,6 +102,7 @@ def invert_field(
     """
     output, chosen = Path(output), find_device(device)
     check_field_output(output, file_format, overwrite)
+    check_format("ddf_format", ddf_format)
     field = Field(ddf, None, None if moving is None else Image(moving), ddf_format)
     file_suffix(file_format, field.ddf.shape[1])
     inner, affines = field.inner().to(chosen), (field.grid.affine, field.moving.affine)
@@ -116,11 +118,24 @@ def compose_fields(
     overwrite: bool = False,
     first_format: str = "auto",
     second_format: str = "auto",
+    moving: str | Path | None = None,
 ) -> None:
-    """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``."""
+    """Write the field that takes a point through ``first``, then through ``second``, on the grid of ``first``.
+
+    Args:
+        first: field that leads to the grid of ``second``.
+        second: field from there.
+        output: ITK field.
+        overwrite: replace ``output``.
+        first_format: of ``first``.
+        second_format: of ``second``.
+        moving: image that ``second`` leads to, if it is in voxels of another grid than its own.
+    """
     output = Path(output)
     check_field_output(output, "itk", overwrite)
-    outer = Field(second, file_format=second_format)
+    check_format("first_format", first_format)
+    check_format("second_format", second_format)
+    outer = Field(second, None, None if moving is None else Image(moving), second_format)
     values, affine = read_ddf(first, first_format, moving_affine=outer.grid.affine, moving_size=outer.grid.size)
     inner = torch.from_numpy(np.ascontiguousarray(values))[None].float()
     if affine is None:
@@ -134,7 +149,7 @@ def compose_fields(
             "there by its border value",
             stacklevel=2,
         )
-    write_field(output, compose(outer.ddf, inner), Grid(values.shape[1:], affine), outer.grid, "itk")
+    write_field(output, compose(outer.inner(), inner), Grid(values.shape[1:], affine), outer.grid, "itk")
 
 
 def convert_field(
@@ -158,9 +173,15 @@ def convert_field(
         file_format: of ``ddf``.
         overwrite: replace ``output``.
         resample: bring the field to the grid of ``fixed``, if it is another one: its vectors go along, linear in
-            between, extended by its border.
+            between, extended by its border. Then ``moving`` must be given if either format is in voxels of it.
+
+    Raises:
+        FileExistsError: ``output`` exists and ``overwrite`` is false.
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be used, or an image that is needed is not given.
     """
     output = Path(output)
+    check_format("to", to, FORMATS)
     check_field_output(output, to, overwrite)
     source, target = (None if path is None else Image(path) for path in (fixed, moving))
     if not resample:
@@ -169,7 +190,19 @@ def convert_field(
         return
     if source is None:
         raise ValueError("resample must be used together with fixed, the image on whose grid the field shall lie")
-    field, grid = Field(ddf, None, target, file_format), source.grid
+    found = guess_format(ddf) if file_format == "auto" else file_format
+    if not says_where(found):
+        raise ValueError(
+            f"{ddf} must say where it lies to be resampled, {found} fields do not; convert it to voxel first, with an "
+            "image on its own grid as fixed"
+        )
+    field, grid = Field(ddf, None, target, found), source.grid
+    if target is None and not grid.is_close(field.grid) and (of := {n for n in (found, to) if is_of_two_grids(n)}):
+        raise ValueError(
+            f"moving must be given to resample {ddf} from its grid, {field.grid.size} voxels, to that of {fixed}, "
+            f"{grid.size}: {' and '.join(sorted(of))} fields are in voxels of the moving image. Of two images that a "
+            "network saw on one grid, give the one that it saw as moving"
+        )
     moved = move_to_grid(field.inner(), field.grid.affine, grid.size, grid.affine)
     end = target.grid if target else grid
     write_field(output, through_affine(moved, grid.affine, end.affine), grid, end, to)

@@ -12,15 +12,22 @@ import torch
 from monai_lm.fields import fold_count
 from monai_lm.fields.space import spacing_of
 from monai_lm.io import guess_format, read_affine, read_ddf, read_points
-from monai_lm.io.formats import says
+from monai_lm.io.content import check_file, look_of
+from monai_lm.io.formats import is_of_two_grids, says
+from monai_lm.io.freesurfer import MGH_SUFFIXES, is_warp
+from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, applied_parts
 from monai_lm.io.points import POINT_SUFFIXES
+from monai_lm.io.simpleitk import IMAGE_SUFFIXES
 from monai_lm.io.volumes import load_volume
 
 __all__ = ["describe_file"]
 
 _DIRECTION = "from points of the fixed image, on whose grid it lies, to points of the moving image"
 _MOST_LABELS = 20
+_AFFINES = (".mat", ".lta")
+_IMAGES = (".nii", ".gz", ".hdr", ".img", ".m3z", *MGH_SUFFIXES, *IMAGE_SUFFIXES)
+_OTHER_FIELDS = (".npz", ".head", ".brik")
 
 
 def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]:
@@ -39,43 +46,45 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
         ValueError: it is none of these, or broken.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     suffix = path.suffix.lower()
     if file_format != "auto":
         return _field(path, file_format)
     if path.name.lower().endswith(POINT_SUFFIXES):
         return _points(path)
-    if suffix in (".mat", ".lta"):
+    if suffix in _AFFINES:
         return _affine(path)
     if suffix in TRANSFORM_SUFFIXES:
         return _transform(path)
+    if suffix not in _IMAGES + _OTHER_FIELDS:
+        ends = sorted({*_IMAGES, *_OTHER_FIELDS, *TRANSFORM_SUFFIXES, *POINT_SUFFIXES, *_AFFINES})
+        raise ValueError(
+            f"{path} must be a field, an affine, points, an image or a label map, got {look_of(path)}; what is read "
+            f"ends in {' '.join(ends)}"
+        )
     try:
         found = guess_format(path)
     except ValueError as not_a_field:
         return _volume(path, not_a_field)
-    if found in ("metaimage", "nrrd") and load_volume(path)[0].ndim == 3:
+    if found == "freesurfer" and not is_warp(path):
+        return _volume(path)
+    if found in ("metaimage", "nrrd") and load_volume(path, finite=False)[0].ndim == 3:
         return _volume(path)
     return _field(path, found)
 
 
-_OF_TWO_GRIDS = ("voxel", "fsl", "learn2reg")
-"""Formats whose numbers mean something only beside the moving image's grid."""
-
-
 def _transform(path: Path) -> dict[str, Any]:
     """A file of ITK's transforms, linear or not."""
-    content = path.read_bytes()
-    if not content.startswith((b"#Insight Transform File", b"\x89HDF")):
+    if not is_hdf5(path) and not path.read_bytes().startswith(b"#Insight Transform File"):
         return _affine(path)  # four rows of four numbers
     parts, linear = applied_parts(path)
     beside = {"parts": ", then ".join(parts)}
     if linear:
         return _affine(path) | beside
-    try:
+    if parts[0] == "DisplacementFieldTransform":
         return _field(path, "itk_transform") | beside
-    except ValueError as error:  # it can be read with a fixed image
-        return {"kind": "field", "format": "itk_transform", **beside, "note": str(error)}
+    note = "it does not say on which grid it lies; it is read on that of a fixed image"
+    return {"kind": "field", "format": "itk_transform", "values": says("itk_transform"), **beside, "note": note}
 
 
 def _affine(path: Path) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _field(path: Path, file_format: str) -> dict[str, Any]:
     field = torch.from_numpy(np.ascontiguousarray(ddf))[None].float()
     out = {"kind": "field", "format": file_format, "values": says(file_format), "direction": _DIRECTION}
     out |= _grid(ddf.shape[1:], affine) | {"components": len(ddf), "folds": int(fold_count(field))}
-    if file_format in _OF_TWO_GRIDS:
+    if is_of_two_grids(file_format):
         out["note"] = (
             "folds and length are right if the moving image lies on the same grid: the file does not say where"
         )
@@ -110,15 +119,23 @@ def _field(path: Path, file_format: str) -> dict[str, Any]:
 
 
 def _volume(path: Path, not_a_field: ValueError | None = None) -> dict[str, Any]:
-    """An image or a label map; vectors that do not say what they are, with what their reader says of it."""
-    data, affine = load_volume(path)
-    whole = bool((data == data.round()).all()) and float(data.min()) >= 0
-    labels = np.unique(data) if whole else np.empty(0)
-    is_label = whole and len(labels) <= max(_MOST_LABELS, data.size // 1000)
-    out: dict[str, Any] = {"kind": "label map" if is_label else "image"}
+    """An image, a label map, a series; vectors that do not say what they are, with what their reader says of it."""
+    data, affine = load_volume(path, finite=False)
+    finite = data[np.isfinite(data)]
+    if not finite.size:
+        raise ValueError(f"{path} must hold finite numbers, got none")
+    is_series = data.ndim == 4 and data.shape[3] > 1
+    whole = len(finite) == data.size and bool((data == data.round()).all()) and float(data.min()) >= 0
+    labels = np.unique(data) if whole and not is_series else np.empty(0)
+    is_label = 1 < len(labels) <= max(_MOST_LABELS, data.size // 1000)
+    out: dict[str, Any] = {"kind": "label map" if is_label else "series" if is_series else "image"}
+    if not_finite := data.size - len(finite):
+        out["not finite"] = f"{not_finite} voxels, NaN or infinite: a mask of zeros must hide them"
+    elif finite.min() == finite.max():
+        out["note"] = "one value everywhere: there is nothing to register"
     if "must say what its vectors are" in str(not_a_field):
         out = {"kind": "vectors", "note": str(not_a_field)}
-    out |= _grid(data.shape, affine) | {"range": _numbers([data.min(), data.max()])}
+    out |= _grid(data.shape, affine) | {"range": _numbers([finite.min(), finite.max()])}
     if is_label and "note" not in out:
         more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
         out["labels"] = " ".join(f"{v:g}" for v in labels[:_MOST_LABELS]) + more

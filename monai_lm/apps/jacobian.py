@@ -9,6 +9,7 @@ from torch import Tensor
 from monai_lm.fields import jacobian_determinant
 from monai_lm.fields.space import Grid
 from monai_lm.fields.topology import LOG_FLOOR
+from monai_lm.io.formats import check_format
 from monai_lm.io.images import Field, Image
 from monai_lm.io.nifti import save_nifti
 from monai_lm.io.outputs import check_outputs
@@ -46,6 +47,7 @@ def jacobian_field(
     if not output.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")
+    check_format("ddf_format", ddf_format)
     grid, target = (None if path is None else Image(path) for path in (fixed, moving))
     field = Field(ddf, grid, target, ddf_format)
     write_jacobian(output, field.inner().to(chosen), field.grid, log)

@@ -27,7 +27,7 @@ from monai_lm.apps.plan import plan_of, write_log
 from monai_lm.fields.inverses import invert_between
 from monai_lm.fields.space import resample_moving, through_affine
 from monai_lm.io import file_suffix, write_affine
-from monai_lm.io.formats import check_grid
+from monai_lm.io.formats import check_format, check_grid
 from monai_lm.io.images import Field, Pair, load_pair
 from monai_lm.io.nifti import label_type, replacing, save_nifti
 from monai_lm.io.outputs import (
@@ -128,16 +128,18 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
-    own = {"ddf": ddf, "mask": mask, "moving_mask": moving_mask}
+    own = {"ddf": ddf, "fixed_mask": mask, "moving_mask": moving_mask}
     given = [name for name, value in own.items() if value is not None]
     if bundle is not None and given:
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
     check_guide(guide, labels, points, bundle)
-    others = {"bundle": bundle, "guide": guide, "symmetric": (settings or {}).get("symmetric") or None}
+    is_symmetric = (settings or {}).get("symmetric") or None
+    others = {"bundle": bundle, "guide_labels or guide_points": guide, "symmetric": is_symmetric}
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
+    check_format("ddf_format", ddf_format)
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
     mode = affine if isinstance(affine, str) and affine in MODES else None
@@ -158,7 +160,7 @@ def refine_pair(
     if log_json is not None:
         log = Path(log_json).absolute()
         check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
-        check_not_inputs(log.parent, [log.name], recipe.inputs.values())
+        check_not_inputs(log.parent, [log.name], recipe.inputs.values(), "log_json")
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     aligned = None if mode is None else _aligned(pair, mode, chosen)
     if aligned is not None and aligned.kind != "none":

@@ -48,7 +48,7 @@ def register_sequence(
             the frames; ``motion.csv``, a row per frame; and ``metrics.json``.
         reference: frame that stays, from 0; negative from the end.
         label: labels on the reference; the motion of each is told.
-        mask: weights in [0, 1] on the reference: the similarity counts where they are not zero.
+        mask: weights in [0, 1] on the reference: the similarity counts, and motion is told, where they are not zero.
         file_format: of the fields.
         device: ``"auto"`` takes a GPU if there is one.
         overwrite: replace what is in ``output_dir``; fields of frames that are none any more do not stay.
@@ -58,13 +58,14 @@ def register_sequence(
 
     Returns:
         The rows of ``motion.csv``: ``frame``, ``time`` in seconds; the mean, 95th percentile and largest length of the
-        motion in millimetres, and its mean over each label (``mean_mm_3``); folds, SDlogJ, losses, the verdict and the
-        names of its remarks.
+        motion in millimetres, ``over`` the ``mask``, else over all ``labels``, else over the ``foreground``, where the
+        reference is brighter than Otsu's threshold; its mean over each label (``mean_mm_3``); folds, SDlogJ, losses,
+        the verdict and the names of its remarks.
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is false.
         FileNotFoundError: a file is missing.
-        ValueError: a file that cannot be used, or no such frame.
+        ValueError: a file that cannot be used, no such frame, or frames that are not finite or of one value.
     """
     folder, chosen = Path(output_dir), find_device(device)
     frames, grid, step = _read(series)
@@ -79,6 +80,7 @@ def register_sequence(
     files = {"series": series, "label": label, "mask": mask}
     inputs = {role: Path(path).absolute() for role, path in files.items() if path is not None}
     check_not_inputs(folder, names, inputs.values())
+    over = _told_of(frames[still, 0], labels, weight)
     used = settings_of(keywords)
     recipe = Recipe(inputs, used | {"reference": still, "file_format": file_format})
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
@@ -90,7 +92,9 @@ def register_sequence(
             frame = frames[k : k + 1]
             warped[k] = warp(frame.to(chosen), result.ddf)[0].cpu()
             case = checked_case(frames[still][None], frame, result, affine=grid.affine, settings=used, mask=weight)
-            rows.append({"frame": k, "time": k * step, **_motion(result.ddf.cpu(), grid, labels), **_judged(case)})
+            rows.append(
+                {"frame": k, "time": k * step, **_motion(result.ddf.cpu(), grid, labels, *over), **_judged(case)}
+            )
         rows.sort(key=lambda row: row["frame"])
         values = warped[:, 0].movedim(0, -1)
         volumes = values if values.dim() == 4 else values.unsqueeze(2)
@@ -106,7 +110,7 @@ def register_sequence(
 
 def _read(path: str | Path) -> tuple[Tensor, Grid, float]:
     """Frames ``(T, 1, *S)`` of a file, where they lie, and the seconds from one to the next, 1 where none are told."""
-    values, affine, header = load_nifti(path)
+    values, affine, header = load_nifti(path, finite=False)
     shape = values.shape
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
@@ -117,10 +121,44 @@ def _read(path: str | Path) -> tuple[Tensor, Grid, float]:
         )
     order = [*thick, *(axis for axis in range(3) if axis not in thick), 3]
     frames = np.moveaxis(values.reshape([shape[axis] for axis in (*thick, 3)]), -1, 0)
+    _check_frames(path, frames.reshape(len(frames), -1))
     unit = {"msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1], 1.0)
     step = unit * float(header.get_zooms()[3])
     data = torch.from_numpy(np.ascontiguousarray(frames, np.float32))[:, None]
     return data, Grid(frames.shape[1:], affine[:, order]), step if step > 0 else 1.0
+
+
+def _check_frames(path: str | Path, frames: np.ndarray) -> None:
+    """ValueError that numbers the frames ``(T, N)`` that are not finite, or of one value, in which nothing moves."""
+    wrong = {
+        "finite, got NaN or infinite values": ~np.isfinite(frames).all(1),
+        "images, got but one value": frames.min(1) == frames.max(1),
+    }
+    for what, bad in wrong.items():
+        if bad.any():
+            numbers = np.flatnonzero(bad)
+            which = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
+            raise ValueError(
+                f"{path} must have frames that are {what} in {'frame' if len(numbers) == 1 else 'frames'} {which} of "
+                f"{len(frames)}, counted from 0; leave {'it' if len(numbers) == 1 else 'them'} out"
+            )
+
+
+def _told_of(reference: Tensor, labels: Tensor | None, mask: Tensor | None) -> tuple[str, Tensor]:
+    """Over what motion is told, and where that is, ``(*S)``: mask, else labels, else foreground."""
+    if mask is not None:
+        return "mask", mask[0, 0] > 0
+    if labels is not None and bool((labels != 0).any()):
+        return "labels", labels[0, 0] != 0
+    return "foreground", reference > _otsu(reference.numpy())
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold that parts values best in two, of 256 (N. Otsu, IEEE Trans. SMC 1979); below the largest value."""
+    counts, edges = np.histogram(values, 256)
+    below, total = np.cumsum(counts)[:-1], np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
+    apart = below * (values.size - below) * (total[:-1] / below - (total[-1] - total[:-1]) / (values.size - below)) ** 2
+    return float(edges[1 + int(apart.argmax())])
 
 
 def _on(grid: Grid, path: str | Path, label: bool, series: str | Path) -> Tensor:
@@ -134,12 +172,12 @@ def _on(grid: Grid, path: str | Path, label: bool, series: str | Path) -> Tensor
     return image.data
 
 
-def _motion(ddf: Tensor, grid: Grid, labels: Tensor | None) -> dict[str, float]:
-    """How far points move, in millimetres: over the whole field, and the mean over each label."""
+def _motion(ddf: Tensor, grid: Grid, labels: Tensor | None, over: str, where: Tensor) -> dict[str, Any]:
+    """How far points move, in millimetres: over what is told of, and the mean over each label."""
     moved = lengths(ddf * ddf.new_tensor(grid.spacing).view(1, -1, *[1] * len(grid.size)))[0]
-    ordered = moved.flatten().sort().values
-    out = {"mean_mm": float(moved.mean()), "p95_mm": float(ordered[int(0.95 * (len(ordered) - 1))])}
-    out["max_mm"] = float(ordered[-1])
+    ordered = moved[where].sort().values
+    out: dict[str, Any] = {"over": over, "mean_mm": float(ordered.mean())}
+    out |= {"p95_mm": float(ordered[int(0.95 * (len(ordered) - 1))]), "max_mm": float(ordered[-1])}
     if labels is not None:
         for value in labels[labels != 0].unique().tolist():
             out[f"mean_mm_{value}"] = float(moved[labels[0, 0] == value].mean())

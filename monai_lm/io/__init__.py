@@ -3,6 +3,7 @@
 from monai_lm.io.affine import read_affine, write_affine
 from monai_lm.io.afni import read_afni_ddf
 from monai_lm.io.formats import FORMATS, READABLE, file_suffix, guess_format, read_ddf, write_ddf
+from monai_lm.io.freesurfer import read_freesurfer_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
@@ -20,6 +21,7 @@ __all__ = [
     "read_affine",
     "read_afni_ddf",
     "read_ddf",
+    "read_freesurfer_ddf",
     "read_fsl_ddf",
     "read_itk_ddf",
     "read_itk_image_ddf",

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from monai_lm.fields.space import check_affine
+from monai_lm.io.content import check_file, look_of
+from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import linear_matrix
 from monai_lm.io.lta import read_lta
 from monai_lm.io.nifti import replacing
@@ -50,10 +52,11 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
             that is singular; or the package that it needs is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     content = path.read_bytes()
-    if content.startswith(b"\x89HDF"):
+    if not content:
+        raise ValueError(f"{path} must hold a linear transform, got an empty file")
+    if is_hdf5(path):
         return _checked(path, *_by_simpleitk(path, dimensions))
     if path.suffix.lower() == ".lta":
         return _checked(path, read_lta(path), dimensions)
@@ -152,7 +155,7 @@ def _matlab_parts(path: Path, content: bytes) -> list[Part]:
         except (struct.error, ValueError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path} must be ITK's .mat (MATLAB level 4), ITK's text or four rows of four numbers, "
-                f"got {content[:16]!r}… of {len(content)} bytes ({error})"
+                f"got {look_of(path)}"
             ) from error
         variables.append((name, values))
     names = [name for name, _ in variables]

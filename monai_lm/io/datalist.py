@@ -27,7 +27,7 @@ PATHS = (*FILES, "fixed_mask", "moving_mask", "ddf", "affine")
 Entry = dict[str, Any]
 
 
-def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Entry]]:
+def read_list(source: Any, root: str | Path | None = None, argument: str = "data") -> dict[str, list[Entry]]:
     """Read entries, each a subject (``image``, ``label``) or a pair (``fixed``, ``moving``, …), by part.
 
     Args:
@@ -36,6 +36,7 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
             dictionaries, or a MONAI datalist: a dictionary of such lists, whose names are the parts. In a plain list
             and in a CSV the column ``part`` says where an entry belongs; without it, it is ``""``.
         root: what relative paths start from; default: the folder of the file, or the working directory.
+        argument: what the source is called in errors.
 
     Returns:
         Part to entries, with absolute paths.
@@ -47,32 +48,32 @@ def read_list(source: Any, root: str | Path | None = None) -> dict[str, list[Ent
         path = Path(source)
         root = path.parent if root is None else root
         if path.is_dir():
-            source = _folder(path)
+            source = _folder(path, argument)
         elif not path.is_file():
             raise ValueError(
-                f"data must be a folder, a file, a list or a dictionary of lists, got {str(path)!r}, missing"
+                f"{argument} must be a folder, a file, a list or a dictionary of lists, got {str(path)!r}, missing"
             )
         elif path.suffix == ".json":
-            source = read_json("data", path)
+            source = read_json(argument, path)
         elif path.suffix in (".csv", ".tsv"):
             with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
                 source = _rows(path, file.read())
         else:
-            raise ValueError(f"data must be a .csv, .tsv or .json file, got {path.name!r}")
+            raise ValueError(f"{argument} must be a .csv, .tsv or .json file, got {path.name!r}")
     if isinstance(source, Mapping):
         lists = {k: v for k, v in source.items() if SYNONYMS.get(k, k) in PARTS}
         if not lists:
-            raise ValueError(f"data must have at least one of the parts {PARTS}, got {sorted(map(str, source))}")
+            raise ValueError(f"{argument} must have at least one of the parts {PARTS}, got {sorted(map(str, source))}")
         source = [{**_entry(entry), "part": part} for part, entries in lists.items() for entry in entries]
     out: dict[str, list[Entry]] = {}
     for number, entry in enumerate(source):
         if not isinstance(entry, Mapping) or not ({"image"} <= set(entry) or {"fixed", "moving"} <= set(entry)):
-            raise ValueError(f"entry {number} of data must have an image, or fixed and moving, got {entry!r}")
+            raise ValueError(f"entry {number} of {argument} must have an image, or fixed and moving, got {entry!r}")
         whole = {k: str(Path(root or ".", v).absolute()) if k in PATHS else v for k, v in entry.items()}
         part = str(whole.pop("part", ""))
         out.setdefault(SYNONYMS.get(part, part), []).append(whole)
     if unknown := sorted(set(out) - {"", *PARTS}):
-        raise ValueError(f"data must name parts among {PARTS}, got {unknown}")
+        raise ValueError(f"{argument} must name parts among {PARTS}, got {unknown}")
     return out
 
 
@@ -98,11 +99,11 @@ def _entry(entry: Any) -> Entry:
     return {"image": entry} if isinstance(entry, str) else dict(entry)
 
 
-def _folder(path: Path) -> list[Entry]:
+def _folder(path: Path, argument: str) -> list[Entry]:
     suffix = "" if (path / "images").is_dir() else "Tr"
     images = sorted((path / f"images{suffix}").glob("[!.]*.nii*"))
     if not images:
-        raise ValueError(f"data must be a folder that holds images/ or imagesTr/ with NIfTI files, got {str(path)!r}")
+        raise ValueError(f"{argument} must be a folder with NIfTI files in images/ or imagesTr/, got {str(path)!r}")
     entries = []
     for image in images:
         label = path / f"labels{suffix}" / image.name

@@ -16,6 +16,7 @@ import numpy as np
 
 from monai_lm.fields.space import Grid
 from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
+from monai_lm.io.freesurfer import MGH_SUFFIXES, read_freesurfer_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
@@ -28,12 +29,15 @@ from monai_lm.io.voxel import VOXELS, read_learn2reg_ddf, read_voxel_ddf, write_
 __all__ = [
     "FORMATS",
     "READABLE",
+    "check_format",
     "check_grid",
     "file_suffix",
     "file_suffixes",
     "guess_format",
+    "is_of_two_grids",
     "read_ddf",
     "says",
+    "says_where",
     "write_ddf",
 ]
 
@@ -50,6 +54,7 @@ class Format:
         suffixes: of its files; what is written gets the first.
         planes: whether it holds fields in 2D.
         has_affine: whether its files say where the fixed grid lies; else its functions know no affine.
+        of_two_grids: whether its numbers mean something only beside the grid of the moving image, which is not in it.
         check_grid: raises for a grid that it cannot hold; see :func:`check_grid`.
     """
 
@@ -60,6 +65,7 @@ class Format:
     suffixes: tuple[str, ...] = (".nii.gz", ".nii")
     planes: bool = True
     has_affine: bool = True
+    of_two_grids: bool = False
     check_grid: Callable[[str, Grid], None] | None = None
 
     @property
@@ -88,8 +94,9 @@ _TABLE = {
         write_fsl_ddf,
         ("moving_affine", "moving_size", "relative"),
         planes=False,
+        of_two_grids=True,
     ),
-    "voxel": Format("displacements in voxels", read_voxel_ddf, write_voxel_ddf, ()),
+    "voxel": Format("displacements in voxels", read_voxel_ddf, write_voxel_ddf, (), of_two_grids=True),
     "learn2reg": Format(
         "displacements in voxels",
         read_learn2reg_ddf,
@@ -98,8 +105,15 @@ _TABLE = {
         suffixes=(".npz",),
         planes=False,
         has_affine=False,
+        of_two_grids=True,
     ),
     "niftyreg": Format("displacements of points, or positions, RAS mm", read_niftyreg_ddf),
+    "freesurfer": Format(
+        "displacements or positions, RAS mm or voxels of its source, as the file says",
+        read_freesurfer_ddf,
+        suffixes=MGH_SUFFIXES,
+        planes=False,
+    ),
     "afni": Format(_LPS, read_afni_ddf, planes=False, check_grid=check_afni_grid),
     "ras": Format(_RAS, partial(read_millimetre_ddf, kind="ras")),
     "lps": Format(_LPS, partial(read_millimetre_ddf, kind="lps")),
@@ -181,9 +195,9 @@ def read_ddf(
         FileNotFoundError: there is no such file.
         ValueError: an unknown format, or a file that is not of it, see the readers.
     """
+    check_format("file_format", file_format)
     if file_format == "auto":
         file_format = guess_format(path)
-    _check_format(file_format, READABLE)
     found = _TABLE[file_format]
     given = {
         "size": size, "fixed_affine": fixed_affine, "moving_affine": moving_affine, "moving_size": moving_size,
@@ -215,7 +229,7 @@ def write_ddf(
     Raises:
         ValueError: an unknown format, or a field that it cannot hold, see the writers.
     """
-    _check_format(file_format)
+    check_format("file_format", file_format, FORMATS)
     found = _TABLE[file_format]
     assert found.write is not None  # for mypy: it is one of FORMATS
     given = {"moving_affine": moving_affine, "moving_size": moving_size}
@@ -227,6 +241,16 @@ def says(file_format: str) -> str:
     return _TABLE[file_format].says
 
 
+def is_of_two_grids(file_format: str) -> bool:
+    """Whether the numbers of a format mean something only beside the grid of the moving image, which is not in it."""
+    return _TABLE[file_format].of_two_grids
+
+
+def says_where(file_format: str) -> bool:
+    """Whether files of a format say where the fixed grid lies."""
+    return _TABLE[file_format].has_affine
+
+
 def check_grid(file_format: str, name: str, grid: Grid) -> None:
     """ValueError if a format cannot hold fields on a grid, named for the message."""
     check = _TABLE[file_format].check_grid
@@ -236,19 +260,20 @@ def check_grid(file_format: str, name: str, grid: Grid) -> None:
 
 def file_suffixes(file_format: str) -> tuple[str, ...]:
     """All that files of a format may end in that are written; ValueError for an unknown format."""
-    _check_format(file_format)
+    check_format("file_format", file_format, FORMATS)
     return tuple(end for end in _TABLE[file_format].suffixes if end not in (".mhd", ".nhdr"))
 
 
 def file_suffix(file_format: str, axes: int = 3) -> str:
     """What files of a format end in; ValueError for an unknown format, or one not for 2D."""
-    _check_format(file_format)
+    check_format("file_format", file_format, FORMATS)
     if axes == 2 and not _TABLE[file_format].planes:
         fit = " or ".join(repr(name) for name in FORMATS if _TABLE[name].planes)
         raise ValueError(f"file_format must be {fit} for 2D fields, got {file_format!r}")
     return _TABLE[file_format].suffix
 
 
-def _check_format(file_format: str, known: tuple[str, ...] = FORMATS) -> None:
+def check_format(argument: str, file_format: str, known: tuple[str, ...] = ("auto", *READABLE)) -> None:
+    """ValueError that names the argument for a format that is not among the known ones: those that are read."""
     if file_format not in known:
-        raise ValueError(f"file_format must be one of {known}, got {file_format!r}")
+        raise ValueError(f"{argument} must be one of {known}, got {file_format!r}")

@@ -202,15 +202,15 @@ def load_pair(
                 f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
                 f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
-    for image, its, names in ((weights[0], f, ("mask", "fixed")), (weights[1], m, ("moving_mask", "moving"))):
+    for image, its in ((weights[0], f), (weights[1], m)):
         if image:
-            image.data = checked_mask(image.data, its.data, *names)
+            image.data = checked_mask(image.data, its.data, str(image.path), str(its.path))
             check_shown(str(its.path), its.data, image.data)
             its.data = continued(its.data, torch.isfinite(its.data))
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
-    if landmarks and landmarks[0].shape != landmarks[1].shape:
-        shapes = [tuple(p.shape) for p in landmarks]
-        raise ValueError(f"points must be as many in the fixed as in the moving image, got shapes {shapes}")
+    if points and landmarks and landmarks[0].shape != landmarks[1].shape:
+        counts = [len(p) for p in landmarks]
+        raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
     initial = None if affine is None else read_affine(affine, n)
     return Pair(f, m, initial, maps, landmarks, *weights)
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from monai_lm.fields.space import Grid, check_affine
+from monai_lm.io.content import check_file
 from monai_lm.io.itk import check_itk_grid
+from monai_lm.io.itk_hdf5 import is_hdf5, load_hdf5
 from monai_lm.io.itk_images import lps_vectors
 from monai_lm.io.nifti import replacing
 from monai_lm.io.simpleitk import errors_of_itk, grid_of, itk_grid, simpleitk, vector_image
@@ -149,12 +151,11 @@ def _parts_of(transform: Any) -> list[Any]:
 
 
 def _load(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     sitk = simpleitk(path)
     with errors_of_itk(path, "ITK transform file"):
         try:
-            transform = sitk.ReadTransform(str(path))
+            transform = load_hdf5(path) if is_hdf5(path) else sitk.ReadTransform(str(path))
         except KeyError as error:  # a class of ITK's without one of SimpleITK's
             raise ValueError(f"{path} must hold transforms that SimpleITK has, got another ({error})") from error
     if transform.GetDimension() not in (2, 3):

@@ -19,6 +19,7 @@ from nibabel.freesurfer.mghformat import MGHError
 from nibabel.spatialimages import HeaderDataError
 
 from monai_lm.fields.space import check_affine, is_sheared
+from monai_lm.io.content import check_file, look_of
 
 __all__ = [
     "check_ddf",
@@ -49,8 +50,8 @@ _OTHERS = {
     (".nrrd", ".nhdr"): "NRRD, which is read as an image or as a field (file_format='nrrd')",
     (".mat", ".lta"): "a linear transform, which is read as an affine",
     (".npz",): "Learn2Reg's, which is read as a field (file_format='learn2reg')",
-    (".mgz", ".mgh"): "MGH, which is read as an image; mri_warp_convert --inmgzwarp … --outras … makes a field for "
-    "file_format='ras' of a warp",
+    (".mgz", ".mgh"): "MGH, which is read as an image or, if it says that it is a warp, as a field "
+    "(file_format='freesurfer')",
     (".m3z",): "FreeSurfer's morph; mri_warp_convert --inm3z … --outras … makes a field for file_format='ras' of it",
     (".head", ".brik"): "AFNI's dataset; 3dcopy makes a NIfTI file of it",
 }
@@ -133,7 +134,12 @@ def errors_of(path: str | Path, what: str = "NIfTI file") -> Iterator[None]:
     except PermissionError:
         raise
     except _BROKEN as error:
-        raise ValueError(f"{path} must be a whole {what}, got {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, ImageFileError):  # which says no more than that
+            said = look_of(path)
+        elif isinstance(error, KeyError):
+            said = f"an unknown code {error} in it"
+        raise ValueError(f"{path} must be a whole {what}, got {said}") from error
 
 
 def open_nifti(path: str | Path) -> Any:
@@ -143,8 +149,7 @@ def open_nifti(path: str | Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is no NIfTI file, or its header is cut off.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     suffix = Path(path).suffix.lower()
     if other := next((text for ends, text in _OTHERS.items() if suffix in ends), None):
         raise ValueError(f"{path} must be a NIfTI file, got the suffix of {other}")

@@ -86,11 +86,11 @@ def check_field_output(output: Path, file_format: str, overwrite: bool) -> None:
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")
 
 
-def check_not_inputs(folder: Path, names: Sequence[str], inputs: Iterable[Path]) -> None:
-    """ValueError if one of the files to write is one that is read."""
+def check_not_inputs(folder: Path, names: Sequence[str], inputs: Iterable[Path], argument: str = "output_dir") -> None:
+    """ValueError, of the argument that the files to write come from, if one of them is one that is read."""
     read = {path.resolve() for path in inputs}
     if both := [folder / name for name in names if (folder / name).resolve() in read]:
-        raise ValueError(f"output_dir must not be where its inputs are, {both[0]} would be replaced")
+        raise ValueError(f"{argument} must not be where the inputs are, {both[0]} would be replaced")
 
 
 def report_possible() -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from monai_lm.io.content import check_file
+
 __all__ = ["POINT_SUFFIXES", "read_points"]
 
 _SYSTEMS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
@@ -28,8 +30,7 @@ def read_points(path: str | Path) -> np.ndarray:
         ValueError: it does not hold points.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
     reader = next((reader for suffix, reader in _READERS.items() if path.name.lower().endswith(suffix)), _csv)
     try:
         text = path.read_text("utf-8-sig")  # spreadsheets put a mark before the first number
@@ -42,8 +43,14 @@ def read_points(path: str | Path) -> np.ndarray:
         points = np.array([[float(v) for v in row] for row in rows], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold points, numbers in rows of one length: {error}") from error
-    if points.ndim != 2 or points.shape[1] not in (2, 3) or not np.isfinite(points).all():
-        raise ValueError(f"{path} must hold points of 2 or 3 finite coordinates, got shape {points.shape}")
+    if not len(points):
+        raise ValueError(f"{path} must hold points, got none")
+    if points.ndim != 2 or points.shape[1] not in (2, 3):
+        raise ValueError(f"{path} must hold points of 2 or 3 coordinates, got shape {points.shape}")
+    if bad := np.flatnonzero(~np.isfinite(points).all(1)).tolist():
+        raise ValueError(
+            f"{path} must hold finite points, got NaN or infinite coordinates in points {bad[:10]}, from 0"
+        )
     return points * np.array(_SYSTEMS[system], dtype=np.float64)[: points.shape[1]]
 
 
@@ -64,10 +71,18 @@ def _fcsv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001
 
 def _markups(path: Path, text: str) -> tuple[str, _Rows]:
     try:
-        markup = json.loads(text)["markups"][0]
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} must be Slicer's markups in JSON, got no JSON: {error}") from error
+    try:
+        markup = content["markups"][0]
         return str(markup["coordinateSystem"]), [point["position"] for point in markup["controlPoints"]]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} must be Slicer's markups with control points: {error!r}") from error
+    except (KeyError, IndexError, TypeError) as error:
+        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path} must be Slicer's markups, a list 'markups' with 'coordinateSystem' and 'controlPoints', each with "
+            f"its 'position', got JSON of {got} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _vtk(path: Path, text: str) -> tuple[str, _Rows]:

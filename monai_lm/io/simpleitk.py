@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from monai_lm.fields.space import Grid, check_affine
+from monai_lm.io.content import check_file, look_of
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -27,6 +28,7 @@ __all__ = [
 IMAGE_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 """Files of images and of fields that are read here."""
 
+_DEFLATED = re.compile(rb"CompressedDataSize\s*=\s*(\d+)", re.IGNORECASE)
 _FLIP = np.array([-1.0, -1.0, 1.0])
 
 
@@ -48,7 +50,8 @@ def errors_of_itk(path: str | Path, what: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         said = re.sub(r"\s+", " ", str(error)).strip()
-        raise ValueError(f"{path} must be a whole {what}, got {type(error).__name__}: …{said[-240:]}") from error
+        said = re.sub(r"\(0x[0-9a-f]+\)", "", said.rpartition("ERROR: ")[2])[-240:].strip(": ")
+        raise ValueError(f"{path} must be a whole {what}, got {type(error).__name__}: {said}") from error
 
 
 def itk_grid(grid: Grid) -> dict[str, Any]:
@@ -83,8 +86,8 @@ def load_itk(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndar
         ValueError: SimpleITK is missing, it is neither of these, is cut off, is not in 2D or 3D, is in colour, does not
             hold finite real numbers, or its affine is singular.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
+    _check_head(path)
     sitk = simpleitk(path)
     with errors_of_itk(path, "MetaImage or NRRD file"):
         image = sitk.ReadImage(str(path), imageIO=reader_of(path))
@@ -107,6 +110,21 @@ def load_itk(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndar
     return data if n == 3 else np.expand_dims(data, 2), grid_of(str(path), image).affine
 
 
+def _check_head(path: str | Path) -> None:
+    """ValueError for a file that does not begin as its format does, or of deflated MetaImage that is cut off."""
+    content = Path(path).read_bytes()
+    if reader_of(path) == "NrrdImageIO":
+        if not content.startswith(b"NRRD"):
+            raise ValueError(f"{path} must be NRRD, got {look_of(path)}")
+        return
+    header, _, data = content.partition(b"ElementDataFile")
+    if not re.search(rb"^NDims\s*=", header, re.MULTILINE) or not data:
+        raise ValueError(f"{path} must be MetaImage, a header from NDims to ElementDataFile, got {look_of(path)}")
+    size, (where, _, held) = _DEFLATED.search(header), data.partition(b"\n")
+    if size and where.strip(b" =\t\r").upper() == b"LOCAL" and len(held) < int(size[1]):
+        raise ValueError(f"{path} must hold {int(size[1])} bytes of data, got {len(held)}")
+
+
 def _check_whole(path: str | Path, image: Any, stored: np.ndarray) -> None:
     """ValueError for MetaImage whose data are cut off: ITK leaves what is not there as memory happened to be."""
     content = Path(path).read_bytes()
@@ -117,7 +135,7 @@ def _check_whole(path: str | Path, image: Any, stored: np.ndarray) -> None:
         raise ValueError(f"{path} must have its data in itself or in one file, got ElementDataFile = {name!r}")
     if name.upper() != "LOCAL":
         data = (Path(path).parent / name).read_bytes()
-    if size := re.search(rb"CompressedDataSize\s*=\s*(\d+)", header, re.IGNORECASE):
+    if size := _DEFLATED.search(header):
         data = data[: int(size[1])]
     is_deflated = re.search(rb"CompressedData\s*=\s*True", header, re.IGNORECASE)
     try:

@@ -11,7 +11,16 @@ import torch
 from monai_lm.fields.space import check_affine, from_space, to_world
 from monai_lm.io.nifti import load_nifti
 
-__all__ = ["LPS", "components_first", "flattened", "looks_like_positions", "read_millimetre_ddf", "single", "to_voxels"]
+__all__ = [
+    "LPS",
+    "components_first",
+    "flattened",
+    "looks_like_positions",
+    "places",
+    "read_millimetre_ddf",
+    "single",
+    "to_voxels",
+]
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -101,17 +110,17 @@ def read_millimetre_ddf(
     data, affine, _ = load_nifti(path)
     vectors = components_first(path, data)
     if kind == "positions":
-        vectors = vectors - _places(affine, vectors.shape[1:])
+        vectors = vectors - places(affine, vectors.shape[1:])
     return to_voxels(path, vectors, affine, moving_affine, LPS if kind == "lps" else np.eye(4)), affine
 
 
 def looks_like_positions(vectors: np.ndarray, affine: np.ndarray) -> bool:
     """Whether vectors ``(n, *S)`` are about where their voxels are in RAS millimetres: less than half as uneven so."""
-    spread = [sum(float(c.std()) for c in field) for field in (vectors, vectors - _places(affine, vectors.shape[1:]))]
+    spread = [sum(float(c.std()) for c in field) for field in (vectors, vectors - places(affine, vectors.shape[1:]))]
     return spread[1] < 0.5 * spread[0]
 
 
-def _places(affine: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def places(affine: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Where the voxels of a grid are in RAS millimetres, ``(n, *S)``."""
     voxels = torch.stack(torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in size], indexing="ij"), -1)
     return np.moveaxis(to_world(voxels, affine).numpy(), -1, 0)

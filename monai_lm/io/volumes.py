@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from monai_lm.fields.space import check_affine
-from monai_lm.io.nifti import check_length, errors_of, load_nifti
+from monai_lm.io.freesurfer import MGH_SUFFIXES, open_mgh
+from monai_lm.io.nifti import errors_of, load_nifti
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
 
-__all__ = ["MGH_SUFFIXES", "load_volume"]
-
-MGH_SUFFIXES = (".mgz", ".mgh")
+__all__ = ["load_volume"]
 
 
 def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -39,13 +37,10 @@ def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.n
 
 
 def _load_mgh(path: str | Path, finite: bool) -> tuple[np.ndarray, np.ndarray]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    with errors_of(path, "MGH file of an image"):
-        image = nib.MGHImage.from_filename(path)
-        check_length(path, image)
-        data, affine = np.asanyarray(image.dataobj), image.affine
+    image = open_mgh(path)[0]
+    with errors_of(path, "MGH file"):
+        data = np.asanyarray(image.dataobj)
     data = np.require(data, np.float32 if data.dtype.newbyteorder("=") == np.float32 else np.float64, "W")
     if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
-    return data, check_affine(f"affine of {path}", affine)
+    return data, check_affine(f"affine of {path}", image.affine)

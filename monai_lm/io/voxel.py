@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_lm.fields.space import check_affine
+from monai_lm.io.content import check_file, look_of
 from monai_lm.io.nifti import check_ddf, load_nifti, replacing, save_nifti
 from monai_lm.io.vectors import components_first, flattened, single
 
@@ -101,8 +102,10 @@ def read_learn2reg_ddf(path: str | Path, size: Sequence[int] | None = None) -> n
             the full nor of half the size.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_file(path)
+    if not zipfile.is_zipfile(path):
+        look = look_of(path)
+        raise ValueError(f"{path} must be a whole .npz file, got {look}{' that is cut off' * look.startswith('a zip')}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from monai_lm.fields import gaussian_smooth
@@ -41,7 +42,8 @@ def refine_sequence(
 
     Raises:
         TypeError: as :func:`monai_lm.refine`, or a ``reference`` that is no whole number.
-        ValueError: as :func:`monai_lm.refine`, fewer than two frames, or no such reference.
+        ValueError: as :func:`monai_lm.refine`, fewer than two frames, frames that are not finite, or no such
+            reference.
     """
     count = len(frames)
     if isinstance(reference, bool) or not isinstance(reference, int):
@@ -50,6 +52,9 @@ def refine_sequence(
         raise ValueError(f"frames must be (T, C, *S), 2D or 3D, of at least 2 frames, got shape {tuple(frames.shape)}")
     if not -count <= reference < count:
         raise ValueError(f"reference must be one of the {count} frames, from 0, got {reference}")
+    seen = [k for k in range(count) if mask is None or k != reference % count]  # a mask hides what is under its zeros
+    if bad := [k for k in seen if not bool(torch.isfinite(frames[k]).all())]:
+        raise ValueError(f"frames must be finite, got NaN or infinite values in the frames {bad} of {count}, from 0")
     return _results(frames, reference % count, mask, settings)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import runpy
 import sys
 import warnings
@@ -142,6 +143,37 @@ def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "regularizer_weight needs a regularizer, one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--regularizer bending --regularizer_weight -1", "regularizer_weight must be at least 0, got -1.0"),
+        ("--guide_points --guide_weight -1", "guide_weight must be greater than 0, got -1.0"),
+        ("--guide_points --symmetric", "guide_labels and guide_points cannot be used together with symmetric"),
+        ("--ddf_format foo", r"ddf_format must be one of \('auto', 'itk', .*got 'foo'"),
+        ("--bundle B --fixed_mask M", "fixed_mask cannot be used together with bundle"),
+        ("--guide_labels 1 --uncertainty", "guide_labels needs fixed_label and moving_label"),  # a list of one
+        ("invert --ddf_format foo", "ddf_format must be one of"),
+        ("jacobian --ddf_format foo", "ddf_format must be one of"),
+        ("compose --first_format foo", "first_format must be one of"),
+        ("compose --second_format foo", "second_format must be one of"),
+        ("convert --to afni", r"to must be one of \('itk', .*got 'afni'"),
+        ("cohort --pairs none.csv", "pairs must be a folder, a file.*got 'none.csv', missing"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_typed(words, message, monkeypatch, capsys, tmp_path):
+    usual = {
+        "refine": "--fixed f.nii --moving m.nii --output_dir out", "invert": "--ddf u.nii --output v.nii",
+        "jacobian": "--ddf u.nii --output j.nii", "compose": "--first u.nii --second u.nii --output v.nii",
+        "convert": "--ddf u.nii --output v.nii", "cohort": "--output_dir out",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    command, *options = words.split() if words.split()[0] in usual else ["refine", *words.split()]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", command, *usual[command].split(), *options])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert re.search(f"^monai-lm: {message}", capsys.readouterr().err)
 
 
 def test_masks_of_either_side_reach_the_work(monkeypatch):

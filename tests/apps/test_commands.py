@@ -112,7 +112,7 @@ def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
         (
             np.where(shown, 1, -2).astype(np.int16),
             MOVING,
-            r"moving_mask must be weights in \[0, 1\], .* got values from -2 to 1",
+            r"no.nii.gz must be weights in \[0, 1\], .* got values from -2 to 1",
         ),
     ):
         wrong = _save(tmp_path / "no.nii.gz", values, affine)
@@ -300,6 +300,10 @@ def test_composed_fields_do_one_after_the_other(tmp_path, file_format):
     start, end, at_once = (read_points(tmp_path / f"{name}.csv") for name in ("start", "end", "at_once"))
     np.testing.assert_allclose(at_once, end, atol=1e-3)
     assert np.abs(end - start).max() > 1
+    third = _save(tmp_path / "c.nii.gz", np.zeros((9, 8, 7), np.float32), FIXED)
+    commands.convert_field(tmp_path / "second.nii.gz", tmp_path / "voxel.nii.gz", "voxel", moving=third)
+    commands.compose_fields(tmp_path / "first.nii.gz", tmp_path / "voxel.nii.gz", tmp_path / "too.nii.gz", moving=third)
+    np.testing.assert_allclose(read_ddf(tmp_path / "too.nii.gz")[0], read_ddf(tmp_path / "both.nii.gz")[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -309,6 +313,8 @@ def test_converting_there_and_back_changes_nothing(tmp_path, to):
     image = _save(tmp_path / "fixed.nii.gz", np.zeros((9, 10, 8), np.float32), FIXED)
     if to in ("itk_transform", "metaimage", "nrrd"):
         pytest.importorskip("SimpleITK")
+    if to == "itk_transform":
+        pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     middle = tmp_path / f"b{file_suffix(to)}"
     commands.convert_field(tmp_path / "a.nii.gz", middle, to, fixed=image, moving=image)
     commands.convert_field(middle, tmp_path / "c.nii.gz", "itk", fixed=image, moving=image, file_format=to)
@@ -332,6 +338,16 @@ def test_a_field_on_another_grid_is_brought_to_the_fixed_one(tmp_path):
     np.testing.assert_allclose(affine, FIXED, atol=1e-5)
     expected = through_affine(torch.zeros(1, 3, 9, 10, 8), FIXED, MOVING, change)[0].numpy()
     np.testing.assert_allclose(ddf, expected, atol=1e-3)
+    commands.convert_field(files[0], tmp_path / "coarse_voxel.nii.gz", "voxel", None, images[1])
+    for source in ("coarse", "coarse_voxel"):  # voxels of the moving image, whose grid no file tells
+        files = tmp_path / f"{source}.nii.gz", tmp_path / "fine_voxel.nii.gz"
+        with pytest.raises(ValueError, match=r"^moving must be given to resample .*, \(12, 12, 12\) .*: voxel fields"):
+            commands.convert_field(*files, "voxel", images[0], resample=True, overwrite=True)
+        commands.convert_field(*files, "voxel", *images, resample=True, overwrite=True)
+        np.testing.assert_allclose(read_ddf(files[1])[0], expected, atol=1e-3)
+    write_ddf(tmp_path / "coarse.npz", np.zeros((3, 12, 12, 12), np.float32), coarse, "learn2reg")
+    with pytest.raises(ValueError, match=r"coarse.npz must say where it lies to be resampled, learn2reg fields do not"):
+        commands.convert_field(tmp_path / "coarse.npz", files[1], "itk", *images, resample=True, overwrite=True)
 
 
 def test_nothing_is_replaced_unless_asked(pair, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from monai_lm.apps.sequence import register_sequence
-from monai_lm.fields import warp
+from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.io import read_ddf
 
 SETTINGS = {"scales": (2, 1), "iterations": (30, 20)}
@@ -59,6 +59,10 @@ def test_motion_is_told_in_millimetres_and_undone(n, series, tmp_path):
         table = list(csv.DictReader(file))
     assert float(table[2]["mean_mm_2"]) == rows[2]["mean_mm_2"]
     assert table[1]["mean_mm"] == ""  # the reference does not move
+    assert table[2]["over"] == "labels"  # not the image, most of which is at rest or cannot be known
+    sizes = {value: int((np.asarray(nib.load(label).dataobj) == value).sum()) for value in (2, 7)}
+    both = sum(rows[2][f"mean_mm_{value}"] * size for value, size in sizes.items()) / sum(sizes.values())
+    assert rows[2]["mean_mm"] == pytest.approx(both, rel=1e-4)
     ddf, where = read_ddf(out / "ddf_0002.nii.gz")
     assert ddf[1, 8:16, 8:14].mean() == pytest.approx(-1.5, abs=0.1)
     np.testing.assert_allclose(where, affine)
@@ -84,6 +88,16 @@ def test_what_cannot_be_used_is_refused_before_the_work(series, tmp_path):
     nib.save(nib.Nifti1Image(np.asarray(other.dataobj), 2 * affine), tmp_path / "other.nii.gz")
     with pytest.raises(ValueError, match="must lie on the grid of the frames"):
         register_sequence(path, tmp_path / "out", label=tmp_path / "other.nii.gz")
+    image = nib.load(path)
+    for value, frames, message in (
+        (np.nan, [1], "finite, got NaN or infinite values in frame 1 of 3, counted from 0; leave it out"),
+        (7.0, [0, 2], "images, got but one value in frames 0, 2 of 3, counted from 0; leave them out"),
+    ):
+        values = np.asarray(image.dataobj).copy()
+        values[..., frames] = value
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / "bad.nii.gz")
+        with pytest.raises(ValueError, match=f"bad.nii.gz must have frames that are {message}"):
+            register_sequence(tmp_path / "bad.nii.gz", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "motion.csv").write_text("kept")
@@ -101,3 +115,26 @@ def test_fields_of_another_reference_do_not_stay(series, tmp_path):
     assert (tmp_path / "out" / "ddf_0009.nii.gz").exists()  # nobody said that it may be replaced
     register_sequence(path, tmp_path / "out", 0, overwrite=True, settings=quick)
     assert sorted(p.name for p in (tmp_path / "out").glob("ddf_*")) == ["ddf_0001.nii.gz", "ddf_0002.nii.gz"]
+
+
+def test_motion_is_told_over_the_mask_or_the_foreground(tmp_path):
+    """A bright square that moves on ground that does not: its motion is not made small by the ground."""
+    square = torch.zeros(40, 40)
+    square[12:28, 12:28] = 1
+    square = gaussian_smooth(square[None, None], 1.0)
+    ddf = torch.zeros(1, 2, 40, 40)
+    ddf[:, 0] = -2
+    frames = torch.stack([square[0, 0], warp(square, ddf)[0, 0]], -1)[:, :, None]
+    nib.save(nib.Nifti1Image(frames.numpy(), np.eye(4)), tmp_path / "series.nii.gz")
+    mask = np.zeros((40, 40, 1), np.uint8)
+    mask[:14] = 1
+    nib.save(nib.Nifti1Image(mask, np.eye(4)), tmp_path / "mask.nii.gz")
+    for name, given in (("foreground", None), ("mask", tmp_path / "mask.nii.gz")):
+        row = register_sequence(tmp_path / "series.nii.gz", tmp_path / name, mask=given, settings=SETTINGS)[1]
+        moved = read_ddf(tmp_path / name / "ddf_0001.nii.gz")[0]
+        where = mask[..., 0] > 0 if given else square[0, 0].numpy() > 0.5
+        assert row["over"] == name
+        length = np.linalg.norm(moved, axis=0)
+        assert row["mean_mm"] == pytest.approx(length[where].mean(), rel=0.02)
+        assert row["max_mm"] <= length.max()
+    assert length.shape == (40, 40)

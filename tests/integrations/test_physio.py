@@ -219,8 +219,8 @@ def test_it_refines_what_greedy_found_and_both_go_into_a_file(pair, tmp_path):
         for transform in (greedy.fixed_to_moving_transform, result["fixed_to_moving_transform"])
     ]
     assert off[1] < 0.8 * off[0]
-    itk.transformwrite([result["fixed_to_moving_transform"]], str(tmp_path / "both.h5"))
-    ddf, _ = read_itk_transform(tmp_path / "both.h5", THERE, SIZE, HERE)
+    itk.transformwrite([result["fixed_to_moving_transform"]], str(tmp_path / "both.tfm"))
+    ddf, _ = read_itk_transform(tmp_path / "both.tfm", THERE, SIZE, HERE)
     there = voxels + ddf[:, voxels[:, 0], voxels[:, 1], voxels[:, 2]].T
     there = (there @ THERE[:3, :3].T + THERE[:3, 3]) * [-1, -1, 1]
     np.testing.assert_allclose(there, led(result["fixed_to_moving_transform"], points), atol=1e-3)

@@ -1,5 +1,8 @@
 """Formats by name, and which one a file is."""
 
+import gzip
+import struct
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -62,10 +65,22 @@ def homogeneous(ddf, position):
     return out
 
 
+def store_warp(path, vectors, grid):
+    """FreeSurfer's: the version says that it is a warp, a tag that it holds displacements in RAS."""
+    nib.save(nib.MGHImage(vectors.reshape(*vectors.shape[:3], 3).astype(np.float32), grid), path.with_suffix(".mgh"))
+    content = bytearray(path.with_suffix(".mgh").read_bytes())
+    path.with_suffix(".mgh").unlink()
+    content[:4] = (3 << 8 | 1).to_bytes(4, "big")
+    content += struct.pack(">iqiif", 13, 12, 3, 1, 0.0)
+    path.write_bytes(gzip.compress(content))
+
+
 def store(path, name, ddf, grid, moving_affine=None, moving_size=None, components=None):
     """Write a field in a format, in one that is only read by the formula: ``A_m (x + u(x)) − A_f x`` or the first."""
     if name in THROUGH_SIMPLEITK:
         pytest.importorskip("SimpleITK")
+    if name == "itk_transform":
+        pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     if name in FORMATS:
         write_ddf(path, ddf, grid, name, moving_affine=moving_affine, moving_size=moving_size)
         return
@@ -73,6 +88,9 @@ def store(path, name, ddf, grid, moving_affine=None, moving_size=None, component
     vectors = (led if name == "positions" else led - grid @ homogeneous(ddf, 0))[:3]
     vectors *= np.array([[-1], [-1], [1]]) if name in ("lps", "afni") else 1
     vectors = vectors[: components or len(ddf)].T.reshape(*ddf.shape[1:], *[1] * (4 - len(ddf)), -1)
+    if name == "freesurfer":
+        store_warp(path, vectors, grid)
+        return
     image = nib.Nifti1Image(vectors.astype(np.float32), grid)
     if name == "niftyreg":
         image.header["intent_code"], image.header["intent_p1"], image.header["intent_name"] = 1007, 1, b"NREG_TRANS"
@@ -214,5 +232,5 @@ def test_what_is_no_field_is_refused(tmp_path):
         lambda: write_ddf(tmp_path / "u.nii", np.zeros((2, 5, 6)), np.eye(4), "mrtrix"),
         lambda: file_suffix("mrtrix"),
     ):
-        with pytest.raises(ValueError, match=r"file_format must be one of \('itk', .*, got 'mrtrix'"):
+        with pytest.raises(ValueError, match=r"file_format must be one of \('(auto', ')?itk', .*, got 'mrtrix'"):
             call()

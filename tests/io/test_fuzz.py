@@ -1,11 +1,11 @@
 """Headers with random bytes: the documented error, or the field that the changed header says; nothing else.
 
-Without ``.h5``: on some of these ITK's HDF5 ends the process.
-
-``python -m pytest -m slow tests/io/test_fuzz.py`` tries 10,000 of each kind.
+``python -m pytest -m slow tests/io/test_fuzz.py`` tries 10,000 of each kind, or as many as ``$MONAI_LM_FUZZ`` says.
 """
 
+import os
 import re
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +19,8 @@ SIZE = (5, 4, 3)
 GRID = np.array([[-1.5, 0, 0, 7.0], [0, 0, 3.0, -20.0], [0, 2.0, 0, 30.0], [0, 0, 0, 1.0]])
 LPS = np.diag([-1.0, -1.0, 1.0])
 AFNI = b'<AFNI_atr atr_name="BRICK_LABS" > "x_delta~y_delta~z_delta" </AFNI_atr>'
-FEW, MANY = 40, 10_000
+NUMBERS = ("TransformParameters", "TransformFixedParameters")
+FEW, MANY = 40, int(os.environ.get("MONAI_LM_FUZZ", "10000"))
 
 
 def field():
@@ -38,6 +39,15 @@ def niftyreg(path):
     image = nib.Nifti1Image(vectors.astype(np.float32), GRID)
     image.header["intent_code"], image.header["intent_p1"], image.header["intent_name"] = 1007, 1, b"NREG_TRANS"
     nib.save(image, path)
+
+
+def freesurfer(path):
+    """Displacements in RAS millimetres, behind which a tag says so."""
+    vectors = np.einsum("ij,j...->...i", GRID[:3, :3], field())
+    nib.save(nib.MGHImage(vectors.astype(np.float32), GRID), path)
+    content = bytearray(path.read_bytes())
+    content[:4] = (3 << 8 | 1).to_bytes(4, "big")
+    path.write_bytes(content + struct.pack(">iqiif", 13, 12, 3, 1, 0.0))
 
 
 def transform(path):
@@ -94,6 +104,22 @@ def check_field(path, name, result):
     np.testing.assert_allclose(led.T, vectors[:, :n], rtol=1e-3, atol=1e-5 * size)
 
 
+def mgh(path):
+    """By nibabel, which knows no intents: the second byte of the version."""
+    return nib.MGHImage.from_bytes(b"\0\0\0\1" + path.read_bytes()[4:])
+
+
+def check_warp(path, name, result):  # noqa: ARG001
+    """As :func:`check_field`, where the tag still says that they are displacements in RAS."""
+    if struct.unpack(">i", path.read_bytes()[-12:-8])[0] == 3:
+        (ddf, affine), image = result, mgh(path)
+        np.testing.assert_allclose(affine, image.affine, rtol=1e-6, atol=1e-6)
+        vectors = np.asanyarray(image.dataobj).astype(np.float64).reshape(-1, 3)
+        size = max(1.0, np.abs(vectors).max(), *np.abs(affine).ravel())
+        led = affine[:3, :3] @ ddf.reshape(3, -1).astype(np.float64)
+        np.testing.assert_allclose(led.T, vectors, rtol=1e-3, atol=1e-5 * size)
+
+
 def check_fsl(path, name, result):  # noqa: ARG001
     ddf, affine = result
     assert ddf.dtype == np.float32
@@ -105,10 +131,14 @@ def check_transform(path, name, result):  # noqa: ARG001
     """Some voxels are led to where SimpleITK leads them."""
     import SimpleITK
 
+    assert_leads_as(result, SimpleITK.ReadTransform(str(path)))
+
+
+def assert_leads_as(result, read):
     ddf, affine = result
     assert ddf.dtype == np.float32
     assert np.isfinite(ddf).all()
-    n, read = len(ddf), SimpleITK.ReadTransform(str(path))
+    n = len(ddf)
     for voxel in ([0] * n, [1] * n, [s - 1 for s in ddf.shape[1:]]):
         start = affine[:n, :n] @ voxel + affine[:n, 3]
         end = start + affine[:n, :n] @ ddf[(slice(None), *voxel)].astype(np.float64)
@@ -143,8 +173,32 @@ def check_text(path, name, result):  # noqa: ARG001
         assert_moves_as(result, read)
 
 
+def by_pyfive(path):
+    """The transform of a file with its numbers as pyfive reads them: ITK's HDF5 crashes on some files."""
+    import pyfive
+    import SimpleITK
+
+    with pyfive.File(path) as file:
+        group = file["TransformGroup/0"]
+        parameters, fixed = (group[name][()].tolist() if name in group else [] for name in NUMBERS)
+        kind = group["TransformType"][()][0].decode().split("_")[0]
+    is_field = kind == "DisplacementFieldTransform"
+    read = SimpleITK.DisplacementFieldTransform(3) if is_field else SimpleITK.Euler3DTransform()
+    read.SetFixedParameters(fixed if is_field else [*fixed, 0.0][:4])
+    read.SetParameters(parameters)
+    return read
+
+
+def check_h5(path, name, result):  # noqa: ARG001
+    assert_leads_as(result, by_pyfive(path))
+
+
+def check_affine_h5(path, name, result):  # noqa: ARG001
+    assert_moves_as(result, by_pyfive(path))
+
+
 def check_image(path, name, result):  # noqa: ARG001
-    loaded = nib.load(path)
+    loaded = mgh(path) if path.suffix == ".mgh" else nib.load(path)
     np.testing.assert_allclose(result.data.numpy().ravel(), np.asanyarray(loaded.dataobj).ravel(), rtol=1e-6)
 
 
@@ -158,9 +212,12 @@ CASES = {
     "voxel": ("u.nii", written("voxel"), read_ddf, check_field, 352),
     "afni": ("u.nii", afni, read_ddf, check_field, 460),
     "niftyreg": ("u.nii", niftyreg, read_ddf, check_field, 352),
+    "freesurfer": ("u.mgh", freesurfer, read_ddf, check_warp, 1 << 20),
     "metaimage": ("u.mha", written("metaimage"), read_ddf, check_field, 330),
     "nrrd": ("u.nrrd", written("nrrd"), read_ddf, check_field, 330),
     "itk_transform": ("u.tfm", transform, read_ddf, check_transform, 6000),
+    "itk_transform h5": ("u.h5", transform, read_ddf, check_h5, 1 << 20),
+    "affine h5": ("x.h5", linear, lambda path, _: read_affine(path), check_affine_h5, 1 << 20),
     "affine mat": ("x.mat", linear, lambda path, _: read_affine(path), check_affine, 220),
     "affine tfm": ("x.tfm", linear, lambda path, _: read_affine(path), check_text, 260),
     "image nii": ("i.nii", image, lambda path, _: Image(path), check_image, 352),
@@ -184,8 +241,10 @@ def fuzzed(rng, whole, header, is_text):
 def try_headers(path, case, count):
     """Fuzz; returns how many files were still read."""
     name, (_, save, read, check, header) = case, CASES[case]
-    if save is not afni and save is not niftyreg and save is not image and name not in ("itk", "voxel", "fsl"):
+    if save not in (afni, niftyreg, freesurfer, image) and name not in ("itk", "voxel", "fsl"):
         pytest.importorskip("SimpleITK")
+    if path.suffix == ".h5":
+        pytest.importorskip("pyfive")
     save(path)
     whole, rng, good = path.read_bytes(), np.random.default_rng(7), 0
     for i in range(count):

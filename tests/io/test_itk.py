@@ -361,7 +361,9 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, suffix, kept):
     write_itk_ddf(path, random_field((14, 12, 10)), np.eye(4))
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    with pytest.raises(ValueError, match=rf"ddf{suffix} must be a whole NIfTI file, got \w+:"):
+    with pytest.raises(
+        ValueError, match=rf"ddf{suffix} must be a whole NIfTI file, got (\w+: |an empty|a gzip file, cut|100 bytes)"
+    ):
         read_itk_ddf(path)
 
 

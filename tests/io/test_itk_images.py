@@ -108,9 +108,23 @@ def test_data_that_are_cut_off_are_missed(tmp_path, suffix, compressed):
 
 
 def test_broken_files_and_other_suffixes_are_named(tmp_path):
-    for name in ("u.mha", "u.nrrd"):
-        (tmp_path / name).write_text("ObjectType = Image")
-        with pytest.raises(ValueError, match=f"{name} must be a whole MetaImage or NRRD file, got RuntimeError"):
+    for name, text, message in (
+        ("u.mha", "ObjectType = Image", "must be MetaImage, a header from NDims to ElementDataFile, got MetaImage"),
+        ("u.mha", "a letter", "must be MetaImage, .* got 8 bytes that begin with b'a letter'"),
+        (
+            "u.mha",
+            "NDims = 3\nElementDataFile = LOCAL\n",
+            "must be a whole MetaImage or NRRD file, got RuntimeError: MetaImageIO: File cannot be read",
+        ),
+        ("u.nrrd", "ObjectType = Image", "must be NRRD, got MetaImage"),
+        (
+            "u.nrrd",
+            "NRRD0004\n",
+            "must be a whole MetaImage or NRRD file, got RuntimeError: [a-zA-Z]*:? ?.*trouble reading",
+        ),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
             read_ddf(tmp_path / name)
     with pytest.raises(ValueError, match=r"path must end in .mha or .nrrd, got 'u.mhd'"):
         write_itk_image_ddf(tmp_path / "u.mhd", np.zeros((3, *SIZE)), np.eye(4))

@@ -13,6 +13,7 @@ from monai_lm.io.itk_transform import applied_parts
 from monai_lm.io.simpleitk import itk_grid
 
 sitk = pytest.importorskip("SimpleITK")
+pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
 
 SIZE = (9, 8, 7)
 TURN = Rotation.from_euler("XYZ", (20, -35, 50), degrees=True).as_matrix()
@@ -162,7 +163,9 @@ def test_what_cannot_be_held_or_read_is_named(tmp_path, monkeypatch):
     whole = (tmp_path / "u.h5").read_bytes()
     for kept in (0, 30, len(whole) // 2):
         (tmp_path / "cut.h5").write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match=r"cut.h5 must be a whole ITK transform file, got RuntimeError"):
+        with pytest.raises(
+            ValueError, match=r"cut.h5 must be a whole ITK transform file in HDF5, got (an empty file|\w+: )"
+        ):
             read_ddf(tmp_path / "cut.h5")
     sitk.WriteTransform(shift(GRIDS["RAS"], (np.nan, 0, 0)), str(tmp_path / "nan.h5"))
     with pytest.raises(ValueError, match=r"nan.h5 must be finite, got 504 NaN"):

@@ -242,6 +242,7 @@ def test_what_ants_registered_is_read(ants_cases, pair):
 @pytest.mark.parametrize("pair", PAIRS[3:5], ids=["oblique to LAS", "RAS to LPS"])
 def test_a_composite_that_ants_registered_is_read(ants_cases, pair):
     """One ``.h5`` of field and affine, as fMRIPrep keeps it."""
+    pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     case = ants_cases[pair]
     ddf, affine = read_ddf(case.folder / "one_Composite.h5", moving_affine=case.moving_affine)
     np.testing.assert_allclose(affine, case.fixed_affine, atol=1e-4)

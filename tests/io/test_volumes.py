@@ -23,9 +23,9 @@ def test_freesurfers_images(tmp_path, suffix, dtype):
 def test_broken_mgh_files_are_named(tmp_path):
     nib.save(nib.MGHImage(VALUES.astype(np.float32), AFFINE), tmp_path / "i.mgh")
     whole = (tmp_path / "i.mgh").read_bytes()
-    for content in (b"", b"a letter", whole[:200], whole[:400], b"\0\0\4\1" + whole[4:]):
+    for content in (b"", b"a letter", whole[:200], whole[:400], b"\0\0\0\2" + whole[4:]):
         (tmp_path / "i.mgh").write_bytes(content)
-        with pytest.raises(ValueError, match=r"i.mgh must be a whole MGH file of an image, got"):
+        with pytest.raises(ValueError, match=r"i.mgh must be a whole MGH file, got"):
             Image(tmp_path / "i.mgh")
     with pytest.raises(FileNotFoundError, match="no file"):
         Image(tmp_path / "absent.mgz")

@@ -129,7 +129,9 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path, kept):
     write_learn2reg_ddf(path, random_field())
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    with pytest.raises(ValueError, match=r"u.npz must be a whole .npz file, got \w+:"):
+    with pytest.raises(
+        ValueError, match=r"u.npz must be a whole .npz file, got (an empty|a zip archive that is|10 bytes|\w+:)"
+    ):
         read_learn2reg_ddf(path)
 
 

@@ -375,6 +375,8 @@ def oblique() -> torch.Tensor:
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_what_is_saved_is_loaded_in_every_format(tmp_path, file_format):
+    if file_format == "itk_transform":
+        pytest.importorskip("pyfive", reason="pyfive, which reads .h5, is not installed")
     ddf, affine = pair((12, 13, 14))[2], scaling(-1.5, 2, 3)
     SaveDDF(tmp_path, file_format=file_format)(MetaTensor(ddf, affine=affine))
     (path,) = tmp_path.iterdir()
