@@ -118,7 +118,7 @@ def sequence(
     reference: int = 0,
     label: str | None = None,
     mask: str | None = None,
-    similarity: str = "lncc",
+    similarity: list[str] | str = "lncc",
     device: str = "auto",
     file_format: str = "itk",
     overwrite: bool = False,
@@ -131,7 +131,7 @@ def sequence(
         reference: frame that stays, from 0; negative from the end.
         label: labels on the reference; motion.csv has the motion of each.
         mask: weights in [0, 1] on the reference: the similarity counts where they are not zero.
-        similarity: lncc, mi, mind, mse or ncc.
+        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written, from the reference to the frames.
         overwrite: replace outputs that exist.
@@ -148,7 +148,7 @@ def _options(
     bundle: str | None = None,
     ddf_format: str = "auto",
     ddf_before_affine: bool = False,
-    similarity: str = "lncc",
+    similarity: list[str] | str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
     step: float = 0.5,
@@ -175,7 +175,7 @@ def _options(
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         ddf_before_affine: a predicted field ends where the file of its affine begins, as ANTs and greedy write the two;
             otherwise it leads through both.
-        similarity: lncc, mi, mind, mse or ncc.
+        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
@@ -270,12 +270,12 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
     for option in _LISTS:
         places = [k for k, word in enumerate(words) if word == option]
         for k in places:
-            values = list(takewhile(_NUMBERS.fullmatch, words[k + 1 :]))
+            values = list(takewhile(_VALUES.fullmatch, words[k + 1 :]))
             if len(values) > 1:
                 joined = ",".join(value.strip(",") for value in values)
                 raise ValueError(f"{option} must be one word, {option} {joined}, got {' '.join(values)}")
     words = [
-        f"[{word}]" if before in _LISTS and _NUMBERS.fullmatch(word) and "," in word else word
+        f"[{word}]" if before in _LISTS and _VALUES.fullmatch(word) and "," in word else word
         for before, word in zip(["", *words], words, strict=False)
     ]
     parameters = [p for command in commands for p in signature(command).parameters.values()]
@@ -286,8 +286,8 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
     return out
 
 
-_LISTS = ("--scales", "--iterations", "--guide_labels")
-_NUMBERS = re.compile(r"[\d.,]+")
+_LISTS = ("--scales", "--iterations", "--guide_labels", "--similarity")
+_VALUES = re.compile(r"[\w.,]+")
 
 
 def main() -> None:

@@ -35,6 +35,9 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit contrast first; the measure must not care."""
 
+    invariant = False
+    """Whether ``a I + b`` of either image is all the same to it, so that they may be scaled for another measure."""
+
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 

@@ -41,7 +41,7 @@ class LNCC(KernelSimilarity):
         Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", Medical Image Analysis 2008.
     """
 
-    standardized = True
+    standardized = invariant = True
 
     def __init__(self, radius: int | None = None, epsilon: float = 2e-3, window: str | float = "box") -> None:
         if isinstance(window, str):
