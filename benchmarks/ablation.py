@@ -49,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "smooth_gradient": (2.0, 2.0, 1.5, 1.0),
     },
     "LNCC radius 4": {"similarity": LNCC(4)},
+    "LNCC Gaussian, radius 2": {"similarity": LNCC(2, window="gaussian")},
+    "LNCC Gaussian, radius 3": {"similarity": LNCC(3, window="gaussian")},
     "LNCC epsilon 1e-2": {"similarity": LNCC(2, 1e-2)},
     "NCC": {"similarity": "ncc"},
     "tolerance .001": {"tolerance": 0.001},

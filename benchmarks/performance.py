@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,23 @@ def speed(
 def memory(
     peers: tuple[str, ...] = ("adam", "greedy"),
     modes: tuple[str, ...] = ("full", "half"),
+    similarities: tuple[str, ...] = ("lncc",),
+    channels: tuple[int, ...] = (1,),
     size: int = 256,
     iterations: int = 12,
     threads: int = 2,
     device: str = "cpu",
     json_file: str | None = None,
 ) -> None:
-    """Peak resident memory above that after the imports, in V (one float32 image), two images included.
+    """Peak resident memory above that after the imports, in V (one float32 image of one channel), two images included.
 
     Ours refine a predicted field, which the caller owns: its 3 V are taken off. Images are synthetic.
 
     Args:
-        peers: any of greedy, fireants, fireants-lm, ants and :data:`DESCENTS`.
+        peers: any of greedy, fireants, fireants-lm, ants and :data:`DESCENTS`; with one channel and LNCC.
         modes: of ours.
+        similarities: of ours.
+        channels: of the images, of ours.
         size: edge of the cube.
         iterations: at full resolution.
         threads: for every method.
@@ -82,7 +87,10 @@ def memory(
         json_file: write one line per run here, as it goes.
     """
     volume = 4 * size**3
-    ours_in: dict[str, dict[str, Any]] = {f"lm, {m}": {"options": {"memory": m}} for m in modes}
+    ours_in: dict[str, dict[str, Any]] = {
+        f"lm, {mode}, {measure}, {count}": {"options": {"memory": mode, "similarity": measure}, "channels": count}
+        for mode, measure, count in product(modes, similarities, channels)
+    }
     print(f"memory: {machine(threads)}; {size}^3, peak above the imports in V = {volume / 2**20:.0f} MiB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pair = _synthetic_pair(Path(folder), (size,) * 3)
@@ -95,8 +103,9 @@ def memory(
             task |= ours_in.get(method, {})
             out = work(name, **task)
             peak = out.peak / volume - (3 if ours else 0)
-            add_row(json_file, {"method": method, "size": size, "volumes": peak, "settings": out.settings})
-            print(f"{method:<14}{peak:7.1f} V   {out.seconds:7.1f} s", flush=True)
+            row = {"method": method, "size": size, "volumes": peak, "seconds": out.seconds / count}
+            add_row(json_file, {**row, "settings": out.settings})
+            print(f"{method:<24}{peak:7.1f} V   {out.seconds / count:8.3f} s an iteration, all included", flush=True)
 
 
 def scaling(

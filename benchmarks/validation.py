@@ -27,6 +27,7 @@ from monai_lm import kernels
 from monai_lm.fields import warp
 from monai_lm.fields.metrics import measure
 from monai_lm.io import read_ddf
+from monai_lm.similarity.lookup import MEASURES
 from monai_lm.solver.regularizer import REGULARIZERS
 from monai_lm.solver.schedule import automatic_scales
 
@@ -51,7 +52,8 @@ def validation(
         greedy: register the pairs with greedy, too, from the identity, with the same iterations on the same levels, or
             on those of them that leave it four voxels of every axis.
         identity: leave predictions aside.
-        settings: keyword arguments of ``monai_lm.refine``; default: none. A regulariser may be ``{name: weight}``.
+        settings: keyword arguments of ``monai_lm.refine``; default: none. A regulariser may be ``{name: weight}``, a
+            similarity ``{name: {argument: value}}``.
         json_file: write one line per pair here, as it goes; pairs that stand in it are not run again, and it must be of
             the same settings.
         against: the ``json_file`` of another run; paired differences to it are printed, with standard errors.
@@ -92,6 +94,9 @@ def refined(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[
     if isinstance(weighed, dict):
         ((kind, weight),) = weighed.items()
         settings = settings | {"regularizer": REGULARIZERS[kind](weight)}
+    if isinstance(made := settings.get("similarity"), dict):
+        ((measure_name, given),) = made.items()
+        settings = settings | {"similarity": MEASURES[measure_name](**given)}
     with ExitStack() as stack:
         for name in ("unfolded", "mend"):
             stack.enter_context(mock.patch.object(kernels, name, clocked(getattr(kernels, name))))

@@ -23,6 +23,7 @@ from benchmarks.gpu.steps import Step, Values
 from monai_lm import RefinementResult
 from monai_lm.fields import fold_count
 from monai_lm.fields.algebra import lengths
+from monai_lm.similarity import LNCC
 
 _ROOT = Path(__file__).parents[2]
 SIZES = ((160, 192, 224), (64, 64, 64), (256, 256, 256))
@@ -62,14 +63,23 @@ def _iterations(size: Sequence[int], device: torch.device, dry: bool) -> list[St
         "LM, half, predicted": partial(_refined, True, memory="half"),
         "LM, trust region, predicted": partial(_refined, True, control="trust_region"),
         "LM, descent, predicted": partial(_refined, True, acceptance="descent"),
+        "LM, Gaussian window, predicted": partial(_refined, True, similarity=LNCC(window="gaussian")),
+        "LM, mi, predicted": partial(_refined, True, similarity="mi"),
+        "LM, mind, predicted": partial(_refined, True, similarity="mind"),
+        "LM, symmetric, predicted": partial(_refined, True, symmetric=True),
+        "LM, bending, predicted": partial(_refined, True, regularizer="bending"),
+        "LM, 16 channels, mse, predicted": partial(_refined, True, similarity="mse"),
     }
     few, many = (2, 4) if dry else (5, 25)
 
-    def measured(method: Callable[[Pair, int], Any]) -> Values:
+    def measured(name: str, method: Callable[[Pair, int], Any]) -> Values:
         pair = synthetic(size, device)
+        if "16 channels" in name:
+            fixed, moving = (torch.cat([image.roll(k, -1) for k in range(16)], 1) for image in pair[:2])
+            pair = pair._replace(fixed=fixed, moving=moving)
         return per_iteration(lambda n: method(pair, n), pair, device, few, many)
 
-    return [(f"iteration, {name}, {_name(size)}", partial(measured, method)) for name, method in methods.items()]
+    return [(f"iteration, {name}, {_name(size)}", partial(measured, name, method)) for name, method in methods.items()]
 
 
 def _refined(predicted: bool, pair: Pair, iterations: int, **settings: Any) -> RefinementResult:

@@ -23,6 +23,8 @@ options = job.get("options", {})
 say("imported")
 device = torch.device(job.get("device", "cpu"))
 images = [torch.from_numpy(read_image(Path(job[key]))[0])[None, None].to(device) for key in ("fixed", "moving")]
+if (channels := job.get("channels", 1)) > 1:  # the image as it is, and moved
+    images = [torch.cat([image.roll(k, -1) for k in range(channels)], 1) for image in images]
 if options.get("memory") == "half":
     images = [(image / image.max()).half() for image in images]
 shape = (1, 3, *images[0].shape[2:])  # a field so small that it is not worse than none

@@ -119,7 +119,7 @@ def sequence(
     reference: int = 0,
     label: str | None = None,
     mask: str | None = None,
-    similarity: str = "lncc",
+    similarity: list[str] | str = "lncc",
     device: str = "auto",
     file_format: str = "itk",
     overwrite: bool = False,
@@ -133,7 +133,7 @@ def sequence(
         label: labels on the reference; motion.csv has the motion of each.
         mask: weights in [0, 1] on the reference: the similarity counts where they are not zero. Motion is told over it,
             else over the labels, else over the foreground.
-        similarity: lncc, mi, mind, mse or ncc.
+        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written, from the reference to the frames.
         overwrite: replace outputs that exist.
@@ -151,7 +151,7 @@ def _options(
     bundle: str | None = None,
     ddf_format: str = "auto",
     ddf_before_affine: bool = False,
-    similarity: str = "lncc",
+    similarity: list[str] | str = "lncc",
     scales: list[float] | str = "auto",
     iterations: int | list[int] | str = "auto",
     step: float = 0.5,
@@ -178,7 +178,7 @@ def _options(
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         ddf_before_affine: a predicted field ends where the file of its affine begins, as ANTs and greedy write the two;
             otherwise it leads through both.
-        similarity: lncc, mi, mind, mse or ncc.
+        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
@@ -277,13 +277,14 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
     for option in _LISTS:
         places = [k for k, word in enumerate(words) if word == option]
         for k in places:
-            values = list(takewhile(_NUMBERS.fullmatch, words[k + 1 :]))
+            values = list(takewhile(_VALUES.fullmatch, words[k + 1 :]))
             if len(values) > 1:
                 joined = ",".join(value.strip(",") for value in values)
                 raise ValueError(f"{option} must be one word, {option} {joined}, got {' '.join(values)}")
     words = [
         f"[{word}]"
-        if _NUMBERS.fullmatch(word) and (before in _ONLY_LISTS or (before in _LISTS and "," in word))
+        if (before in _ONLY_LISTS and _NUMBERS.fullmatch(word))
+        or (before in _LISTS and "," in word and _VALUES.fullmatch(word))
         else word
         for before, word in zip(["", *words], words, strict=False)
     ]
@@ -296,8 +297,9 @@ def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> lis
 
 
 _ONLY_LISTS = ("--scales", "--guide_labels")
-_LISTS = (*_ONLY_LISTS, "--iterations")
+_LISTS = (*_ONLY_LISTS, "--iterations", "--similarity")
 _NUMBERS = re.compile(r"[\d.,]+")
+_VALUES = re.compile(r"[\w.,]+")
 
 
 def main() -> None:

@@ -43,11 +43,11 @@ def plan_of(
         levels = "as the bundle says"
     else:
         how = defaults() | dict(settings)
-        scales, iterations, damping, smooth = (
-            how[name] for name in ("scales", "iterations", "damping", "smooth_gradient")
+        scales, iterations, damping, smooth, similarity = (
+            how[name] for name in ("scales", "iterations", "damping", "smooth_gradient", "similarity")
         )
         size, spacing = pair.fixed.grid.size, how["spacing"]
-        stages = make_schedule(scales, iterations, damping, smooth, size, spacing, predicted)
+        stages = make_schedule(scales, iterations, damping, smooth, similarity, size, spacing, predicted)
         levels = ", ".join(f"{_by(stage.level.size)} up to {stage.iterations} iterations" for stage in stages)
     return {
         **{name: f"{_by(grid.size)} voxels of {_by(grid.spacing)} mm" for name, grid in grids.items()},

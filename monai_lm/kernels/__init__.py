@@ -52,7 +52,7 @@ _SCHEMAS = {
     "compose": "(Tensor outer, Tensor inner, Tensor(a!) out) -> ()",
     "smooth": "(Tensor x, float[] sigma, Tensor(a!) out) -> ()",
     "elastic": "(Tensor moved, float[] sigma, float[] bulk, Tensor weight, Tensor(a!) out) -> ()",
-    "lncc": f"({_COMPARED}, int radius, float epsilon, Tensor(a!) out) -> Tensor",
+    "lncc": f"({_COMPARED}, int radius, float sigma, float epsilon, Tensor(a!) out) -> Tensor",
     "mse": f"({_COMPARED}, Tensor(a!) out) -> Tensor",
     "ncc": f"({_COMPARED}, float epsilon, Tensor(a!) out) -> Tensor",
     "mi": f"({_COMPARED}, int bins, Tensor(a!) out) -> Tensor",

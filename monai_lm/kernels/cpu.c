@@ -540,6 +540,7 @@ typedef struct {
   const Array *warped, *fixed, *weight, *out;
   const float *shift, *factor;
   int radius;
+  const float *taps;  // one-sided weights of a window; NULL: all are one
   float epsilon;
   int64_t slabs, parts;
   double *lines;
@@ -547,6 +548,14 @@ typedef struct {
 
 INLINE int sums_in(int64_t i, int radius, int64_t size) {
   return (int)(least(i + radius, size - 1) - most(i - radius, 0) + 1);
+}
+
+// What the voxels of a window that lie in the image weigh.
+static float weight_in(int64_t i, int radius, const float *w, int64_t size) {
+  if (!w) return (float)sums_in(i, radius, size);
+  float sum = 0;
+  for (int64_t k = most(i - radius, 0); k <= least(i + radius, size - 1); k++) sum += w[k < i ? i - k : k - i];
+  return sum;
 }
 
 // Sums of 2 radius + 1 rows.
@@ -569,44 +578,58 @@ static void sum_rows(float *t, const float *const *rows, int count, int64_t Z) {
   }
 }
 
+// The same, weighted unless the weights are NULL.
+static void window_rows(float *t, const float *const *rows, const float *w, int radius, int64_t Z) {
+  if (w) taps(t, rows + radius, w, radius, Z);
+  else sum_rows(t, rows, 2 * radius + 1, Z);
+}
+
 // Of 2 radius + 1 values along a row with zeros on both sides.
-INLINE void sum_along(float *t, const float *padded, int radius, int64_t Z, const float **rows) {
+INLINE void window_along(float *t, const float *padded, const float *w, int radius, int64_t Z, const float **rows) {
   for (int k = 0; k <= 2 * radius; k++) rows[k] = padded + k;
-  sum_rows(t, rows, 2 * radius + 1, Z);
+  window_rows(t, rows, w, radius, Z);
 }
 
 enum { MOMENTS = 5, PULLS = 3 };
 
-// Sums along x of I, I², I J, J and J² (times a weight, and of the weight); both images are rows from a list.
+// Sums along x of I, I², I J, J and J² (times a weight, and of the weight; times taps); both images are rows from a list.
 INLINE void moments_of(float *const *t, const float *const *is, const float *const *js, const float *const *ws,
-                       float shift, float factor, const int count, const int weighted, int64_t Z) {
+                       const float *g, float shift, float factor, const int count, const int weighted, const int tapped,
+                       int64_t Z) {
   SIMD for (int64_t z = 0; z < Z; z++) {
     float s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0;
 #pragma GCC unroll 8
     for (int k = 0; k < count; k++) {
       const float i = is[k][z], j = (js[k][z] - shift) * factor;
-      const float wi = weighted ? i * ws[k][z] : i, wj = weighted ? j * ws[k][z] : j;
+      const float tap = tapped ? g[k < count / 2 ? count / 2 - k : k - count / 2] : 1.0f;
+      const float w = weighted ? tapped ? tap * ws[k][z] : ws[k][z] : tap;
+      const float wi = weighted || tapped ? i * w : i, wj = weighted || tapped ? j * w : j;
       s0 += wi, s1 += wi * i, s2 += wi * j, s3 += wj, s4 += wj * j;
-      if (weighted) s5 += ws[k][z];
+      if (weighted) s5 += w;
     }
     t[0][z] = s0, t[1][z] = s1, t[2][z] = s2, t[3][z] = s3, t[4][z] = s4;
     if (weighted) t[5][z] = s5;
   }
 }
 
-static void moments(float *const *t, const float **is, const float **js, const float **ws, float shift, float factor,
-                    int count, int weighted, int64_t Z) {
-  if (!weighted) {
-    switch (count) {
-      case 1: moments_of(t, is, js, ws, shift, factor, 1, 0, Z); return;
-      case 3: moments_of(t, is, js, ws, shift, factor, 3, 0, Z); return;
-      case 5: moments_of(t, is, js, ws, shift, factor, 5, 0, Z); return;
-      case 7: moments_of(t, is, js, ws, shift, factor, 7, 0, Z); return;
-    }
-    moments_of(t, is, js, ws, shift, factor, count, 0, Z);
-  } else {
-    moments_of(t, is, js, ws, shift, factor, count, 1, Z);
+static void moments(float *const *t, const float **is, const float **js, const float **ws, const float *g, float shift,
+                    float factor, int count, int weighted, int64_t Z) {
+  if (weighted) {
+    if (g) moments_of(t, is, js, ws, g, shift, factor, count, 1, 1, Z);
+    else moments_of(t, is, js, ws, g, shift, factor, count, 1, 0, Z);
+    return;
   }
+  switch (g ? -count : count) {
+    case 1: moments_of(t, is, js, ws, g, shift, factor, 1, 0, 0, Z); return;
+    case 3: moments_of(t, is, js, ws, g, shift, factor, 3, 0, 0, Z); return;
+    case 5: moments_of(t, is, js, ws, g, shift, factor, 5, 0, 0, Z); return;
+    case 7: moments_of(t, is, js, ws, g, shift, factor, 7, 0, 0, Z); return;
+    case -5: moments_of(t, is, js, ws, g, shift, factor, 5, 0, 1, Z); return;
+    case -7: moments_of(t, is, js, ws, g, shift, factor, 7, 0, 1, Z); return;
+    case -11: moments_of(t, is, js, ws, g, shift, factor, 11, 0, 1, Z); return;
+  }
+  if (g) moments_of(t, is, js, ws, g, shift, factor, count, 0, 1, Z);
+  else moments_of(t, is, js, ws, g, shift, factor, count, 0, 0, Z);
 }
 
 INLINE void pulls(float *a, float *b, float *c, float *const *s, const float *w, const float *inverse_z, float inverse,
@@ -645,6 +668,7 @@ static void lncc_slab(void *task, int64_t item) {
   const int64_t ya = most(0, y0 - r), yb = least(Y, y1 + r), height = yb - ya;
   const float shift = t->shift ? t->shift[volume] : 0.0f, factor = t->factor ? t->factor[volume] : 1.0f;
   const int kinds = MOMENTS + weighted;
+  const float *tap = t->taps;
   const void *image = at(t->warped, pair, channel), *fixed = at(t->fixed, pair, channel);
   const void *weight = weighted ? at(t->weight, pair, 0) : NULL;
   void *to = at(t->out, pair, channel);
@@ -659,7 +683,7 @@ static void lncc_slab(void *task, int64_t item) {
   for (int q = 0; q < 6; q++) padded[q] = free_memory, memset(padded[q], 0, L * sizeof(float)), free_memory += L;
   for (int q = 0; q < 3; q++) wide[q] = free_memory, free_memory += planes * Z;
   float *zeros = free_memory, *level = zeros + Z, *inverse_z = level + Z, *out = inverse_z + Z;
-  for (int64_t z = 0; z < Z; z++) zeros[z] = 0, level[z] = shift, inverse_z[z] = 1.0f / (float)sums_in(z, r, Z);
+  for (int64_t z = 0; z < Z; z++) zeros[z] = 0, level[z] = shift, inverse_z[z] = 1.0f / weight_in(z, r, tap, Z);
   const float **is = get(sizeof(float *) * (3 * planes + ring)), **js = is + planes, **ws = js + planes;
   const float **rows = ws + planes;
   for (int64_t p = x0 - rx; p < x1 + rx; p++) {
@@ -677,16 +701,16 @@ static void lncc_slab(void *task, int64_t item) {
             js[k] = inside ? row(fixed, ftype, first, Z, wide[1] + k * Z) : level;
             ws[k] = weighted && inside ? row(weight, wtype, first, Z, wide[2] + k * Z) : zeros;
           }
-          moments(s, is, js, ws, shift, factor, planes, weighted, Z);
+          moments(s, is, js, ws, tap, shift, factor, planes, weighted, Z);
         }
         for (int q = 0; q < kinds; q++) {
           for (int k = -r; k <= r; k++)
             rows[r + k] = y + k >= 0 && y + k < Y ? ring_rows + (q * ring + (y + k) % ring) * Z : zeros;
-          sum_rows(padded[q] + r, rows, ring, Z);
-          sum_along(sums[q], padded[q], r, Z, rows);
+          window_rows(padded[q] + r, rows, tap, r, Z);
+          window_along(sums[q], padded[q], tap, r, Z, rows);
         }
         float *a = plane + (y - ya) * Z;
-        const float inverse = 1.0f / (float)(sums_in(p, rx, X) * sums_in(y, r, Y));
+        const float inverse = 1.0f / (weight_in(p, rx, tap, X) * weight_in(y, r, tap, Y));
         const int counts = p >= x0 && p < x1 && y >= y0 && y < y1;
         const float *w = weighted ? row(weight, wtype, (p * Y + y) * Z, Z, out) : NULL;
         pulls(a, a + height * Z, a + 2 * height * Z, sums, w, inverse_z, inverse, t->epsilon, Z,
@@ -703,14 +727,14 @@ static void lncc_slab(void *task, int64_t item) {
             const int64_t i = x + k - rx;
             rows[k] = i >= 0 && i < X ? store + ((i % planes * PULLS + q) * height + ready - ya) * Z : zeros;
           }
-          sum_rows(ring_rows + (q * ring + ready % ring) * Z, rows, planes, Z);
+          window_rows(ring_rows + (q * ring + ready % ring) * Z, rows, tap, rx, Z);
         }
       }
       for (int q = 0; q < PULLS; q++) {
         for (int k = -r; k <= r; k++)
           rows[r + k] = y + k >= 0 && y + k < Y ? ring_rows + (q * ring + (y + k) % ring) * Z : zeros;
-        sum_rows(padded[q] + r, rows, ring, Z);
-        sum_along(sums[q], padded[q], r, Z, rows);
+        window_rows(padded[q] + r, rows, tap, r, Z);
+        window_along(sums[q], padded[q], tap, r, Z, rows);
       }
       const int64_t first = (x * Y + y) * Z;
       const float *i = row(image, itype, first, Z, wide[0]), *j = row(fixed, ftype, first, Z, wide[1]);
@@ -734,8 +758,9 @@ static void add_up(const Compare *t, int64_t pairs, double *loss) {
 }
 
 EXPORT int lncc(const Array *warped, const Array *fixed, const float *shift, const float *factor, const Array *weight,
-                int radius, float epsilon, const Array *out, double *loss, int64_t pairs, int threads) {
-  Compare task = {warped, fixed, weight, out, shift, factor, radius, epsilon, 1, 1, NULL};
+                int radius, const float *taps, float epsilon, const Array *out, double *loss, int64_t pairs,
+                int threads) {
+  Compare task = {warped, fixed, weight, out, shift, factor, radius, taps, epsilon, 1, 1, NULL};
   const int64_t X = warped->size[0], Y = warped->size[1];
   task.lines = malloc(sizeof(double) * pairs * warped->channels * X * Y);
   if (!task.lines) return 1;
@@ -774,7 +799,7 @@ static void mse_rows(void *task, int64_t item) {
 
 EXPORT int mse(const Array *warped, const Array *fixed, const float *shift, const float *factor, const Array *weight,
                const Array *out, double *loss, int64_t pairs, int threads) {
-  Compare task = {warped, fixed, weight, out, shift, factor, 0, 0, 1, 1, NULL};
+  Compare task = {warped, fixed, weight, out, shift, factor, 0, NULL, 0, 1, 1, NULL};
   task.lines = malloc(sizeof(double) * pairs * warped->channels * warped->size[0] * warped->size[1]);
   if (!task.lines) return 1;
   const int64_t failed = parallel(pairs * warped->channels * row_items(out), threads, mse_rows, &task);
@@ -833,7 +858,7 @@ static void pull_rows(void *task, int64_t item) {
 
 EXPORT int ncc(const Array *warped, const Array *fixed, const float *shift, const float *factor, const Array *weight,
                double epsilon, const Array *out, double *loss, int64_t pairs, int threads) {
-  Compare task = {warped, fixed, weight, out, shift, factor, 0, 0, 1, 1, NULL};
+  Compare task = {warped, fixed, weight, out, shift, factor, 0, NULL, 0, 1, 1, NULL};
   const int64_t channels = warped->channels, volumes = pairs * channels, rows = warped->size[0] * warped->size[1];
   task.lines = malloc(sizeof(double) * volumes * rows * SIX);
   float *line = malloc(sizeof(float) * volumes * 3);
@@ -1005,7 +1030,7 @@ static void slope_rows(void *task, int64_t item) {
 
 EXPORT int mi(const Array *warped, const Array *fixed, const float *shift, const float *factor, const Array *weight,
               int bins, const Array *out, double *loss, int64_t pairs, int threads) {
-  Compare task = {warped, fixed, weight, out, shift, factor, 0, 0, 1, 1, NULL};
+  Compare task = {warped, fixed, weight, out, shift, factor, 0, NULL, 0, 1, 1, NULL};
   const int64_t channels = warped->channels, volumes = pairs * channels, rows = warped->size[0] * warped->size[1];
   const int64_t table = bins * bins, parts = least(most(rows * warped->size[2] / 65536, 1), least(rows, 64));
   Mutual all = {&task, bins, parts, calloc(volumes * parts * table, sizeof(double)),

@@ -207,10 +207,12 @@ def lncc(
     factor: Tensor | None,
     weight: Tensor | None,
     radius: int,
+    sigma: float,
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
-    return _compared(run, warped, fixed, shift, factor, weight, (radius, c_float(epsilon)), out)
+    taps = (c_float * (radius + 1))(*reference.window_taps(radius, sigma)) if sigma else None
+    return _compared(run, warped, fixed, shift, factor, weight, (radius, taps, c_float(epsilon)), out)
 
 
 @_kernel

@@ -288,52 +288,43 @@ def _zeros(count: tl.constexpr, groups: tl.constexpr, bz: tl.constexpr):
 
 
 @triton.jit
-def _add_line(sums, line, k, rows: tl.constexpr, last: tl.constexpr):
-    """Add line ``k`` to the sums of those rows whose windows, from ``j`` to ``j + last``, it is in."""
+def _add_line(sums, line, k, taps, rows: tl.constexpr, radius: tl.constexpr):
+    """Add line ``k`` to the sums of those rows whose windows it is in; row ``j`` is at line ``j + radius``.
+
+    Without taps all lines of a window count alike. NaN reaches no further than the window.
+    """
     out = _nothing()
     for j in tl.static_range(rows):
-        inside = (k >= j) & (k <= j + last)
+        inside = (k >= j) & (k <= j + 2 * radius)
+        if taps is not None:
+            tap = _chosen(taps, tl.abs(k - (j + radius)))
         for n in tl.static_range(len(line)):
-            out += (sums[j * len(line) + n] + tl.where(inside, line[n], 0.0),)
+            value = line[n]
+            if taps is not None:
+                value *= tap
+            out += (sums[j * len(line) + n] + tl.where(inside, value, 0.0),)
     return out
 
 
 @triton.jit
-def _add_plane(sums, new, count: tl.constexpr, ahead: tl.constexpr):
+def _add_plane(sums, new, taps, count: tl.constexpr, radius: tl.constexpr):
     """Add a plane to the sums of the windows that it is in, the window that ends with it first.
 
     If planes waited instead, to be added when they are all there, LLVM would crash for some radii (Triton 3.9, when it
     vectorises 4 or 8 values that a loop hands on).
     """
     out = _nothing()
-    for k in tl.static_range(ahead):
-        for n in tl.static_range(count):
-            out += (sums[k * count + n] + new[n],)
-    return out + new
-
-
-@triton.jit
-def _spread_line(sums, line, k, taps, rows: tl.constexpr, radius: tl.constexpr):
-    """Add line ``k`` to filtered rows; row ``j`` is at line ``j + radius``."""
-    out = _nothing()
-    for j in tl.static_range(rows):
-        distance = tl.abs(k - (j + radius))
-        tap = tl.where(distance == 0, taps[0], 0.0)
-        for d in tl.static_range(1, radius + 1):
-            tap = tl.where(distance == d, taps[d], tap)
-        out += (sums[j] + tl.where(distance <= radius, tap * line, 0.0),)  # NaN reaches no further than the filter
-    return out
-
-
-@triton.jit
-def _spread_plane(sums, new, taps, rows: tl.constexpr, radius: tl.constexpr):
-    """Add a plane to filtered planes, the one that ends with it first."""
-    out = _nothing()
     for k in tl.static_range(2 * radius):
-        for n in tl.static_range(rows):
-            out += (sums[k * rows + n] + taps[radius - k if k < radius else k - radius] * new[n],)
-    for n in tl.static_range(rows):
-        out += (taps[radius] * new[n],)
+        for n in tl.static_range(count):
+            value = new[n]
+            if taps is not None:
+                value *= taps[radius - k if k < radius else k - radius]
+            out += (sums[k * count + n] + value,)
+    for n in tl.static_range(count):
+        value = new[n]
+        if taps is not None:
+            value *= taps[radius]
+        out += (value,)
     return out
 
 
@@ -341,6 +332,31 @@ def _spread_plane(sums, new, taps, rows: tl.constexpr, radius: tl.constexpr):
 def _voxels_of_window(i, size, radius):
     """How many voxels of a window around ``i`` lie inside."""
     return (tl.minimum(i + radius, size - 1) - tl.maximum(i - radius, 0) + 1).to(tl.float32)
+
+
+@triton.jit
+def _weight_of_window(i, size, radius, sigma, gaussian: tl.constexpr):
+    """What the voxels of a window around ``i`` weigh that lie inside."""
+    if gaussian:
+        total = 0.0 * i.to(tl.float32)
+        for k in range(-radius, radius + 1):
+            t = k / sigma
+            total += tl.where((i + k >= 0) & (i + k < size), tl.exp(-0.5 * t * t), 0.0)
+    else:
+        total = _voxels_of_window(i, size, radius)
+    return total
+
+
+@triton.jit
+def _inside(i, size, taps, radius: tl.constexpr):
+    """The same by taps; without any, every voxel weighs one."""
+    if taps is None:
+        total = _voxels_of_window(i, size, radius)
+    else:
+        total = taps[0] + 0.0 * i.to(tl.float32)
+        for k in tl.static_range(1, radius + 1):
+            total += tl.where(i >= k, taps[k], 0.0) + tl.where(i + k < size, taps[k], 0.0)
+    return total
 
 
 @triton.jit
@@ -439,8 +455,8 @@ def _smooth(
             for dz in tl.static_range(1, rz + 1):
                 low = tl.load(line + _within(z - dz, nz)).to(tl.float32)
                 value += (low + tl.load(line + _within(z + dz, nz)).to(tl.float32)) * taps_z[dz]
-            new = _spread_line(new, value, k, taps_y, rows, ry)
-        planes = _spread_plane(planes, new, taps_x, rows, rx)
+            new = _add_line(new, (value,), k, taps_y, rows, ry)
+        planes = _add_plane(planes, new, taps_x, rows, rx)
         window = planes[:rows]
         planes = planes[rows:]
         rows_end = tl.where(x >= start, ny, 0)  # none as long as sums are not whole
@@ -474,9 +490,9 @@ def _divergence(
 @_kernel
 def _filter_axis(
     image, image_pair: tl.int64, channels, out, out_pair: tl.int64, nx, ny, nz, axis, radius, sigma, norm,
-    gaussian: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
+    gaussian: tl.constexpr, window: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
 ):  # fmt: skip
-    """One axis of a Gaussian filter, or of a window sum (zero outside), of any radius."""
+    """One axis of a Gaussian filter, or of the sums over windows (zero outside), of any radius."""
     q, x, y, z, mask, at = _tile(nx, ny, nz, by, bz)
     size = (nx * ny * nz).to(tl.int64)
     image += (q // channels) * image_pair + (q % channels) * size
@@ -486,11 +502,12 @@ def _filter_axis(
     for k in range(-radius, radius + 1):
         there = _within(i + k, count)
         value = tl.load(image + at + (there - i) * stride, mask, 0.0).to(tl.float32)
+        if window:
+            value = tl.where(there == i + k, value, 0.0)
         if gaussian:
             t = k / sigma
-            total += value * (tl.exp(-0.5 * t * t) * norm)
-        else:
-            total += tl.where(there == i + k, value, 0.0)
+            value *= tl.exp(-0.5 * t * t) * norm
+        total += value
     tl.store(out + at, total, mask)
 
 
@@ -500,7 +517,7 @@ def _filter_axis(
 @_kernel
 def _lncc(
     warped, warped_pair: tl.int64, fixed, fixed_pair: tl.int64, shift, factor, weight, weight_pair: tl.int64, abc,
-    losses, channels, nx, ny, nz, chunk, epsilon, rx: tl.constexpr, r: tl.constexpr, rows: tl.constexpr,
+    losses, channels, nx, ny, nz, chunk, epsilon, taps, rx: tl.constexpr, r: tl.constexpr, rows: tl.constexpr,
     groups: tl.constexpr, bz: tl.constexpr
 ):  # fmt: skip
     sums: tl.constexpr = 5 if weight is None else 6
@@ -536,18 +553,22 @@ def _lncc(
                 wi, wj = i, j
                 if weight is not None:
                     w = tl.load(weight + line + there, mask, 0.0).to(tl.float32)
+                    if taps is not None:
+                        w *= taps[r - dz if dz < r else dz - r]
                     wi, wj = i * w, j * w
                     sw += w
+                elif taps is not None:
+                    wi, wj = i * taps[r - dz if dz < r else dz - r], j * taps[r - dz if dz < r else dz - r]
                 si += wi
                 sj += wj
                 sii += wi * i
                 sjj += wj * j
                 sij += wi * j
             if weight is None:
-                new = _add_line(new, (si, sj, sii, sjj, sij), k, rows, 2 * r)
+                new = _add_line(new, (si, sj, sii, sjj, sij), k, taps, rows, r)
             else:
-                new = _add_line(new, (si, sj, sii, sjj, sij, sw), k, rows, 2 * r)
-        planes = _add_plane(planes, new, rows * sums, 2 * rx)
+                new = _add_line(new, (si, sj, sii, sjj, sij, sw), k, taps, rows, r)
+        planes = _add_plane(planes, new, taps, rows * sums, rx)
         window = planes[: rows * sums]
         planes = planes[rows * sums :]
         rows_end = tl.where(x >= start, ny, 0)  # none as long as sums are not whole
@@ -555,9 +576,7 @@ def _lncc(
             mask = (y + j < rows_end) & (z < nz)
             at = (x * ny + y + j) * nz + z
             if weight is None:
-                inverse = 1.0 / (
-                    _voxels_of_window(x, nx, rx) * _voxels_of_window(y + j, ny, r) * _voxels_of_window(z, nz, r)
-                )
+                inverse = 1.0 / (_inside(x, nx, taps, rx) * _inside(y + j, ny, taps, r) * _inside(z, nz, taps, r))
             else:
                 inverse = _inverse(window[j * sums + 5])
             here, a, b, c = _correlation(
@@ -594,7 +613,7 @@ def _derived(warped, fixed, shift, factor, weight, q, at, mask, sa, sb, sc):
 @_kernel
 def _lncc_derivative(
     abc, warped, warped_pair: tl.int64, fixed, fixed_pair: tl.int64, shift, factor, weight, weight_pair: tl.int64, out,
-    out_pair: tl.int64, channels, nx, ny, nz, chunk, rx: tl.constexpr, r: tl.constexpr, rows: tl.constexpr,
+    out_pair: tl.int64, channels, nx, ny, nz, chunk, taps, rx: tl.constexpr, r: tl.constexpr, rows: tl.constexpr,
     groups: tl.constexpr, bz: tl.constexpr
 ):  # fmt: skip
     q, start, stop, y, z = _column(nx, ny, nz, chunk, rows, groups, bz)
@@ -622,11 +641,17 @@ def _lncc_derivative(
             for dz in tl.static_range(2 * r + 1):
                 there = z + (dz - r)
                 mask = in_row & (there >= 0) & (there < nz)
-                sa += tl.load(abc + line + there, mask, 0.0)
-                sb += tl.load(abc + size + line + there, mask, 0.0)
-                sc += tl.load(abc + 2 * size + line + there, mask, 0.0)
-            new = _add_line(new, (sa, sb, sc), k, rows, 2 * r)
-        planes = _add_plane(planes, new, rows * 3, 2 * rx)
+                a = tl.load(abc + line + there, mask, 0.0)
+                b = tl.load(abc + size + line + there, mask, 0.0)
+                c = tl.load(abc + 2 * size + line + there, mask, 0.0)
+                if taps is not None:
+                    tap = taps[r - dz if dz < r else dz - r]
+                    a, b, c = a * tap, b * tap, c * tap
+                sa += a
+                sb += b
+                sc += c
+            new = _add_line(new, (sa, sb, sc), k, taps, rows, r)
+        planes = _add_plane(planes, new, taps, rows * 3, rx)
         window = planes[: rows * 3]
         planes = planes[rows * 3 :]
         rows_end = tl.where(x >= start, ny, 0)  # none as long as sums are not whole
@@ -682,8 +707,8 @@ def _products(
 
 @_kernel
 def _correlate(
-    sums, weight, weight_pair: tl.int64, abc, losses, channels, nx, ny, nz, rx, r, epsilon, by: tl.constexpr,
-    bz: tl.constexpr
+    sums, weight, weight_pair: tl.int64, abc, losses, channels, nx, ny, nz, rx, r, sigma, epsilon,
+    gaussian: tl.constexpr, by: tl.constexpr, bz: tl.constexpr
 ):  # fmt: skip
     """For windows of any radius: ``a``, ``b`` and ``c`` from sums over them."""
     q, x, y, z, mask, at = _tile(nx, ny, nz, by, bz)
@@ -691,7 +716,11 @@ def _correlate(
     count: tl.constexpr = 5 if weight is None else 6
     sums += count * q * size + at
     if weight is None:
-        inverse = 1.0 / (_voxels_of_window(x, nx, rx) * _voxels_of_window(y, ny, r) * _voxels_of_window(z, nz, r))
+        inverse = 1.0 / (
+            _weight_of_window(x, nx, rx, sigma, gaussian)
+            * _weight_of_window(y, ny, r, sigma, gaussian)
+            * _weight_of_window(z, nz, r, sigma, gaussian)
+        )
     else:
         inverse = _inverse(tl.load(sums + 5 * size, mask, 0.0))
     loss, a, b, c = _correlation(
@@ -1321,18 +1350,20 @@ def _filter_axes(x: Tensor, sigma: Sequence[float], out: Tensor, spare: Tensor) 
         x = target
 
 
-def _filter(x: Tensor, out: Tensor, axis: int, radius: int, sigma: float | None, norm: float = 0.0) -> None:
+def _filter(
+    x: Tensor, out: Tensor, axis: int, radius: int, sigma: float, norm: float = 1.0, window: bool = False
+) -> None:
     """One axis (of three) of a Gaussian filter, or of a window sum, of every channel."""
     sizes = _sizes(out)
     given = *_pair(x), x.shape[1], *_pair(out), *sizes, axis, radius, sigma or 1.0, norm
     programs = out.shape[0] * out.shape[1] * _tiles(sizes)
-    _run(_filter_axis, programs, out, *given, gaussian=sigma is not None, **_TILE)
+    _run(_filter_axis, programs, out, *given, gaussian=sigma > 0, window=window, **_TILE)
 
 
-def _box(buffers: list[Tensor], radius: int) -> list[Tensor]:
+def _window(buffers: list[Tensor], radius: int, sigma: float) -> list[Tensor]:
     """Window sums of the first of two buffers; what is first on return has them."""
     for axis in range(3 if _sizes(buffers[0])[0] > 1 else 2):
-        _filter(buffers[0], buffers[1], 2 - axis, radius, None)
+        _filter(buffers[0], buffers[1], 2 - axis, radius, sigma, window=True)
         buffers = buffers[::-1]
     return buffers
 
@@ -1344,14 +1375,15 @@ def lncc(
     factor: Tensor | None,
     weight: Tensor | None,
     radius: int,
+    sigma: float,
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
     """See :func:`monai_lm.kernels.reference.lncc`."""
     if not _served(warped, fixed, weight, out):
-        return reference.lncc(warped, fixed, shift, factor, weight, radius, epsilon, out)
+        return reference.lncc(warped, fixed, shift, factor, weight, radius, sigma, epsilon, out)
     if radius > _WIDEST_WINDOW:
-        return _lncc_widely(warped, fixed, shift, factor, weight, radius, epsilon, out)
+        return _lncc_widely(warped, fixed, shift, factor, weight, radius, sigma, epsilon, out)
     sizes, channels, volumes = _sizes(out), out.shape[1], out.shape[0] * out.shape[1]
     images = *_pair(warped), *_pair(fixed), _floats(shift), _floats(factor), *_pair(weight)
     flat = sizes[0] == 1
@@ -1362,9 +1394,10 @@ def lncc(
     march = {**window, "rows": rows, **_MARCH, "num_warps": 2}
     chunk, programs = _march(sizes, volumes, rows)
     losses = torch.empty(len(out), channels * programs, dtype=torch.float32, device=out.device)
-    sums = *images, abc, losses, channels, *sizes, chunk, float(epsilon)
+    taps = reference.window_taps(radius, sigma) if sigma else None
+    sums = *images, abc, losses, channels, *sizes, chunk, float(epsilon), taps
     _run(_lncc, volumes * programs, out, *sums, **march)
-    given = abc, *images, *_pair(out), channels, *sizes, chunk
+    given = abc, *images, *_pair(out), channels, *sizes, chunk, taps
     _run(_lncc_derivative, volumes * programs, out, *given, **march)
     return losses.sum(1)
 
@@ -1376,6 +1409,7 @@ def _lncc_widely(
     factor: Tensor | None,
     weight: Tensor | None,
     radius: int,
+    sigma: float,
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
@@ -1387,13 +1421,13 @@ def _lncc_widely(
     spare = [torch.empty(shape, dtype=torch.float32, device=out.device) for _ in range(2)]
 
     _run(_products, volumes * blocks, out, *images, spare[0], channels, size, block=_BLOCK)
-    sums, rest = _box(spare, radius)
+    sums, rest = _window(spare, radius, sigma)
     tiles = _tiles(sizes)
     abc = [t.flatten()[: volumes * 3 * size].view(volumes, 3, *sizes) for t in (rest, sums)]
     losses = torch.empty(len(out), channels * tiles, dtype=torch.float32, device=out.device)
     given = sums, *_pair(weight), abc[0], losses, channels, *sizes, 0 if sizes[0] == 1 else radius, radius
-    _run(_correlate, volumes * tiles, out, *given, float(epsilon), **_TILE)
-    abc = _box(abc, radius)
+    _run(_correlate, volumes * tiles, out, *given, sigma or 1.0, float(epsilon), gaussian=sigma > 0, **_TILE)
+    abc = _window(abc, radius, sigma)
     _run(_derive, volumes * blocks, out, abc[0], *images, *_pair(out), channels, size, block=_BLOCK)
     return losses.sum(1)
 
@@ -1557,8 +1591,8 @@ def mend(ddf: Tensor, outer: Tensor | None, folded: Tensor, sigma: float, margin
     spare = [ddf.new_empty(len(ddf), 1, *ddf.shape[2:], dtype=torch.float32) for _ in range(3)]
     cells = _pair(folded.view(torch.uint8))
     _run(_mark, tiles, ddf, *cells, spare[0], *sizes, ndim=ndim, **_TILE)
-    near, rest = _box(spare[:2], reach)
-    sums, weight = _box([near.gt_(0.5), rest], reach)
+    near, rest = _window(spare[:2], reach, 0.0)
+    sums, weight = _window([near.gt_(0.5), rest], reach, 0.0)
     counts = torch.empty(len(ddf), _tiles(sizes), dtype=torch.int32, device=ddf.device)
     flat = sizes[0] == 1
     given = *cells, sums, weight, counts, *sizes, 0 if flat else reach, reach

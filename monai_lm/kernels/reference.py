@@ -182,9 +182,25 @@ def box_sum(x: Tensor, radius: int) -> Tensor:
         x: ``(B, C, *S)``.
         radius: half width in voxels.
     """
+    return window_sum(x, (1.0,) * (radius + 1))
+
+
+def window_taps(radius: int, sigma: float) -> tuple[float, ...]:
+    """One-sided weights ``(1, w1, …, w_radius)`` of a window: those of a Gaussian, or ones for a ``sigma`` of 0."""
+    return tuple(math.exp(-0.5 * (k / sigma) ** 2) if sigma else 1.0 for k in range(radius + 1))
+
+
+def window_sum(x: Tensor, taps: Sequence[float]) -> Tensor:
+    """Weighted sum over windows, zero outside; separable, its own adjoint.
+
+    Args:
+        x: ``(B, C, *S)``.
+        taps: one-sided weights along every axis.
+    """
+    radius = len(taps) - 1
     for dim in range(2, x.dim()):
         zeros = torch.zeros_like(x.narrow(dim, 0, 1)).repeat([radius if d == dim else 1 for d in range(x.dim())])
-        x = _filtered(torch.cat([zeros, x, zeros], dim), (1.0,) * (radius + 1), dim)
+        x = _filtered(torch.cat([zeros, x, zeros], dim), taps, dim)
     return x
 
 
@@ -198,22 +214,22 @@ def _filtered(padded: Tensor, taps: Sequence[float], dim: int) -> Tensor:
     return out
 
 
-def inverse_window_counts(x: Tensor, radius: int) -> Tensor:
-    """One over the number of voxels that each window of :func:`box_sum` has inside the image.
+def inverse_window_counts(x: Tensor, radius: int, sigma: float = 0.0) -> Tensor:
+    """One over the number of voxels, or what they weigh, that each window has inside the image.
 
     Args:
         x: ``(B, C, *S)``; only its shape, device and dtype matter.
         radius: half width in voxels.
+        sigma: of the weights, see :func:`window_taps`.
 
     Returns:
-        ``(1, 1, *S)``; times :func:`box_sum` it gives window means.
+        ``(1, 1, *S)``; times :func:`window_sum` it gives window means.
     """
     n = x.dim() - 2
     out = x.new_ones(1)
     for axis, size in enumerate(x.shape[2:]):
-        i = torch.arange(size, device=x.device)
-        count = (i + radius).clamp(max=size - 1) - (i - radius).clamp(min=0) + 1
-        out = out / count.to(x.dtype).view([1, 1] + [-1 if a == axis else 1 for a in range(n)])
+        weight = window_sum(x.new_ones(1, 1, size), window_taps(radius, sigma))
+        out = out / weight.view([1, 1] + [-1 if a == axis else 1 for a in range(n)])
     return out
 
 
@@ -227,14 +243,16 @@ def lncc(
     factor: Tensor | None,
     weight: Tensor | None,
     radius: int,
+    sigma: float,
     epsilon: float,
     out: Tensor,
 ) -> Tensor:
     """Local correlation, ``Σ_x 1 - A² / (B C)`` averaged over channels, with its derivative.
 
     In a window of ``2 radius + 1`` voxels, as much of it as lies in the image, ``A`` is the covariance of both images
-    and ``B``, ``C`` their variances, not negative, plus ``epsilon``. With ``a = 2 A / (B C)``, ``b = a A / B`` and
-    ``box`` a window sum, the derivative is ``I box(b/N) - J box(a/N) + box((a mean J - b mean I)/N)``.
+    and ``B``, ``C`` their variances, not negative, plus ``epsilon``. With ``a = 2 A / (B C)``, ``b = a A / B``,
+    ``sum`` a window's sum, in which voxels may count by a Gaussian, and ``N`` that of ones, the derivative is
+    ``I sum(b/N) - J sum(a/N) + sum((a mean J - b mean I)/N)``.
 
     Args:
         warped: ``(B, C, *S)``.
@@ -243,6 +261,7 @@ def lncc(
         factor: ``(B, C)``, ``None`` is one.
         weight: ``(B, 1, *S)``, at least 0: voxels count so much in windows and in the sum; ``None`` is one.
         radius: half width of the window in voxels.
+        sigma: standard deviation, in voxels, of the Gaussian by which its voxels count; 0: all alike.
         epsilon: added to both variances.
         out: ``(B, C, *S)``, the derivative.
 
@@ -252,10 +271,11 @@ def lncc(
     dtype = _wide(warped, fixed, out)
     i, j = warped.to(dtype), ranged(fixed.to(dtype), shift, factor)
     w = None if weight is None else weight.to(dtype)
-    inverse = inverse_window_counts(i, radius) if w is None else _inverse(box_sum(w, radius))
+    taps = window_taps(radius, sigma)
+    inverse = inverse_window_counts(i, radius, sigma) if w is None else _inverse(window_sum(w, taps))
 
     def mean(values: Tensor) -> Tensor:
-        return box_sum(values if w is None else values * w, radius) * inverse
+        return window_sum(values if w is None else values * w, taps) * inverse
 
     mean_i, mean_j = mean(i), mean(j)
     var_i = (mean(i * i) - mean_i * mean_i).clamp(min=0) + epsilon
@@ -266,7 +286,7 @@ def lncc(
     if w is not None:
         loss, a = loss * w, a * w
     b = a * covariance / var_i
-    derivative = i * box_sum(b, radius) - j * box_sum(a, radius) + box_sum(a * mean_j - b * mean_i, radius)
+    derivative = i * window_sum(b, taps) - j * window_sum(a, taps) + window_sum(a * mean_j - b * mean_i, taps)
     out.copy_((derivative if w is None else derivative * w) / i.shape[1])
     return _summed(loss)
 

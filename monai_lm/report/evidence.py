@@ -6,6 +6,7 @@ The bounds are from real pairs and from nonsense, noise and an image the wrong w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +100,10 @@ def evidence_of(
         ddf: ``(1, n, *S)`` in voxels.
         mask: ``(1, 1, *S)`` weights, or None.
         before: ``(1, C, *S)``, the moving image under the field that the refinement started from, or None.
-        similarity: what was optimised, as for :func:`monai_lm.refine`, or None.
+        similarity: what was optimised, as for :func:`monai_lm.refine` or as metrics.json describes it, or None.
     """
     shown, polarity = local_fit(fixed[:, :1], warped[:, :1], mask)
-    measure = MEASURES.get(similarity) if isinstance(similarity, str) else type(similarity)
+    measure = _kind_of(similarity)
     asked = polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan")
     told = gained = float("nan")
     if before is not None:
@@ -110,6 +111,15 @@ def evidence_of(
         gained = told - started
     known = measure in (MI, MIND)
     return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), asked, told, gained, known)
+
+
+def _kind_of(similarity: object) -> type | None:
+    """The class of the finest level's measure; None where it is not one of the package's."""
+    if isinstance(similarity, list | tuple) and similarity:
+        return _kind_of(similarity[-1])
+    if isinstance(similarity, Mapping):
+        similarity = str(similarity.get("type")).rpartition(".")[2].lower()
+    return MEASURES.get(similarity) if isinstance(similarity, str) else type(similarity)
 
 
 def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:

@@ -35,6 +35,12 @@ class Similarity(ABC):
     standardized = False
     """Whether images are shifted and scaled to zero mean and unit contrast first; the measure must not care."""
 
+    invariant = False
+    """Whether ``a I + b`` of either image is all the same to it, so that they may be scaled for another measure."""
+
+    by_channel = False
+    """Whether the loss is the mean of what each described channel gives by itself, so that some are seen at a time."""
+
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
@@ -129,7 +135,7 @@ class Similarity(ABC):
 class KernelSimilarity(Similarity):
     """A measure that a kernel computes: it takes the fixed image as it is, shifts and scales it, and weighs voxels."""
 
-    weighable = True
+    by_channel = weighable = True
 
     def reference(self, fixed: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
         """The fixed image, its shift, its factor, and the weight; see :class:`Similarity`."""

@@ -54,6 +54,7 @@ class Combined(Similarity):
         self.channels = list(channels)
         self.weights = [float(weight) for weight in weights]
         self.weighable = all(measure.weighable for measure in self.measures)
+        self.invariant = all(measure.invariant for measure in self.measures)
 
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """Every group of channels as its measure describes it."""

@@ -34,6 +34,8 @@ class MI(KernelSimilarity):
         Medical Imaging 2003.
     """
 
+    invariant = True
+
     def __init__(self, bins: int = 16) -> None:
         if isinstance(bins, bool) or not isinstance(bins, int) or not 8 <= bins <= 256:
             raise ValueError(f"bins must be a whole number from 8 to 256, got {bins!r}")

@@ -41,6 +41,8 @@ class MIND(MSE):
         MICCAI 2013.
     """
 
+    invariant = True
+
     def __init__(self, radius: int = 1, dilation: int = 2) -> None:
         for name, value in (("radius", radius), ("dilation", dilation)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

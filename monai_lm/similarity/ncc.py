@@ -21,7 +21,7 @@ class NCC(KernelSimilarity):
         epsilon: added to both variances, as a fraction of the squared contrast of the image.
     """
 
-    standardized = True
+    standardized = invariant = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         if not epsilon > 0:

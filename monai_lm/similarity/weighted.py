@@ -44,6 +44,7 @@ class Weighted(Similarity):
                 f"{type(measure).__name__}; LNCC, MI, MIND, MSE, NCC and their combinations can"
             )
         self.measure, self.weighs_fixed, self.weighs_moving = measure, fixed, moving
+        self.invariant = measure.invariant
 
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """As the measure describes the images; the weights stay as they are."""

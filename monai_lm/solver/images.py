@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ Masks = tuple[Tensor | None, Tensor | None]
 
 
 def weighted(
-    measure: Similarity, images: tuple[Tensor, Tensor], masks: Masks, symmetric: bool
-) -> tuple[Similarity, Masks]:
-    """The measure that counts what the masks of the fixed and of the moving image show, and the masks; all checked.
+    measures: Sequence[Similarity], images: tuple[Tensor, Tensor], masks: Masks, symmetric: bool
+) -> tuple[Sequence[Similarity], Masks]:
+    """Measures that count what the masks of the fixed and of the moving image show, and the masks; all checked.
 
     Where both images move, both have a mask then, or none.
     """
@@ -32,14 +33,15 @@ def weighted(
     check_shown("fixed", images[0], mask)
     check_shown("moving", images[1], moving_mask)
     if mask is None and moving_mask is None:
-        return measure, (None, None)
+        return measures, (None, None)
     if symmetric:
         both = (
             torch.ones_like(image[:, :1]) if m is None else m
             for image, m in zip(images, (mask, moving_mask), strict=True)
         )
-        return Weighted(measure, moving=True), (next(both), next(both))
-    return Weighted(measure, mask is not None, moving_mask is not None), (mask, moving_mask)
+        return [Weighted(measure, moving=True) for measure in measures], (next(both), next(both))
+    sides = mask is not None, moving_mask is not None
+    return [Weighted(measure, *sides) for measure in measures], (mask, moving_mask)
 
 
 def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | None:
@@ -50,7 +52,9 @@ def _hiding(mask: Tensor | None, image: Tensor, name: str, of: str) -> Tensor | 
     return None if bool((mask == 1).all()) else mask
 
 
-def refined_images(problem: Problem, masks: Masks, settings: Settings) -> tuple[Tensor, Tensor]:
+def refined_images(
+    problem: Problem, masks: Masks, settings: Settings, measures: Sequence[Similarity]
+) -> tuple[Tensor, Tensor]:
     """Fixed and moving image as they are refined: with their weights, in the precision of the memory mode."""
     mask, moving_mask = masks
     seen = [
@@ -63,7 +67,7 @@ def refined_images(problem: Problem, masks: Masks, settings: Settings) -> tuple[
         mask, moving_mask = _twice(mask, moving_mask), _twice(moving_mask, mask)
     fixed = fixed if mask is None else with_weight(fixed, mask)
     moving = moving if moving_mask is None else with_moving_weight(moving, moving_mask)
-    return halved(fixed, moving, settings.similarity) if settings.memory == "half" else (fixed, moving)
+    return halved(fixed, moving, measures) if settings.memory == "half" else (fixed, moving)
 
 
 def _twice(mask: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,13 +40,21 @@ def automatic_mode(fixed: Tensor, symmetric: bool = False, regularized: bool = F
     return "full" if free > (2 * need + 4 * channels + 12 if symmetric else need) * volume else "half"
 
 
-def halved(fixed: Tensor, moving: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
+def halved(fixed: Tensor, moving: Tensor, measures: Sequence[Similarity]) -> tuple[Tensor, Tensor]:
     """Both images ``(B, C, *S)`` in half precision: as they are if they are, else shifted and scaled into its range.
 
     A weight of the fixed image, its last channel, is not shifted; the ranges of the moving one leave its own alone.
+
+    Args:
+        fixed: ``(B, C, *S)``.
+        moving: ``(B, C, *S)``.
+        measures: of the levels, coarse to fine. The ranges are those of one that cares for shift and scale, if there
+            is any: the others bear them. Of several, one that allows for none at all comes first.
     """
-    of_fixed, of_moving = similarity.image_ranges(fixed, moving)
-    channels = moving.shape[1] - int(similarity.weighs_moving)
+    careful = [measure for measure in measures if not measure.invariant] or measures[-1:]
+    ranges = [measure.image_ranges(fixed, moving) for measure in dict.fromkeys(careful)]
+    of_fixed, of_moving = (None, None) if (None, None) in ranges else ranges[-1]
+    channels = moving.shape[1] - int(measures[-1].weighs_moving)
 
     def half(image: Tensor, range_: Range) -> Tensor:
         if image.dtype in (torch.float16, torch.bfloat16):

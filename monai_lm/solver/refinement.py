@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from monai_lm import kernels as kernels_
@@ -19,7 +19,6 @@ from monai_lm.fields.finite import check_number
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
-from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.checks import (
     check_field,
@@ -42,7 +41,7 @@ from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
-from monai_lm.solver.schedule import Stage, make_schedule
+from monai_lm.solver.schedule import Measure, Stage, make_schedule
 from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
 
@@ -67,7 +66,7 @@ def refine(
     mask: Tensor | None = None,
     *,
     moving_mask: Tensor | None = None,
-    similarity: str | Similarity | nn.Module = "lncc",
+    similarity: Measure | Sequence[Measure] = "lncc",
     scales: str | Sequence[float] = "auto",
     iterations: str | int | Sequence[int] = "auto",
     step: float = 0.5,
@@ -110,7 +109,9 @@ def refine(
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
-            ``(warped, fixed)``.
+            ``(warped, fixed)``. Or a sequence of them, coarse to fine: the last one for the finest level, the one
+            before for the next, the first one for all that are coarser. Losses of the result, and whether a prediction
+            is used, are by the last one; those of the history by that of their level.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
         iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
@@ -178,7 +179,7 @@ def refine(
         ddf = plain("ddf", ddf)
         check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
     edges = check_spacing(spacing, n)
-    stages = make_schedule(scales, iterations, damping, smooth_gradient, size, edges, ddf is not None)
+    stages = make_schedule(scales, iterations, damping, smooth_gradient, similarity, size, edges, ddf is not None)
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     method = make_method(descent, control, acceptance, smooth_residual, window, int(seed))
@@ -194,12 +195,13 @@ def refine(
         check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
-    measure, masks = weighted(get_similarity(similarity), (fixed, moving), (mask, moving_mask), symmetric)
+    measures, masks = weighted([s.similarity for s in stages], (fixed, moving), (mask, moving_mask), symmetric)
+    stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
     if memory == "auto":
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
-        similarity=measure, method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline,
-        symmetric=symmetric, regularizer=make_regularizer(regularizer, method.damping.needs_promise),
+        method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline, symmetric=symmetric,
+        regularizer=make_regularizer(regularizer, method.damping.needs_promise),
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     with (
@@ -265,11 +267,11 @@ def _coarse_to_fine(
     ddf = None if problem.prediction is None else normal(problem.prediction)
     constant = constant_pairs((problem.fixed, problem.moving), masks)
     idle = torch.cat([constant, constant]) if settings.symmetric else constant
-    fixed, moving = refined_images(problem, masks, settings)
+    fixed, moving = refined_images(problem, masks, settings, [stage.similarity for stage in stages])
     repaired = used = None
     if ddf is not None:
         edges = [1 / unit for unit in finest.level.unit]
-        start, used = believed(ddf, fixed[: len(ddf)], moving[: len(ddf)], settings.similarity, finest.level, edges)
+        start, used = believed(ddf, fixed[: len(ddf)], moving[: len(ddf)], finest.similarity, finest.level, edges)
         repaired = repair(start, goal=_GOAL, deadline=settings.deadline)
         del start
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)

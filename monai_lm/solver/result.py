@@ -21,7 +21,7 @@ class Iteration(NamedTuple):
 
     Attributes:
         level: reduction of the level against the finest grid; the first entry of a level is its starting point.
-        loss: dissimilarity per voxel after the step.
+        loss: dissimilarity per voxel after the step, by the measure of the level.
         damping: λ that the step was taken with, relative to the typical squared gradient at the start of the level.
         gain_ratio: actual over expected decrease; NaN where it was not computed (``control="simple"``) or no step.
         accepted: whether the step was kept.
@@ -94,7 +94,7 @@ class RefinementResult:
     Attributes:
         ddf: ``(B, n, *S)`` displacement in voxels on the fixed grid, without folds.
         history: per pair, its iterations.
-        initial_loss: ``(B,)`` dissimilarity per voxel at the finest level before the refinement.
+        initial_loss: ``(B,)`` dissimilarity per voxel at the finest level, by its measure, before the refinement.
         final_loss: ``(B,)`` the same after it; not above ``initial_loss``.
         predicted_folds: ``(B,)`` folded cells in the field that came in.
         repair_shift: ``(B,)`` mean displacement in voxels by which the repair of those folds moved the field.

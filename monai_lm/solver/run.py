@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.guidance.base import Grid, Guidance, Guide
-from monai_lm.similarity import Similarity
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import move_field, shrink
@@ -56,7 +55,6 @@ class Problem:
 class Settings:
     """What does not change from level to level; see the arguments of :func:`monai_lm.refine`."""
 
-    similarity: Similarity
     method: Method
     step: float
     tolerance: float
@@ -91,7 +89,7 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         moving=moving,
         prediction=prediction,
         residual=residual,
-        similarity=settings.similarity,
+        similarity=stage.similarity,
         method=settings.method,
         smooth_gradient=stage.smooth_gradient,
         step=settings.step,

@@ -6,11 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
+from typing import TypeAlias
+
+from torch import nn
 
 from monai_lm.fields.finite import check_number
+from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
-__all__ = ["Stage", "automatic_scales", "make_schedule"]
+__all__ = ["Measure", "Stage", "automatic_scales", "make_schedule"]
+
+Measure: TypeAlias = str | Similarity | nn.Module
+"""What :func:`monai_lm.similarity.get_similarity` takes."""
 
 _COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
 
@@ -24,12 +31,14 @@ class Stage:
         iterations: the most there.
         damping: δ, the initial damping relative to the typical squared gradient.
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
+        similarity: what is minimised there.
     """
 
     level: Level
     iterations: int
     damping: float
     smooth_gradient: float
+    similarity: Similarity
 
 
 def make_schedule(
@@ -37,6 +46,7 @@ def make_schedule(
     iterations: str | int | Sequence[int],
     damping: float | Sequence[float],
     smooth_gradient: float | Sequence[float],
+    similarity: Measure | Sequence[Measure],
     size: Sequence[int],
     spacing: Sequence[float],
     predicted: bool,
@@ -48,6 +58,7 @@ def make_schedule(
         iterations: as for ``refine``.
         damping: as for ``refine``.
         smooth_gradient: as for ``refine``.
+        similarity: as for ``refine``.
         size: voxels per axis of the images.
         spacing: voxel edge per axis.
         predicted: whether there is a prediction.
@@ -60,7 +71,8 @@ def make_schedule(
     counts = _iterations(iterations, [level.scale for level in levels])
     dampings = _per_level("damping", damping, len(levels), 0, exclusive=True)
     sigmas = _per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
-    return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, strict=True)]
+    measures = _measures(similarity, len(levels))
+    return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
@@ -72,6 +84,16 @@ def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: b
         if scale == 1 or (shrunk and min(shrunk) >= (_COARSEST if scale > 2 else SHORTEST)):
             scales.append(scale)
     return tuple(scales)
+
+
+def _measures(similarity: Measure | Sequence[Measure], levels: int) -> list[Similarity]:
+    """The measure of every level: the fine end of a longer sequence, the first of a shorter one for all coarser."""
+    if isinstance(similarity, str | Similarity | nn.Module) or not isinstance(similarity, Sequence):
+        return [get_similarity(similarity)] * levels
+    measures = [get_similarity(measure) for measure in similarity]
+    if not measures:
+        raise ValueError(f"similarity must be a measure or a sequence of at least one, got {similarity!r}")
+    return [*[measures[0]] * (levels - len(measures)), *measures][-levels:]
 
 
 def _levels(

@@ -226,6 +226,22 @@ def test_a_list_needs_no_brackets(scales, monkeypatch):
     assert (given["scales"], given["iterations"]) == ([4, 2, 1], 20)
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"), [("mi", "mi"), ("mi,lncc", ["mi", "lncc"]), ("[mi,mi,lncc]", ["mi", "mi", "lncc"])]
+)
+@pytest.mark.parametrize("command", ["refine", "sequence"])
+def test_every_level_may_have_a_measure(command, written, expected, monkeypatch):
+    given = []
+    monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.append(how["settings"]) or {})
+    monkeypatch.setattr(
+        "monai_lm.apps.sequence.register_sequence", lambda *_, **how: given.append(how["settings"]) or []
+    )
+    files = {"refine": ["--fixed", "f.nii", "--moving", "m.nii"], "sequence": ["--series", "s.nii"]}[command]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", command, *files, "--output_dir", "out", "--similarity", written])
+    cli.main()
+    assert given[0]["similarity"] == expected
+
+
 @pytest.mark.parametrize("values", [["4", "2", "1"], ["4,", "2,", "1"]])
 def test_a_list_of_words_is_told_how_it_is_written(values, monkeypatch, capsys):
     words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out", "--scales", *values]

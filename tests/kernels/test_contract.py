@@ -59,8 +59,10 @@ CASES = {
     "smooth, no": lambda g: ([g.warped, (0.0,) * g.n], g.image),
     "elastic": lambda g: ([g.ddf, (0.5,) * g.n, (0.0,) * g.n, g.alpha], g.field),
     "elastic, bulk": lambda g: ([g.ddf, (0.5, 0.0, 1.0)[: g.n], (0.1, 0.2, 0.05)[: g.n], g.alpha], g.field),
-    **{f"lncc, {r}": of_image("warped", "fixed", "shift", "factor", None, r, 2e-3) for r in (1, 2, 3, 5)},
-    "lncc, weighted": of_image("warped", "fixed", None, None, "weight", 2, 2e-3),
+    **{f"lncc, {r}": of_image("warped", "fixed", "shift", "factor", None, r, 0.0, 2e-3) for r in (1, 2, 3, 5)},
+    **{f"lncc, {r}, Gaussian": of_image("warped", "fixed", None, "factor", None, r, 1.5, 2e-3) for r in (1, 2, 5, 8)},
+    "lncc, weighted": of_image("warped", "fixed", None, None, "weight", 2, 0.0, 2e-3),
+    "lncc, weighted, Gaussian": of_image("warped", "fixed", "shift", None, "weight", 3, 1.0, 2e-3),
     "mse": of_image("warped", "fixed", None, None, None),
     "mse, all": of_image("warped", "fixed", "shift", "factor", "weight"),
     "ncc": of_image("warped", "fixed", None, None, None, 1e-6),
@@ -178,8 +180,8 @@ def test_nan_in_an_image_stays_where_windows_see_it():
     warped = given.warped.float()
     warped[0, 0, 10, 9, 11] = float("nan")
     out, exact = torch.empty(given.image), torch.empty(given.image)
-    loss = cpu.lncc(warped, given.fixed.float(), None, None, None, 2, 2e-3, out)
-    reference.lncc(warped, given.fixed.float(), None, None, None, 2, 2e-3, exact)
+    loss = cpu.lncc(warped, given.fixed.float(), None, None, None, 2, 0.0, 2e-3, out)
+    reference.lncc(warped, given.fixed.float(), None, None, None, 2, 0.0, 2e-3, exact)
     assert loss.isnan().all()
     assert torch.equal(out.isnan(), exact.isnan())
     assert int(out.isnan().sum()) == 9**3

@@ -148,10 +148,10 @@ def step(shape):
     agree(g, out, 0.0)
 
 
-def lncc(shape, radius=1):
+def lncc(shape, radius=1, sigma=0.0):
     warped, fixed, shift, factor, weight = images(shape)
-    check("lncc", warped, fixed, shift, factor, None, radius, 1e-3, out=warped * 0)
-    check("lncc", warped, fixed, None, None, weight, radius, 1e-3, out=warped * 0, tolerance=3e-5)
+    check("lncc", warped, fixed, shift, factor, None, radius, sigma, 1e-3, out=warped * 0)
+    check("lncc", warped, fixed, None, None, weight, radius, sigma, 1e-3, out=warped * 0, tolerance=3e-5)
 
 
 def pointwise(name, shape, *epsilon):
@@ -261,7 +261,7 @@ def launches(shape):
     ddf, small, one = field(shape), field(shape, 0.3, seed=1), torch.ones(shape[0])
     calls = {
         "sample": (image, ddf, None, shift, factor, other),
-        "lncc": (image, other, shift, factor, None, 2, 1e-3, image.clone()),
+        "lncc": (image, other, shift, factor, None, 2, 0.0, 1e-3, image.clone()),
         "mi": (image, other, shift, factor, None, 16, image.clone()),
         "gradient": (image, other, (1.0, 1.0, 1.0), ddf),
         "step": (ddf, small, UNIT, one, one, None, None, ddf),
@@ -295,6 +295,9 @@ CASES = {
     "unfolded in parts": (unfolded, (PARTS,)),
     "lncc of radius 3": (lncc, ((1, 1, 4, 9), 3)),
     "lncc of radius 5": (lncc, ((1, 1, 2, 2, 4), 5)),
+    "lncc, Gaussian": (lncc, ((2, 1, 3, 4, 6), 2, 1.2)),
+    "lncc, Gaussian, 2d": (lncc, (SHAPES["2d"], 1, 1.2)),
+    "lncc, Gaussian of radius 5": (lncc, ((1, 1, 2, 2, 6), 5, 1.6)),
     **{f"mse {name}": (pointwise, ("mse", s)) for name, s in SHAPES.items()},
     **{f"ncc {name}": (pointwise, ("ncc", s, 1e-5)) for name, s in SHAPES.items()},
     **{f"mi {name}": (mi, (s, 16)) for name, s in SHAPES.items()},
@@ -375,9 +378,11 @@ def calls(backend):
     gpu.step(ddf, ddf, UNIT, numbers, numbers, image, image, ddf)
     gpu.gradient(image, image, (2.0, 2.0, 2.0), ddf)
     for radius in (3, 2, 4, 5):
-        gpu.lncc(image, image, number, number, None, radius, 1e-5, image)
-    gpu.lncc(image, image, None, None, image, 3, 1e-5, image)
-    gpu.lncc(flat, flat, None, None, None, 3, 1e-5, flat)
+        gpu.lncc(image, image, number, number, None, radius, 0.0, 1e-5, image)
+    gpu.lncc(image, image, None, None, image, 3, 0.0, 1e-5, image)
+    gpu.lncc(flat, flat, None, None, None, 3, 0.0, 1e-5, flat)
+    gpu.lncc(image, image, number, number, None, 2, 1.5, 1e-5, image)
+    gpu.lncc(image, image, None, None, image, 5, 1.5, 1e-5, image)
     gpu.mse(image, image, number, number, image, image)
     gpu.ncc(image, image, number, number, image, 1e-5, image)
     for bins in (16, 32, 64):

@@ -5,6 +5,7 @@ import torch
 
 from monai_lm import refine
 from monai_lm.fields import warp
+from monai_lm.io.provenance import describe
 from monai_lm.report.evidence import (
     AGREEMENT,
     Evidence,
@@ -122,7 +123,8 @@ def test_polarity_tells_one_contrast_from_two(smooth_image, size):
 @pytest.mark.parametrize(
     ("similarity", "expected"),
     [("lncc", 1.0), ("ncc", 1.0), (LNCC(3), 1.0), ("mse", -1.0), (MSE(), -1.0), ("mi", None), ("mind", None),
-     (MI(), None), (None, None), ("<SSIMLoss>", None), ({"similarity": 1}, None)],
+     (MI(), None), (None, None), ("<SSIMLoss>", None), ({"similarity": 1}, None), (["mse", "mi"], None),
+     (("mi", MSE()), -1.0), (describe([MI(), LNCC(3)]), 1.0)],
 )  # fmt: skip
 def test_polarity_is_asked_of_measures_that_expect_one_contrast(smooth_image, similarity, expected):
     image = smooth_image((1, 1, 24, 22)).float()

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from monai_lm.similarity import LNCC, MSE, lookup
 from monai_lm.similarity.base import contrast, standardize
 
-EVERY = {"lncc1": LNCC(radius=1), **{name: make() for name, make in lookup.MEASURES.items()}}
+EVERY = {
+    "lncc, Gaussian": LNCC(radius=1, window="gaussian"),
+    **{name: make() for name, make in lookup.MEASURES.items()},
+}
 SMOOTHED = {
     f"{name}, epsilon .1": make(epsilon=0.1)
     for name, make in lookup.MEASURES.items()

@@ -8,7 +8,7 @@ from monai_lm.similarity import LNCC, MSE, NCC, Combined, get_similarity, lookup
 from monai_lm.similarity.weighted import Weighted, continued, shown, with_moving_weight, with_weight
 
 MEASURES = [measure for make in lookup.MEASURES.values() if (measure := make()).weighable]
-MEASURES.append(Combined([LNCC(1), MSE()], [1, 1], [1.0, 3.0]))
+MEASURES += [LNCC(1, window="gaussian"), Combined([LNCC(1), MSE()], [1, 1], [1.0, 3.0])]
 
 
 def images(measure, size, random_tensor):

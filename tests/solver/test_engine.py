@@ -8,7 +8,7 @@ import torch
 
 from monai_lm.fields import compose, gaussian_smooth, warp
 from monai_lm.kernels.reference import eulerian_gradient
-from monai_lm.similarity import LNCC, MSE, NCC, Combined
+from monai_lm.similarity import LNCC, MI, MSE, NCC, Combined
 from monai_lm.similarity.base import normalized
 from monai_lm.similarity.weighted import Weighted
 from monai_lm.solver.acceptance import Always, Descent, Metropolis
@@ -169,3 +169,30 @@ def test_the_residual_is_smoothed_across_thick_slices_more_than_in_space(build):
     engine.method.smoothing.relax(moved, engine.unit, torch.ones(1), out)
     within, across = out[0, 0, 15, 5, 5], out[0, 0, 15, 4, 6]
     assert 0.4 * within < across < within
+
+
+@pytest.mark.parametrize("measure", [LNCC(), MSE(), NCC(), MI()], ids=["lncc", "mse", "ncc", "mi"])
+def test_many_channels_are_seen_some_at_a_time(measure, build, random_tensor, monkeypatch):
+    """Nineteen in three parts, of seven at most: what comes out is the same, in the memory of seven and a gradient."""
+    one, _ = build(measure)
+    images = [random_tensor((2, 19, *SIZE), seed).float() for seed in (3, 4)]
+
+    def engine():
+        return Engine(*images, one.prediction, copy(one.residual), measure, one.method, 1.0, 0.5)
+
+    apart = engine()
+    monkeypatch.setattr("monai_lm.solver.engine._AT_ONCE", 19)
+    whole = engine()
+    volume = images[0][:, 0].numel()
+    assert (kept(whole), kept(apart)) == ((2 * 19 + 3) * volume, (2 * 7 + 3) * volume)
+    assert apart.other.numel() == 3 * volume
+    for got, expected in ((apart.evaluate(), whole.evaluate()), (apart.loss(None), whole.loss(None))):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    apart.evaluate(), whole.evaluate()
+    assert (apart.gradient - whole.gradient).norm() < 1e-5 * whole.gradient.norm()
+    assert len(Engine(*images, None, copy(one.residual), measure, promising(one.method), 1.0, 0.5).parts) == 1
+
+
+def promising(method):
+    """The method with a damping that needs what a step promises, from the images as they were."""
+    return replace(method, damping=TrustRegion())

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from monai_lm import kernels
-from monai_lm.similarity import LNCC, MSE
+from monai_lm.similarity import LNCC, MI, MIND, MSE, ModuleSimilarity
 from monai_lm.solver import memory
 from monai_lm.solver.memory import automatic_mode, halved
 from tests.gpu.pretend import Pretend
@@ -33,12 +34,22 @@ def test_other_devices_get_everything():
 @pytest.mark.parametrize("measure", [LNCC(), MSE()], ids=["lncc", "mse"])
 def test_halved_images_fit_into_half_precision(measure, random_tensor):
     fixed, moving = (1e6 * random_tensor((1, 1, 9, 8), seed).float() for seed in (0, 1))
-    halves = halved(fixed, moving, measure)
+    halves = halved(fixed, moving, [measure])
     assert all(image.dtype == torch.float16 and bool(image.isfinite().all()) for image in halves)
     for image, half in zip((fixed, moving), halves, strict=True):
         assert torch.corrcoef(torch.stack([image.flatten(), half.float().flatten()]))[0, 1] > 0.999999
 
 
+def test_images_are_scaled_for_the_level_that_minds_most(random_tensor):
+    """Others see the same whatever the scale; a module sees what it was given."""
+    fixed, moving = (1e3 * random_tensor((1, 1, 9, 8), seed).float() for seed in (0, 1))
+    alone = halved(fixed, moving, [MSE()])
+    mixed = ([MSE(), LNCC()], [LNCC(), MSE()], [MIND(), MSE(), MI()])
+    assert all(torch.equal(halved(fixed, moving, measures)[0], alone[0]) for measures in mixed)
+    assert torch.equal(halved(fixed, moving, [LNCC(), ModuleSimilarity(nn.MSELoss()), MSE()])[0], fixed.half())
+    assert not torch.equal(halved(fixed, moving, [LNCC()])[0], alone[0])
+
+
 def test_half_precision_images_stay_what_they_are():
     image = torch.ones(1, 1, 8, 8, dtype=torch.bfloat16)
-    assert halved(image, image, MSE())[0] is image
+    assert halved(image, image, [MSE()])[0] is image

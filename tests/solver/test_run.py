@@ -28,12 +28,12 @@ def noise(seed, channels, sigma, size=SIZE):
 
 
 def settings(acceptance="always", control="simple", **changes):
-    values = {"similarity": MSE(), "step": 0.5, "tolerance": 0.0, "memory": "full", "deadline": float("inf")}
+    values = {"step": 0.5, "tolerance": 0.0, "memory": "full", "deadline": float("inf")}
     return Settings(**{**values, **changes}, method=make_method("lm", control, acceptance, 0.5, 1, 0))
 
 
 def stage(scale, iterations=0):
-    return Stage(make_level(SIZE, (1, 1), scale), iterations, 1.0, 1.0)
+    return Stage(make_level(SIZE, (1, 1), scale), iterations, 1.0, 1.0, MSE())
 
 
 def make_run(prediction=None, scale=1, residual=None, before=1, **changes):

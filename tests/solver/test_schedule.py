@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from monai_lm.similarity import LNCC, MI, MSE, NCC
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.schedule import automatic_scales, make_schedule
 
@@ -14,7 +15,7 @@ def refusal(kind, message):
 
 def dampings(value, scales=(4, 2, 1)):
     """δ of every level."""
-    return [stage.damping for stage in make_schedule(scales, "auto", value, 1.0, (64, 64), (1.0, 1.0), False)]
+    return [stage.damping for stage in make_schedule(scales, "auto", value, 1.0, "lncc", (64, 64), (1.0, 1.0), False)]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,34 @@ def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
 )
 def test_a_setting_is_spread_over_the_levels_from_the_fine_end(value, expected):
     assert dampings(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("mi", [MI, MI, MI]),
+        (("mi", "lncc"), [MI, MI, LNCC]),
+        (["mi", "mse", "lncc"], [MI, MSE, LNCC]),
+        ([MSE(), "ncc", "mi", LNCC()], [NCC, MI, LNCC]),
+    ],
+)
+def test_measures_are_spread_over_the_levels_from_the_fine_end(value, expected):
+    stages = make_schedule((4, 2, 1), "auto", 1.0, 1.0, value, (64, 64), (1.0, 1.0), False)
+    assert [type(stage.similarity) for stage in stages] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        ([], ValueError, r"similarity must be a measure or a sequence of at least one, got \[\]"),
+        (["mi", "ssim"], ValueError, "similarity must be one of .* or a loss module, got 'ssim'"),
+        (["mi", 3], TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got int"),
+        ({"mi": 1}, TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got dict"),
+    ],
+)
+def test_measures_of_levels_that_are_none_are_refused(value, kind, message):
+    with pytest.raises(kind, match=message):
+        make_schedule((2, 1), "auto", 1.0, 1.0, value, (64, 64), (1.0, 1.0), False)
 
 
 def test_too_few_values_for_the_levels_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from monai_lm.fields import fold_count
+from monai_lm.similarity import MSE
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.schedule import automatic_scales
 from tests.solver.pairs import CONTROLS, FLAT, SHAPES, error, noise, pair, run
@@ -101,6 +102,35 @@ def test_settings_per_level_are_aligned_at_the_finest():
     same = run(fixed, moving, damping=0.5, smooth_gradient=1, iterations=4, scales=(2, 1)).ddf
     each = run(fixed, moving, damping=(0.5, 0.5), smooth_gradient=(1, 1), iterations=(4, 4), scales=(2, 1)).ddf
     assert torch.equal(same, each)
+
+
+@pytest.mark.parametrize("memory", ["full", "half"])
+def test_every_level_has_its_measure(memory):
+    fixed, moving, truth = pair(FLAT)
+    settings = {"scales": (4, 2, 1), "iterations": (4, 3, 2), "memory": memory, "mask": torch.ones_like(fixed)}
+    settings["mask"][..., :6, :] = 0
+    result = run(fixed, moving, 0.5 * truth, similarity=("mi", "ncc"), **settings)
+    of_mi, of_ncc = (run(fixed, moving, 0.5 * truth, similarity=name, **settings) for name in ("mi", "ncc"))
+    losses, first = ([row.loss for row in r.history[0]] for r in (result, of_mi))
+    if memory == "full":  # half precision shifts images by the finest level's measure
+        assert losses[:9] == first[:9]  # two levels, with their starts
+    assert result.history[0][9].loss != pytest.approx(of_mi.history[0][9].loss, rel=1e-2)
+    assert float(result.initial_loss) == pytest.approx(float(of_ncc.initial_loss), rel=1e-3)
+    assert min(losses[9:]) == pytest.approx(float(result.final_loss), rel=1e-4)
+    assert float(result.final_loss) < 0.8 * float(result.initial_loss)
+    assert torch.equal(
+        run(fixed, moving, 0.5 * truth, similarity=["mse", "mi", "mi", "ncc"], **settings).ddf, result.ddf
+    )
+
+
+def test_a_coarse_measure_that_misleads_is_told_by_the_finest():
+    """What is kept is by the finest level's measure, from the prediction on."""
+    fixed, moving, truth = pair(FLAT)
+    wrong = MSE()
+    wrong.ranges = lambda f, _: ((f.new_zeros(1, 1), -f.new_ones(1, 1)), (f.new_zeros(1, 1), f.new_ones(1, 1)))
+    misled = run(fixed, moving, truth, similarity=[wrong, "lncc"], scales=(2, 1), iterations=(30, 0))
+    assert torch.equal(misled.final_loss, misled.initial_loss)
+    torch.testing.assert_close(misled.ddf, truth, rtol=0, atol=1e-5)
 
 
 def test_automatic_scales_and_iterations():

@@ -39,7 +39,9 @@ def test_permutations_of_the_axes_commute(shape, order):
     assert error(permuted, result.permute(axes)[:, order]) < 0.01
 
 
-@pytest.mark.parametrize("settings", [{"similarity": name} for name in ("lncc", "ncc", "mse", "mind")] + [_BENDING])
+@pytest.mark.parametrize(
+    "settings", [{"similarity": name} for name in ("lncc", "ncc", "mse", "mi", "mind")] + [_BENDING]
+)
 @pytest.mark.parametrize(("order", "flipped"), [((0, 1, 2), 2), ((2, 0, 1), 0), ((1, 2, 0), 0)])
 def test_thick_slices_may_lie_along_any_axis(order, flipped, settings):
     """Images, prediction and spacing on exchanged and mirrored axes: the field follows."""
