@@ -44,8 +44,8 @@ class Rehearsal:
         weighed: whether voxels have weights.
         units: see :class:`monai_lm.solver.pyramid.Level`, of every level.
         sigmas: standard deviations of the Gaussians on the gradient, in voxels.
-        named: settings of similarity and method, which tell whether two rehearsals are the same.
-        similarity: without weights.
+        named: settings of similarities and method, which tell whether two rehearsals are the same.
+        similarities: those of kernels, without weights.
         method: how steps are made and judged.
     """
 
@@ -58,17 +58,17 @@ class Rehearsal:
     units: frozenset[tuple[float, ...]]
     sigmas: frozenset[tuple[float, ...]]
     named: str
-    similarity: Similarity = field(compare=False)
+    similarities: Sequence[Similarity] = field(compare=False)
     method: Method = field(compare=False)
 
     def parts(self) -> Iterator[Callable[[], object]]:
         """Calls of a kernel or two each, on next to nothing; those that compile longest come first."""
         image, residual = self._image, self._residual
         outer = self._field(torch.float32)
-        if isinstance(self.similarity, KernelSimilarity):
+        for measure in self.similarities:
             weight = image(self.images) if self.weighed else None
-            given = self.similarity.ranged_reference(image(self.images), self._range, weight)
-            yield partial(self.similarity.evaluate_into, image(self.kept), given, image(self.kept))
+            given = measure.ranged_reference(image(self.images), self._range, weight)
+            yield partial(measure.evaluate_into, image(self.kept), given, image(self.kept))
         for through in (outer, None) if self.predicted else (None,):
             yield partial(self._sample, residual(), through)
         yield partial(self._sample, None, outer if self.predicted else None)
@@ -139,8 +139,8 @@ def rehearsal_of(
     precisions: tuple[torch.dtype, torch.dtype],
 ) -> Rehearsal:
     """What to rehearse for precisions of images and residual; see :func:`rehearse`."""
-    measure = settings.similarity
-    measure = measure.measure if isinstance(measure, Weighted) else measure
+    plain = [s.measure if isinstance(s, Weighted) else s for s in (stage.similarity for stage in stages)]
+    measures = {f"{type(s).__name__} {vars(s)}": s for s in plain if isinstance(s, KernelSimilarity)}
     return Rehearsal(
         device=problem.fixed.device,
         dimensions=problem.fixed.dim() - 2,
@@ -150,8 +150,8 @@ def rehearsal_of(
         weighed=weighed,
         units=frozenset(stage.level.unit for stage in stages),
         sigmas=frozenset(stage.level.in_voxels(stage.smooth_gradient) for stage in stages),
-        named=f"{type(measure).__name__} {vars(measure)} {settings.method}",
-        similarity=measure,
+        named=f"{sorted(measures)} {settings.method}",
+        similarities=tuple(measures.values()),
         method=settings.method,
     )
 
