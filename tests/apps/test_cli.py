@@ -234,7 +234,8 @@ def test_every_level_may_have_a_measure(command, written, expected, monkeypatch)
     given = []
     monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.append(how["settings"]) or {})
     monkeypatch.setattr(
-        "monai_lm.apps.sequence.register_sequence", lambda *_, **how: given.append(how["settings"]) or []
+        "monai_lm.apps.sequence.register_sequence",
+        lambda *_, **how: given.append(how["settings"]) or [{"over": "mask"}],
     )
     files = {"refine": ["--fixed", "f.nii", "--moving", "m.nii"], "sequence": ["--series", "s.nii"]}[command]
     monkeypatch.setattr(sys, "argv", ["monai-lm", command, *files, "--output_dir", "out", "--similarity", written])
