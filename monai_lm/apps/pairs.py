@@ -134,7 +134,7 @@ def refine_pair(
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
-    check_guide(guide, labels, points, bundle)
+    check_guide(guide, labels, points)
     others = {"bundle": bundle, "guide": guide, "symmetric": (settings or {}).get("symmetric") or None}
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
@@ -183,7 +183,7 @@ def refine_pair(
                 images = pair.fixed.data.to(chosen), shown, result.ddf, predicted, weight
                 away = uncertainty_of(*images, moving_mask=hides, **keywords).cpu()
         else:
-            predicted, result, used = _registered(bundle, pair, chosen, settings)
+            predicted, result, used = _registered(bundle, pair, chosen, settings, guide)
     case = _case(pair, onto, result, predicted, used, aligned, away)
     found = assess(case)
     metrics = found.values() | {
@@ -234,7 +234,11 @@ def _aligned(pair: Pair, mode: str, device: torch.device) -> Alignment:
 
 
 def _registered(
-    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
+    bundle: str | Path,
+    pair: Pair,
+    device: torch.device,
+    settings: Mapping[str, Any] | None,
+    guide: Mapping[str, Any] | None,
 ) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
     """A bundle's prediction, its refinement and its settings, on the fixed grid; after an affine, of what that brings.
 
@@ -250,9 +254,12 @@ def _registered(
             still, m = torch.zeros(1, len(f.size), *f.size), pair.moving
             onto = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
             save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
-        predicted, result = registration.register(pair.fixed.path, moving, f)
+        predicted, result = registration.register(
+            pair.fixed.path, moving, f, lambda *grids: {"guidance": guides_of(pair, guide, device, grids)}
+        )
     assert result is not None  # for mypy
-    return predicted, result, {"bundle": str(bundle), **describe(registration.inferer.refine)}
+    used = {"bundle": str(bundle), **describe(registration.inferer.refine)}
+    return predicted, result, used if guide is None else used | {"guidance": describe(guide)}
 
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
