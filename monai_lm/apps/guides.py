@@ -14,7 +14,7 @@ from monai_lm.guidance import Guidance, Keypoints, Labels
 from monai_lm.io.images import Image, Pair
 from monai_lm.solver.between import Between
 
-__all__ = ["check_guide", "guides_of"]
+__all__ = ["beside_of", "check_guide", "guides_of"]
 
 
 def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any) -> None:
@@ -57,6 +57,22 @@ def guides_of(
         affines = here.affine, there.affine if pair.initial is None else np.asarray(pair.initial) @ there.affine
         fixed, moving = (_voxels(p, a).to(device) for p, a in zip(pair.points, affines, strict=True))
         out.append(Keypoints(fixed, moving, weight, there.spacing))
+    return out
+
+
+def beside_of(
+    pair: Pair, guide: Mapping[str, Any] | None, device: torch.device, grids: tuple[Grid, Grid] | None = None
+) -> dict[str, Any]:
+    """What belongs to a pair beside its images and masks, as keyword arguments of :func:`monai_lm.refine`.
+
+    The arguments are those of :func:`guides_of`.
+    """
+    out: dict[str, Any] = {"guidance": guides_of(pair, guide, device, grids)}
+    ways = zip(grids or (pair.fixed.grid, pair.fixed.grid), (None, pair.initial), strict=True)
+    for (name, image), (grid, initial) in zip(
+        (("lesion", pair.lesion), ("moving_lesion", pair.moving_lesion)), ways, strict=True
+    ):
+        out[name] = None if image is None else _brought(image, grid, initial, device)
     return out
 
 

@@ -153,9 +153,7 @@ class SoftLabels(_Maps):
             raise ValueError(f"channels must be among the {count} of fixed and moving, got {unknown}")
         self.channels = list(range(count)) if channels is None else list(channels)
         pairs = range(len(self.fixed))
-        self._boxes = [
-            (p, c, *(_held(x[p, c]) for x in (self.fixed, self.moving))) for p in pairs for c in self.channels
-        ]
+        self._boxes = [(p, c, _held(self.fixed[p, c]), _held(self.moving[p, c])) for p in pairs for c in self.channels]
         found = {pair for pair, _, here, there in self._boxes if here and there}
         if empty := [pair for pair in pairs if pair not in found]:
             raise ValueError(f"fixed and moving must have a label in common, got none for pairs {empty}")

@@ -62,7 +62,8 @@ class Lesion:
             if found is None:
                 continue
             box, inside = found
-            part = field[(slice(pair, pair + 1), slice(None), *box)]
+            where = (slice(pair, pair + 1), slice(None), *box)
+            part = field[where]
             new = part.to(torch.promote_types(field.dtype, torch.float32), copy=True)
             extend_in_place(new, inside.to(new.dtype), self.edges, cycles)
             part.copy_(new if moved is None else torch.where(moved[pair], new, part))
