@@ -182,7 +182,8 @@ def refine_pair(
         if bundle is None:
             shown, hides = onto, None
             if moving_weight is not None:
-                shown, hides = pair.between.masked(pair.moving.data.to(chosen), moving_weight)
+                hole = None if pair.moving_lesion is None else pair.moving_lesion.data.to(chosen)
+                shown, hides = pair.between.masked(pair.moving.data.to(chosen), moving_weight, hole)
             beside = {"moving_mask": hides} | beside_of(pair, guide, chosen)
             result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
             used = settings_of(keywords | {"guidance": guide})

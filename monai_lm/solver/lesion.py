@@ -21,7 +21,7 @@ from monai_lm.solver.checks import plain
 
 __all__ = ["Lesion", "Lesions", "checked_lesion", "outside"]
 
-_EACH, _SETTLED = 2, 12
+_EACH, _SETTLED = 1, 6
 """V-cycles after a step, which changes little, and from time to time, where the place is looked for anew."""
 
 Lesions = tuple[Tensor | None, Tensor | None]

@@ -212,7 +212,7 @@ def _on_fixed_grid(pair: Mapping[str, Any], between: Between) -> dict[str, Any]:
         ddf = ddf.float()
     out["ddf"], out["moving"] = between.start(moving, ddf)
     if moving_mask is not None:
-        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask)
+        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask, lesion)
     return out
 
 
