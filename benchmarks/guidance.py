@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice, product
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def guidance(
     kinds: tuple[str, ...] = KINDS,
     weights: tuple[float, ...] = (1.0,),
     json_file: str | None = None,
+    device: str = "cpu",
 ) -> None:
     """Dice of labels, and TRE in millimetres of points, that guide and that are held out, with and without guidance.
 
@@ -38,6 +40,7 @@ def guidance(
         kinds: of :data:`KINDS`.
         weights: of the guidance.
         json_file: write one line per run here, as it goes; what stands in it is not run again.
+        device: where it runs; the same for all that is in ``json_file``.
     """
     done = {_key(row): row for row in read_rows(json_file)}
     for name in sets:
@@ -46,11 +49,21 @@ def guidance(
             for kind, weight in product(kinds, (0.0, *weights)):
                 row: Row = {"set": name, "pair": number, "kind": kind, "weight": weight}
                 if _key(row) not in done:
-                    for measured in _measured(case, kind, weight):
+                    for measured in _measured(_on(case, device), kind, weight):
                         done[_key(row)] = row | measured
                         add_row(json_file, done[_key(row)])
                 shown += [done[_key(row)]] if _key(row) in done else []
         _print(name, shown)
+
+
+def _on(case: Case, device: str) -> Case:
+    """The case with all its tensors on a device."""
+
+    def moved(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        return [None if x is None else x.to(device) for x in tensors]
+
+    fixed, moving, ddf = moved((case.fixed, case.moving, case.ddf))
+    return case._replace(fixed=fixed, moving=moving, ddf=ddf, labels=tuple(moved(case.labels)))
 
 
 def _measured(case: Case, kind: str, weight: float) -> Iterator[Row]:
@@ -74,7 +87,7 @@ def _of_labels(case: Case, weight: float) -> Row:
 def _of_points(case: Case, fixed: Tensor, moving: Tensor, weight: float) -> Row:
     guides = Keypoints(fixed[:, ::2], moving[:, ::2], weight) if weight else None
     row, ddf = _refined(case, guides)
-    spacing = torch.tensor([case.spacing or (1.0,) * (ddf.dim() - 2)])
+    spacing = torch.tensor([case.spacing or (1.0,) * (ddf.dim() - 2)], device=ddf.device)
     missed = target_registration_error(ddf, fixed, moving, spacing)[0]
     return {"guided": float(missed[::2].mean()), "held": float(missed[1::2].mean()), **row}
 
@@ -99,12 +112,13 @@ def _warped(case: Case) -> tuple[Case, Tensor, Tensor]:
     """The moving image and what a smooth field makes of it, with noise; points in the fixed labels, and theirs."""
     size = case.fixed.shape[2:]
     noise = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
-    ddf = gaussian_smooth(torch.randn(1, len(size), *size, generator=noise[0]), min(size) / 6)
+    device = case.fixed.device  # noise is that of the CPU on any
+    ddf = gaussian_smooth(torch.randn(1, len(size), *size, generator=noise[0]), min(size) / 6).to(device)
     ddf = ddf * (min(size) / 5 / ddf.abs().max())
     inside = (case.labels[0][0, 0] > 0).nonzero().float()
-    points = inside[torch.randperm(len(inside), generator=noise[1])[:60]][None]
+    points = inside[torch.randperm(len(inside), generator=noise[1])[:60].to(device)][None]
     fixed = warp(case.moving, ddf)
-    fixed = fixed + case.moving.std() * torch.randn(fixed.shape, generator=noise[2])
+    fixed = fixed + case.moving.std() * torch.randn(fixed.shape, generator=noise[2]).to(device)
     return case._replace(fixed=fixed, ddf=None), points, points + sample_points(ddf, points)
 
 

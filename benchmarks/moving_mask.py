@@ -1,4 +1,4 @@
-"""A lesion that only the moving image has: with a mask and without, and what the weight's own derivative would do."""
+"""A lesion that only the moving image has: with mask, lesion, neither, and what the weight's own derivative would do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight
 
 __all__ = ["Exact", "moving_mask"]
 
-WAYS = ("no lesion", "no mask", "mask", "mask, exact")
+WAYS = ("no lesion", "no mask", "mask", "lesion", "mask, exact")
 
 
 def moving_mask(
@@ -45,6 +45,7 @@ def moving_mask(
                 refine(fixed, healthy, similarity=similarity),
                 refine(fixed, moving, similarity=similarity),
                 refine(fixed, moving, similarity=similarity, moving_mask=mask),
+                refine(fixed, moving, similarity=similarity, moving_lesion=1 - mask),
                 refine(
                     torch.cat([torch.ones_like(mask), fixed], 1),
                     with_moving_weight(shown(moving, mask), mask),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -71,13 +71,21 @@ class RegistrationBundle:
         except Exception as error:  # torch raises what it likes for files that are cut off or of another network
             raise ValueError(f"{weights} cannot be loaded into the network of bundle {folder}: {error}") from error
 
-    def register(self, fixed: str | Path, moving: str | Path, grid: Grid) -> tuple[Tensor, RefinementResult | None]:
+    def register(
+        self,
+        fixed: str | Path,
+        moving: str | Path,
+        grid: Grid,
+        beside: Callable[[Grid, Grid], Mapping[str, Any]] | None = None,
+    ) -> tuple[Tensor, RefinementResult | None]:
         """Register two files and bring the field onto a grid.
 
         Args:
             fixed: image that stays.
             moving: image that is warped onto it.
             grid: the grid.
+            beside: what else belongs to the pair, as keyword arguments of :func:`monai_lm.refine`, for the grids of the
+                fixed and the moving image as the preprocessing makes them, which are compared voxel by voxel.
 
         Returns:
             The network's own field ``(1, n, *S)``, in voxels of the grid, and the result of the refinement with its
@@ -111,7 +119,11 @@ class RegistrationBundle:
         started = time.perf_counter()
         with torch.no_grad(), self._naming(f"cannot register {fixed} and {moving}"):
             predicted = self.inferer.predict(images, self.network)
-            result = None if self.inferer.refine is None else self.inferer.refined(images, predicted)
+            result = None
+            if self.inferer.refine is not None:
+                size = tuple(images.shape[2:])
+                further = {} if beside is None else beside(Grid(size, own), Grid(size, target))
+                result = self.inferer.refined(images, predicted, **further)
         seconds = time.perf_counter() - started
 
         def seen(ddf: Tensor) -> Tensor:

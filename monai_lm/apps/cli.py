@@ -39,6 +39,8 @@ def refine(
     moving_points: str | None = None,
     fixed_mask: str | None = None,
     moving_mask: str | None = None,
+    fixed_lesion: str | None = None,
+    moving_lesion: str | None = None,
     overwrite: bool = False,
     json: bool = False,
     dry_run: bool = False,
@@ -61,7 +63,10 @@ def refine(
             .mrk.json, or .vtk.
         moving_points: the same points in the moving image.
         fixed_mask: weights in [0, 1] on the fixed grid: the similarity counts where they are not zero.
-        moving_mask: the same on the grid of the moving image, zero on a lesion for one.
+        moving_mask: the same on the grid of the moving image.
+        fixed_lesion: labels on the fixed grid; where they are not zero, as in a tumour, images are not compared, and
+            the field follows from around as smoothly as can be.
+        moving_lesion: the same on the grid of the moving image, wherever the field leads there.
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
         dry_run: read and check everything, print what would be done, and write nothing.
@@ -87,6 +92,8 @@ def refine(
         overwrite=overwrite,
         dry_run=dry_run,
         log_json=log_json,
+        lesion=fixed_lesion,
+        moving_lesion=moving_lesion,
         **how,
     )
     show(metrics, json)
@@ -97,7 +104,8 @@ def cohort(pairs: str, output_dir: str, affine: str | None = None, overwrite: bo
 
     Args:
         pairs: .csv, .tsv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
-            moving_points, fixed_mask, moving_mask, ddf, affine, name. Relative paths start from its folder.
+            moving_points, fixed_mask, moving_mask, fixed_lesion, moving_lesion, ddf, affine, name. Relative paths start
+            from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
         affine: auto, center, rigid or affine aligns the pairs first that have no affine of their own.
         overwrite: do pairs again that are complete, and replace what other files or settings left.

@@ -43,7 +43,8 @@ def refine_cohort(
     Args:
         pairs: a ``.csv`` or ``.json`` file, or dictionaries, with ``fixed``, ``moving`` and, where there are any,
             ``fixed_label``, ``moving_label``, ``fixed_points``, ``moving_points``, ``fixed_mask``, ``moving_mask``,
-            ``ddf``, ``affine`` and ``name``. Relative paths start from the folder of the file.
+            ``fixed_lesion``, ``moving_lesion``, ``ddf``, ``affine`` and ``name``. Relative paths
+            start from the folder of the file.
         output_dir: gets a folder per pair, named ``name`` or ``<fixed>__<moving>``, and ``metrics.csv``, a row per
             complete pair of the list.
         overwrite: do all pairs again.
@@ -100,9 +101,10 @@ def refine_cohort(
 
 def _files_of(entry: Entry) -> dict[str, Any]:
     """The arguments of ``refine_pair`` that are files."""
-    given = {key: entry.get(key) for key in ("fixed", "moving", "ddf", "affine", "moving_mask")}
+    given = {key: entry.get(key) for key in ("fixed", "moving", "ddf", "affine", "moving_mask", "moving_lesion")}
+    given |= {"mask": entry.get("fixed_mask"), "lesion": entry.get("fixed_lesion")}
     labels, points = ((entry[a], entry[b]) if a in entry else None for a, b in _BOTH)
-    return {**given, "labels": labels, "points": points, "mask": entry.get("fixed_mask")}
+    return {**given, "labels": labels, "points": points}
 
 
 def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any]) -> set[str]:

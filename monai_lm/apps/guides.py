@@ -1,4 +1,4 @@
-"""What guides the refinement of files: their labels and landmarks, on the fixed grid."""
+"""What guides the refinement of files: their labels and landmarks, on the grids of the images that are compared."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import to_voxel
+from monai_lm.fields.space import Grid, to_voxel
 from monai_lm.guidance import Guidance, Keypoints, Labels
-from monai_lm.io.images import Pair
+from monai_lm.io.images import Image, Pair
+from monai_lm.solver.between import Between
 
-__all__ = ["check_guide", "guides_of"]
+__all__ = ["beside_of", "check_guide", "guides_of"]
 
 
-def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any, bundle: Any) -> None:
+def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any) -> None:
     """Whether what shall guide is there; ValueError if not."""
     if guide is None:
         return
-    if bundle is not None:
-        raise ValueError("guide_labels and guide_points cannot be used together with bundle")
     chosen = guide.get("labels")
     if isinstance(chosen, str) and chosen != "all":
         raise ValueError(f"guide_labels must be a list of labels or 'all', got {chosen!r}")
@@ -31,22 +30,55 @@ def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any, bundl
             raise ValueError(f"guide_{name} needs fixed_{one} and moving_{one}, got none")
 
 
-def guides_of(pair: Pair, guide: Mapping[str, Any] | None, device: torch.device) -> list[Guidance] | None:
-    """What guides a pair: ``labels``, a list or ``"all"``, and ``points``, whether they do, with a ``weight``."""
+def guides_of(
+    pair: Pair, guide: Mapping[str, Any] | None, device: torch.device, grids: tuple[Grid, Grid] | None = None
+) -> list[Guidance] | None:
+    """What guides a pair.
+
+    Args:
+        pair: its images, labels and points.
+        guide: ``labels``, a list or ``"all"``, and ``points``, whether they do, with a ``weight``.
+        device: where the images are.
+        grids: of the fixed and of the moving image as they are compared, voxel by voxel, the moving one where the
+            affine of the pair starts; ``None``: both are on the fixed grid.
+    """
     if guide is None:
         return None
     out: list[Guidance] = []
+    here, there = grids or (pair.fixed.grid, pair.fixed.grid)
     weight, chosen = float(guide.get("weight", 1.0)), guide.get("labels")
     if chosen and pair.labels:
-        still = torch.zeros(1, len(pair.fixed.grid.size), *pair.fixed.grid.size, device=device)
-        maps = pair.labels[0].data.to(device), pair.brought(pair.labels[1], still)
-        out.append(Labels(*maps, weight, None if chosen == "all" else [int(v) for v in chosen]))
+        fixed_map, moving_map = (
+            _brought(image, grid, initial, device)
+            for image, grid, initial in zip(pair.labels, (here, there), (None, pair.initial), strict=True)
+        )
+        out.append(Labels(fixed_map, moving_map, weight, None if chosen == "all" else [int(v) for v in chosen]))
     if guide.get("points") and pair.points:
-        here = pair.fixed.grid.affine
-        there = here if pair.initial is None else np.asarray(pair.initial) @ here
-        fixed, moving = (_voxels(p, a).to(device) for p, a in zip(pair.points, (here, there), strict=True))
-        out.append(Keypoints(fixed, moving, weight, pair.fixed.grid.spacing))
+        affines = here.affine, there.affine if pair.initial is None else np.asarray(pair.initial) @ there.affine
+        fixed, moving = (_voxels(p, a).to(device) for p, a in zip(pair.points, affines, strict=True))
+        out.append(Keypoints(fixed, moving, weight, there.spacing))
     return out
+
+
+def beside_of(
+    pair: Pair, guide: Mapping[str, Any] | None, device: torch.device, grids: tuple[Grid, Grid] | None = None
+) -> dict[str, Any]:
+    """What belongs to a pair beside its images and masks, as keyword arguments of :func:`monai_lm.refine`.
+
+    The arguments are those of :func:`guides_of`.
+    """
+    out: dict[str, Any] = {"guidance": guides_of(pair, guide, device, grids)}
+    ways = zip(grids or (pair.fixed.grid, pair.fixed.grid), (None, pair.initial), strict=True)
+    for (name, image), (grid, initial) in zip(
+        (("lesion", pair.lesion), ("moving_lesion", pair.moving_lesion)), ways, strict=True
+    ):
+        out[name] = None if image is None else _brought(image, grid, initial, device)
+    return out
+
+
+def _brought(image: Image, grid: Grid, initial: np.ndarray | None, device: torch.device) -> Tensor:
+    """Labels on another grid, ``(1, 1, *S)``."""
+    return Between(grid, image.grid, initial).brought(image.data.to(device), None, "nearest", "zeros")
 
 
 def _voxels(points: Tensor, affine: np.ndarray) -> Tensor:

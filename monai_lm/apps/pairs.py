@@ -21,7 +21,7 @@ from torch import Tensor
 from monai_lm.alignment import MODES, Alignment, align
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.apps.commands import landmark_error, write_field
-from monai_lm.apps.guides import check_guide, guides_of
+from monai_lm.apps.guides import beside_of, check_guide
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.apps.plan import plan_of, write_log
 from monai_lm.fields.inverses import invert_between
@@ -43,6 +43,7 @@ from monai_lm.kernels.devices import find_device
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
+from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.result import RefinementResult
 from monai_lm.solver.uncertainty import uncertainty as uncertainty_of
@@ -80,6 +81,8 @@ def refine_pair(
     log_json: str | Path | None = None,
     uncertainty: bool = False,
     ddf_before_affine: bool = False,
+    lesion: str | Path | None = None,
+    moving_lesion: str | Path | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -113,10 +116,13 @@ def refine_pair(
         dry_run: read and check everything, write nothing, and return the plan instead; see
             :func:`monai_lm.apps.plan.plan_of`.
         uncertainty: refine a second time, from the fixed to the moving image, and write ``uncertainty.nii.gz``, see
-            :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide and ``symmetric``.
+            :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide, lesions and ``symmetric``.
         log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`.
         ddf_before_affine: ``ddf`` ends where the affine of that file begins, as ANTs and greedy write the two, instead
             of leading through both.
+        lesion: labels on the fixed grid: where they are not zero images are not compared, and the field follows from
+            around; see :func:`monai_lm.refine`.
+        moving_lesion: the same on the moving grid.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -134,9 +140,11 @@ def refine_pair(
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
-    check_guide(guide, labels, points, bundle)
-    is_symmetric = (settings or {}).get("symmetric") or None
-    others = {"bundle": bundle, "guide_labels or guide_points": guide, "symmetric": is_symmetric}
+    check_guide(guide, labels, points)
+    others = {
+        "bundle": bundle, "guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion,
+        "symmetric": (settings or {}).get("symmetric") or None,
+    }  # fmt: skip
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
     check_format("ddf_format", ddf_format)
@@ -147,13 +155,13 @@ def refine_pair(
         raise FileNotFoundError(f"affine must be a file or one of {list(MODES)}, found no file {affine}")
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
     check_outputs(folder, names, overwrite)
-    pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask)
+    pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask, lesion, moving_lesion)
     file_suffix(file_format, len(pair.fixed.grid.size))
     for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
         check_grid(file_format, str(image.path), image.grid)
     recipe = pair_recipe(
         fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
-        ddf_before_affine,
+        ddf_before_affine, lesion, moving_lesion,
     )  # fmt: skip
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
@@ -169,23 +177,24 @@ def refine_pair(
     paths = [str(image.path) for image in (pair.fixed, pair.moving)]
     predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
-    weight = None if pair.mask is None else pair.mask.data.to(chosen)
+    weight, moving_weight = _counting(pair, chosen)
     if dry_run:
         return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen))
     away: Tensor | None = None
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
             shown, hides = onto, None
-            if pair.moving_mask is not None:
-                shown, hides = pair.between.masked(pair.moving.data.to(chosen), pair.moving_mask.data.to(chosen))
-            beside: dict[str, Any] = {"moving_mask": hides, "guidance": guides_of(pair, guide, chosen)}
+            if moving_weight is not None:
+                hole = None if pair.moving_lesion is None else pair.moving_lesion.data.to(chosen)
+                shown, hides = pair.between.masked(pair.moving.data.to(chosen), moving_weight, hole)
+            beside = {"moving_mask": hides} | beside_of(pair, guide, chosen)
             result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
             used = settings_of(keywords | {"guidance": guide})
             if uncertainty:
                 images = pair.fixed.data.to(chosen), shown, result.ddf, predicted, weight
                 away = uncertainty_of(*images, moving_mask=hides, **keywords).cpu()
         else:
-            predicted, result, used = _registered(bundle, pair, chosen, settings)
+            predicted, result, used = _registered(bundle, pair, chosen, settings, guide)
     case = _case(pair, onto, result, predicted, used, aligned, away)
     found = assess(case)
     metrics = found.values() | {
@@ -227,16 +236,30 @@ def _predicted(pair: Pair, ddf: str | Path, ddf_format: str, before_affine: bool
     return Field(ddf, pair.fixed, pair.moving, ddf_format).ddf
 
 
+def _counting(pair: Pair, device: torch.device) -> list[Tensor | None]:
+    """Masks of the fixed and of the moving image, on their own grids, without the lesions."""
+    out: list[Tensor | None] = []
+    for image, own, hole in ((pair.fixed, pair.mask, pair.lesion), (pair.moving, pair.moving_mask, pair.moving_lesion)):
+        mask, lesion = (None if x is None else x.data.to(device) for x in (own, hole))
+        lesion = checked_lesion(lesion, image.data.to(device), str(hole and hole.path), str(image.path))
+        out.append(outside(mask, lesion, "mask"))
+    return out
+
+
 def _aligned(pair: Pair, mode: str, device: torch.device) -> Alignment:
     """Where the moving image lies to the fixed one, looked for where the masks say."""
-    masks = [None if image is None else image.data.to(device) for image in (pair.mask, pair.moving_mask)]
+    masks = _counting(pair, device)
     f, m = pair.fixed, pair.moving
     images = f.data.to(device), m.data.to(device)
     return align(*images, f.grid.affine, m.grid.affine, mode, mask=masks[0], moving_mask=masks[1])
 
 
 def _registered(
-    bundle: str | Path, pair: Pair, device: torch.device, settings: Mapping[str, Any] | None
+    bundle: str | Path,
+    pair: Pair,
+    device: torch.device,
+    settings: Mapping[str, Any] | None,
+    guide: Mapping[str, Any] | None,
 ) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
     """A bundle's prediction, its refinement and its settings, on the fixed grid; after an affine, of what that brings.
 
@@ -252,9 +275,12 @@ def _registered(
             still, m = torch.zeros(1, len(f.size), *f.size), pair.moving
             onto = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
             save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
-        predicted, result = registration.register(pair.fixed.path, moving, f)
+        predicted, result = registration.register(
+            pair.fixed.path, moving, f, lambda *grids: beside_of(pair, guide, device, grids)
+        )
     assert result is not None  # for mypy
-    return predicted, result, {"bundle": str(bundle), **describe(registration.inferer.refine)}
+    used = {"bundle": str(bundle), **describe(registration.inferer.refine)}
+    return predicted, result, used if guide is None else used | {"guidance": describe(guide)}
 
 
 def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:

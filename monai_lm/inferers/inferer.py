@@ -12,6 +12,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from monai_lm.fields.algebra import integrate, resample
+from monai_lm.guidance import Guidance
 from monai_lm.solver.checks import check_finite
 from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
@@ -87,7 +88,14 @@ class RegistrationInferer(Inferer):
         self.features = features
         self.match = {"similarity": "mse", **(match or {})}
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., Any],
+        *args: Any,
+        guidance: Guidance | Sequence[Guidance] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Refined field that warps channel 0 of ``inputs`` onto channel 1.
 
         Args:
@@ -95,17 +103,30 @@ class RegistrationInferer(Inferer):
             network: called as ``network(inputs, *args, **kwargs)``, or with the two images that it ``takes`` in place
                 of ``inputs``.
             args: positional arguments of ``network``.
+            guidance: what guides the refinement of these pairs, see :func:`monai_lm.refine`; ``None``: what ``refine``
+                of the inferer names.
             kwargs: keyword arguments of ``network``.
 
         Returns:
             ``(B, n, *S)`` displacement in voxels.
+
+        Raises:
+            ValueError: as for the class; or there is a ``guidance``, and the inferer does not refine.
         """
         inputs = _images(inputs)
         ddf = self.predict(inputs, network, *args, **kwargs)
-        return ddf if self.refine is None else self.refined(inputs, ddf).ddf
+        if self.refine is None and guidance is None:
+            return ddf
+        return self.refined(inputs, ddf, **({} if guidance is None else {"guidance": guidance})).ddf
 
-    def refined(self, inputs: Tensor, ddf: Tensor) -> RefinementResult:
+    def refined(self, inputs: Tensor, ddf: Tensor, **kwargs: Any) -> RefinementResult:
         """Refine a field ``(B, n, *S)`` that :meth:`predict` returned for ``inputs`` ``(B, 2, *S)``.
+
+        Args:
+            inputs: as for a call.
+            ddf: the field.
+            kwargs: arguments of :func:`monai_lm.refine` that belong to the pairs, as ``guidance``, ``mask`` and
+                ``moving_mask``; beside the inferer's own, or instead of them.
 
         Raises:
             ValueError: the inferer has no settings to refine with, or the field is not finite.
@@ -115,7 +136,7 @@ class RegistrationInferer(Inferer):
         inputs = _images(inputs)
         check_finite("ddf", ddf)
         moving, fixed = (self.channels(image) for image in inputs.split(1, dim=1))
-        return refine(fixed, moving, ddf, **self.refine)
+        return refine(fixed, moving, ddf, **{**self.refine, **kwargs})
 
     def predict(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The network's own field ``(B, n, *S)`` in voxels; the arguments are those of a call.

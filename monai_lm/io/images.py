@@ -145,6 +145,8 @@ class Pair:
         points: landmarks ``(N, n)`` in RAS millimetres in the fixed and in the moving image.
         mask: where the similarity counts, on the fixed grid.
         moving_mask: the same on the moving grid.
+        lesion: labels on the fixed grid; what is not zero is a lesion.
+        moving_lesion: the same on the moving grid.
     """
 
     fixed: Image
@@ -154,6 +156,8 @@ class Pair:
     points: tuple[Tensor, Tensor] | None = None
     mask: Image | None = None
     moving_mask: Image | None = None
+    lesion: Image | None = None
+    moving_lesion: Image | None = None
 
     @property
     def between(self) -> Between:
@@ -182,6 +186,8 @@ def load_pair(
     points: tuple[str | Path, str | Path] | None = None,
     mask: str | Path | None = None,
     moving_mask: str | Path | None = None,
+    lesion: str | Path | None = None,
+    moving_lesion: str | Path | None = None,
 ) -> Pair:
     """Load a pair and what is known of it. Images are continued where they are not finite, under zeros of a mask.
 
@@ -196,7 +202,9 @@ def load_pair(
     _check_planes(f, m, {"affine": affine, "points": points})
     maps = (Image(labels[0], label=True), Image(labels[1], label=True)) if labels else None
     weights = [None if path is None else Image(path) for path in (mask, moving_mask)]
-    for image, its in ((maps and maps[0], f), (weights[0], f), (weights[1], m)):
+    lesions = [None if path is None else Image(path, label=True) for path in (lesion, moving_lesion)]
+    beside = ((maps and maps[0], f), (weights[0], f), (weights[1], m), (lesions[0], f), (lesions[1], m))
+    for image, its in beside:
         if image and not its.grid.is_close(image.grid):
             raise ValueError(
                 f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
@@ -212,7 +220,7 @@ def load_pair(
         counts = [len(p) for p in landmarks]
         raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
     initial = None if affine is None else read_affine(affine, n)
-    return Pair(f, m, initial, maps, landmarks, *weights)
+    return Pair(f, m, initial, maps, landmarks, *weights, *lesions)
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:

@@ -96,13 +96,16 @@ def pair_recipe(
     ddf_format: str = "auto",
     guide: Mapping[str, Any] | None = None,
     ddf_before_affine: bool = False,
+    lesion: str | Path | None = None,
+    moving_lesion: str | Path | None = None,
 ) -> Recipe:
     """Recipe of :func:`monai_lm.apps.pairs.refine_pair`, whose arguments these are."""
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf}
     given["affine"] = None if affine in MODES else affine
     for name, two in (("label", labels), ("points", points)):
         given |= {f"{role}_{name}": path for role, path in zip(("fixed", "moving"), two or (), strict=False)}
-    given |= {"mask": mask, "moving_mask": moving_mask, "bundle": bundle}
+    given |= {"mask": mask, "moving_mask": moving_mask, "lesion": lesion, "moving_lesion": moving_lesion}
+    given["bundle"] = bundle
     files = {k: Path(v).absolute() for k, v in given.items() if v is not None}
     chosen = settings_of(settings) if bundle is None else describe(settings or {})
     kept = {name: value for name, value in chosen.items() if name not in NEUTRAL}

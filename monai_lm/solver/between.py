@@ -65,12 +65,14 @@ class Between:
             ddf = self._still(image)
         return resample_moving(image, ddf, self.fixed.affine, self.moving.affine, self.initial, mode, padding_mode)
 
-    def masked(self, moving: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def masked(self, moving: Tensor, mask: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The moving image ``(B, C, *M)`` as its mask ``(B, 1, *M)`` shows it, and the mask, without a field.
+
+        What shall be ``hidden`` ``(B, 1, *M)`` in any case is not zero there.
 
         What the mask hides is hidden before: sampled on other voxels, it would reach those that count.
         """
-        weight, there = self.brought(with_moving_weight(shown(moving, mask), mask)).tensor_split([1], dim=1)
+        weight, there = self.brought(with_moving_weight(shown(moving, mask, hidden), mask)).tensor_split([1], dim=1)
         return there, weight
 
     def points_brought(self, points: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from monai_lm import kernels
 from monai_lm.guidance.base import Guide
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.base import Range
+from monai_lm.solver.lesion import Lesion
 from monai_lm.solver.method import Method
 from monai_lm.solver.regularizer import Regularized
 from monai_lm.solver.residual import Residual
@@ -45,6 +46,7 @@ class Engine:
         step: largest displacement per iteration, in voxels of the finest axis.
         guide: what pulls beside the images, or ``None``.
         regularized: what of the residual is minimised beside the dissimilarity, or ``None``.
+        lesion: where the residual follows from around, or ``None``.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class Engine:
         step: float,
         guide: Guide | None = None,
         regularized: Regularized | None = None,
+        lesion: Lesion | None = None,
     ) -> None:
         fixed, self.moving = (image.contiguous() for image in similarity.described(fixed, moving))
         self.prediction = None if prediction is None else prediction.contiguous()
         self.residual, self.similarity, self.method, self.step = residual, similarity, method, step
-        self.guide, self.regularized = guide, regularized
+        self.guide, self.regularized, self.lesion = guide, regularized, lesion
         self.unit, self.sigma = residual.level.unit, residual.level.in_voxels(smooth_gradient)
         self.descent = method.descent.start()
         weights, apart = int(similarity.weighs_moving), similarity.by_channel and not method.damping.needs_promise
@@ -73,6 +76,8 @@ class Engine:
         )
         self.warped = self.sampled[:, weights:]
         self.other = torch.empty_like(self.work) if len(self.parts) > 1 else self.work
+        if lesion is not None:
+            self.mend()
 
     @property
     def voxels(self) -> int:
@@ -146,6 +151,8 @@ class Engine:
         image = (self.warped, self.derivative) if self.method.damping.needs_promise else None
         expected = self.descent.advance(work, field, trust, self.unit, self.step, image, work)
         self.method.smoothing.relax(work, self.unit, trust.length, field)
+        if self.lesion is not None:
+            self.lesion.follow(field, trust.active)
         return self.over_places(expected)
 
     def retract(self, accepted: Tensor) -> None:
@@ -154,8 +161,10 @@ class Engine:
             self.evaluate()
 
     def mend(self) -> bool:
-        """Repair folds; whether there were any."""
-        return self.residual.mend(self.prediction)
+        """Repair folds; whether there were any, or there is a lesion, which is looked for anew before."""
+        if self.lesion is not None:
+            self.lesion.settle(self.residual.field)
+        return self.residual.mend(self.prediction) or self.lesion is not None
 
     def displacement(self, better: Tensor) -> Tensor:
         """Field of ``(id + u0) ∘ (id + r)``, for pairs that are not ``better`` ``(B,)`` that of ``r = 0``; float32.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.outliers import without_outliers
-from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
+from monai_lm.similarity.weighted import Weighted, counted, shown, with_moving_weight, with_weight
 from monai_lm.solver.checks import check_shown, checked_mask
 from monai_lm.solver.memory import halved
 from monai_lm.solver.run import Problem, Settings
@@ -56,11 +56,9 @@ def refined_images(
     problem: Problem, masks: Masks, settings: Settings, measures: Sequence[Similarity]
 ) -> tuple[Tensor, Tensor]:
     """Fixed and moving image as they are refined: with their weights, in the precision of the memory mode."""
-    mask, moving_mask = masks
-    seen = [
-        normal(image) if own is None else shown(image, own)
-        for image, own in zip((problem.fixed, problem.moving), masks, strict=True)
-    ]
+    given = list(zip((problem.fixed, problem.moving), masks, problem.lesions, strict=True))
+    seen = [normal(image) if own is None else shown(image, own, hidden) for image, own, hidden in given]
+    mask, moving_mask = (None if own is None else counted(own, image, hidden) for image, own, hidden in given)
     fixed, moving = without_outliers(*seen)
     if settings.symmetric:
         fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])

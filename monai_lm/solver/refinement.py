@@ -32,6 +32,7 @@ from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.images import Masks, constant_pairs, normal, refined_images, weighted
+from monai_lm.solver.lesion import Lesion, checked_lesion, outside
 from monai_lm.solver.memory import MODES, automatic_mode
 from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
@@ -59,6 +60,10 @@ two brains of the validation set, with 1 and this, have a Dice of .591 and .595 
 direction alone .604 and .172."""
 
 
+_OF_PAIR = ("moving_mask", "lesion", "moving_lesion")
+"""Keyword arguments that are no settings: they belong to a pair."""
+
+
 def refine(
     fixed: Tensor,
     moving: Tensor,
@@ -66,6 +71,8 @@ def refine(
     mask: Tensor | None = None,
     *,
     moving_mask: Tensor | None = None,
+    lesion: Tensor | None = None,
+    moving_lesion: Tensor | None = None,
     similarity: Measure | Sequence[Measure] = "lncc",
     scales: str | Sequence[float] = "auto",
     iterations: str | int | Sequence[int] = "auto",
@@ -108,6 +115,10 @@ def refine(
             is in its holes, or more than two voxels outside, is not seen, and may be NaN. Of ones it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
+        lesion: ``(B, 1, *S)`` on the fixed grid, zero where there is none: a tumour, that nothing shall be fitted to.
+            There images are not compared, as under zeros of ``mask``, and the field, prediction included, follows from
+            around as smoothly as can be: it is the harmonic extension, affine where that is affine around.
+        moving_lesion: the same on the grid of the moving image, wherever the field leads there. Not with ``symmetric``.
         similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
             ``(warped, fixed)``. Or a sequence of them, coarse to fine: the last one for the finest level, the one
             before for the next, the first one for all that are coarser. Losses of the result, and whether a prediction
@@ -195,7 +206,14 @@ def refine(
         check_number("seconds", seconds, 0, exclusive=True)
     deadline = float("inf") if seconds is None else started + seconds
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
-    measures, masks = weighted([s.similarity for s in stages], (fixed, moving), (mask, moving_mask), symmetric)
+    lesions = (
+        checked_lesion(lesion, fixed, "lesion", "fixed"),
+        checked_lesion(moving_lesion, moving, "moving_lesion", "moving"),
+    )
+    if symmetric and lesions != (None, None):
+        raise ValueError("lesion and moving_lesion must be None with symmetric=True, whose two fields both give way")
+    masks = outside(mask, lesions[0], "mask"), outside(moving_mask, lesions[1], "moving_mask")
+    measures, masks = weighted([s.similarity for s in stages], (fixed, moving), masks, symmetric)
     stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
     if memory == "auto":
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
@@ -215,7 +233,7 @@ def refine(
         def run(how: Settings) -> RefinementResult:
             bar.reset()
             record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
-            problem = Problem(fixed, moving, ddf, edges, guides)
+            problem = Problem(fixed, moving, ddf, edges, guides, lesions)
             if kernels != "reference":
                 rehearse(problem, any(m is not None for m in masks), stages, how)
             return _coarse_to_fine(problem, masks, stages, finest, how, record, bar)
@@ -226,7 +244,7 @@ def refine(
 def defaults() -> dict[str, Any]:
     """The settings of :func:`refine`, all its arguments that are not of a pair, and what they are unless given."""
     keywords = [p for p in inspect.signature(refine).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return {p.name: p.default for p in keywords if p.name != "moving_mask"}
+    return {p.name: p.default for p in keywords if p.name not in _OF_PAIR}
 
 
 def check_keywords(owner: str, names: Iterable[str]) -> None:
@@ -272,6 +290,9 @@ def _coarse_to_fine(
     if ddf is not None:
         edges = [1 / unit for unit in finest.level.unit]
         start, used = believed(ddf, fixed[: len(ddf)], moving[: len(ddf)], finest.similarity, finest.level, edges)
+        if problem.lesions != (None, None):
+            start = start.clone()
+            Lesion(problem.lesions, None, finest.level.unit).settle(start)
         repaired = repair(start, goal=_GOAL, deadline=settings.deadline)
         del start
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.guidance.base import Grid, Guidance, Guide
 from monai_lm.solver.engine import Engine
+from monai_lm.solver.lesion import Lesion, Lesions
 from monai_lm.solver.method import Method
 from monai_lm.solver.pyramid import move_field, shrink
 from monai_lm.solver.regularizer import Regularized, Regularizer
@@ -42,6 +43,7 @@ class Problem:
             With ``symmetric`` settings all are of ``2 B`` pairs, see :class:`SymmetricEngine`.
         edges: voxel edge per axis, in millimetres; for the guidance and the regulariser.
         guidance: what guides beside the images.
+        lesions: of the fixed and of the moving image, ``(B, 1, *S)`` of zeros and ones, or ``None``.
     """
 
     fixed: Tensor
@@ -49,6 +51,7 @@ class Problem:
     prediction: Tensor | None
     edges: tuple[float, ...] = ()
     guidance: tuple[Guidance, ...] = ()
+    lesions: Lesions = (None, None)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,16 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         step=settings.step,
         guide=_guide(stage, finest, problem),
         regularized=_regularized(stage, problem, settings),
+        lesion=_lesion(stage, problem, prediction),
     )
+
+
+def _lesion(stage: Stage, problem: Problem, prediction: Tensor | None) -> Lesion | None:
+    """The lesions on the grid of a stage, with the prediction there."""
+    fixed, moving = (None if one is None else shrink(one, stage.level) for one in problem.lesions)
+    if fixed is None and moving is None:
+        return None
+    return Lesion((fixed, moving), prediction, stage.level.unit)
 
 
 def _regularized(stage: Stage, problem: Problem, settings: Settings) -> Regularized | None:

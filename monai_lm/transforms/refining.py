@@ -14,10 +14,11 @@ from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
 from monai_lm.fields.space import Grid, check_affine
-from monai_lm.guidance import Guidance, Keypoints, Labels
+from monai_lm.guidance import Guidance, Keypoints, Labels, SoftLabels
 from monai_lm.io import read_affine
 from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_field, check_shown, checked_mask
+from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
 from monai_lm.transforms.places import check_same_axes, check_target, has_affine, leads_into, same_axes
@@ -34,7 +35,8 @@ class RefineDDF(Transform):
 
     Args:
         device: where to compute; default: where the fixed image is. The result stays there.
-        guide_values: labels that guide, where there are label maps; ``None``: all that both have.
+        guide_values: labels that guide, where there are label maps, or channels of probabilities; ``None``: all that
+            both have.
         guide_weight: how hard labels and points pull, relative to the images.
         world: compare in space, by the affines of both images, which must be ``MetaTensor``; false: voxel by voxel.
             Default: in space if an ``affine`` is given, or the grids differ in more than their origins.
@@ -71,6 +73,8 @@ class RefineDDF(Transform):
         labels: tuple[NdarrayOrTensor, NdarrayOrTensor] | None = None,
         points: tuple[NdarrayOrTensor, NdarrayOrTensor] | None = None,
         affine: NdarrayOrTensor | str | Path | None = None,
+        lesion: NdarrayOrTensor | None = None,
+        moving_lesion: NdarrayOrTensor | None = None,
     ) -> MetaTensor:
         """Refine.
 
@@ -83,11 +87,15 @@ class RefineDDF(Transform):
             mask: ``(1, *S)`` on the fixed grid, weights in [0, 1]: the similarity counts where it is not zero.
             moving_mask: ``(1, *M)``, the same on the moving grid; it goes with the moving image.
             labels: ``(1, *S)`` of the fixed and ``(1, *M)`` of the moving image, that guide; see
-                :class:`monai_lm.guidance.Labels`.
+                :class:`monai_lm.guidance.Labels`. Or probabilities, ``(K, *S)`` and ``(K, *M)``, at least two channels;
+                see :class:`monai_lm.guidance.SoftLabels`.
             points: ``(N, n)`` in voxels of the fixed and of the moving image, that guide; see
                 :class:`monai_lm.guidance.Keypoints`.
             affine: ``(4, 4)`` in RAS millimetres, from points of the fixed to points of the moving image, or a file
                 that :func:`monai_lm.io.read_affine` reads. It is part of a ``ddf`` and of the field that is returned.
+            lesion: ``(1, *S)`` on the fixed grid, zero where there is none: images are not compared there, and the
+                field follows from around.
+            moving_lesion: ``(1, *M)``, the same on the moving grid.
 
         Returns:
             ``(n, *S)`` refined displacement, from voxels of the fixed to voxels of the moving image, with the affine of
@@ -106,7 +114,10 @@ class RefineDDF(Transform):
         check_same_axes("fixed", fixed, "mask", mask)
         check_same_axes("moving", moving, "moving_mask", moving_mask)
         check_target(ddf, moving)
+        check_same_axes("fixed", fixed, "lesion", lesion)
+        check_same_axes("moving", moving, "moving_lesion", moving_lesion)
         given = {"fixed": fixed, "moving": moving, "ddf": ddf, "mask": mask, "moving_mask": moving_mask}
+        given |= {"lesion": lesion, "moving_lesion": moving_lesion}
         pair: dict[str, Any] = {
             k: None if x is None else convert_to_tensor(x, track_meta=False, device=self.device)[None]
             for k, x in given.items()
@@ -158,8 +169,10 @@ class RefineDDF(Transform):
             maps = [convert_to_tensor(x, track_meta=False, device=device)[None] for x in labels]
             if between is not None:
                 _check_size("labels of the moving image", maps[1], between)
-                maps[1] = between.brought(maps[1], mode="nearest", padding_mode="zeros")
-            out.append(Labels(maps[0], maps[1], self.guide_weight, self.guide_values))
+                mode = "nearest" if maps[1].shape[1] == 1 else "bilinear"
+                maps[1] = between.brought(maps[1], mode=mode, padding_mode="zeros")
+            kind = Labels if maps[0].shape[1] == 1 else SoftLabels
+            out.append(kind(maps[0], maps[1], self.guide_weight, self.guide_values))
         if points is not None:
             pair = [convert_to_tensor(x, track_meta=False, device=device)[None] for x in points]
             if between is not None:
@@ -187,6 +200,10 @@ def _on_fixed_grid(pair: Mapping[str, Any], between: Between) -> dict[str, Any]:
     """A pair whose moving image lies on another grid, as the refinement takes it."""
     out = dict(pair)
     moving, ddf, moving_mask = pair["moving"].float(), pair["ddf"], pair["moving_mask"]
+    lesion = checked_lesion(pair["moving_lesion"], moving, "moving_lesion", "moving")
+    if lesion is not None:
+        moving_mask = outside(moving_mask, lesion, "moving_mask")
+        out["moving_lesion"] = between.brought(lesion, mode="nearest", padding_mode="zeros")
     if moving_mask is not None:
         moving_mask = checked_mask(moving_mask, moving, "moving_mask", "moving")
         check_shown("moving", moving, moving_mask)
@@ -195,7 +212,7 @@ def _on_fixed_grid(pair: Mapping[str, Any], between: Between) -> dict[str, Any]:
         ddf = ddf.float()
     out["ddf"], out["moving"] = between.start(moving, ddf)
     if moving_mask is not None:
-        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask)
+        out["moving"], out["moving_mask"] = between.masked(moving, moving_mask, lesion)
     return out
 
 
@@ -234,10 +251,14 @@ class RefineDDFd(MapTransform):
         device: where to compute; default: where the fixed image is.
         mask_key: weights ``(1, *S)`` on the fixed grid, see :class:`RefineDDF`; ``None``: every voxel counts.
         moving_mask_key: weights ``(1, *M)`` on the moving grid; ``None``: every voxel counts.
-        label_keys: label maps ``(1, *S)`` of the fixed and of the moving image, that guide; ``None``: none.
+        label_keys: label maps ``(1, *S)``, or probabilities ``(K, *S)``, of the fixed and of the moving image, that
+            guide; ``None``: none.
         point_keys: points ``(N, n)`` in voxels of the fixed and of the moving image, that guide; ``None``: none.
         affine_key: initial affine, see :class:`RefineDDF`; ``None``: none.
         output_key: where the refined field is stored, if not under ``ddf_key``.
+        lesion_key: labels ``(1, *S)`` on the fixed grid, zero where there is no lesion, see :class:`RefineDDF`;
+            ``None``: none.
+        moving_lesion_key: the same on the moving grid.
         kwargs: ``guide_values``, ``guide_weight`` and ``world`` of :class:`RefineDDF`, and keyword arguments of
             :func:`monai_lm.refine`.
     """
@@ -257,15 +278,17 @@ class RefineDDFd(MapTransform):
         point_keys: tuple[str, str] | None = None,
         affine_key: str | None = None,
         output_key: str | None = None,
+        lesion_key: str | None = None,
+        moving_lesion_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        single = (ddf_key, mask_key, moving_mask_key, affine_key)
+        single = (ddf_key, mask_key, moving_mask_key, affine_key, lesion_key, moving_lesion_key)
         keys = (fixed_key, moving_key, *(k for k in single if k is not None), *(label_keys or ()), *(point_keys or ()))
         super().__init__(keys, allow_missing_keys)
         self.fixed_key, self.moving_key, self.ddf_key = fixed_key, moving_key, ddf_key
         self.mask_key, self.moving_mask_key = mask_key, moving_mask_key
         self.label_keys, self.point_keys = label_keys, point_keys
-        self.affine_key = affine_key
+        self.affine_key, self.lesion_key, self.moving_lesion_key = affine_key, lesion_key, moving_lesion_key
         self.output_key = output_key or ddf_key or "ddf"
         self.refine = RefineDDF(device, **kwargs)
 
@@ -279,16 +302,19 @@ class RefineDDFd(MapTransform):
         d = dict(data)
         present = set(self.key_iterator(d))
         if {self.fixed_key, self.moving_key} <= present:
-            ddf, mask, moving_mask, affine = (
+            ddf, mask, moving_mask, affine, *lesions = (
                 None if key is None else d.get(key)
-                for key in (self.ddf_key, self.mask_key, self.moving_mask_key, self.affine_key)
-            )
+                for key in (
+                    self.ddf_key, self.mask_key, self.moving_mask_key, self.affine_key, self.lesion_key,
+                    self.moving_lesion_key,
+                )
+            )  # fmt: skip
             labels, points = (
                 tuple(d[key] for key in keys) if keys is not None and set(keys) <= present else None
                 for keys in (self.label_keys, self.point_keys)
             )
             images = d[self.fixed_key], d[self.moving_key]
-            d[self.output_key] = self.refine(*images, ddf, mask, moving_mask, labels, points, affine)
+            d[self.output_key] = self.refine(*images, ddf, mask, moving_mask, labels, points, affine, *lesions)
         return d
 
 

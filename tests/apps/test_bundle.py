@@ -140,6 +140,40 @@ def test_what_does_not_overlap_or_is_empty_is_refused(bundle, pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def marked(pair, tmp_path):
+    """Images that say next to nothing, and a ball and points that lie 2.5 mm apart in space."""
+    files = {}
+    for role, affine, away in (("fixed", FIXED, 0.0), ("moving", MOVING, 2.5)):
+        values = 1e-3 * nib.load(pair[role]).get_fdata(dtype=np.float32)
+        nib.save(nib.Nifti1Image(values, affine), pair[role])
+        space = np.stack(np.meshgrid(*map(np.arange, values.shape), indexing="ij"), -1) @ affine[:3, :3].T
+        centre = FIXED[:3, :3] @ (7, 6, 6) + FIXED[:3, 3] + (away, 0, 0)
+        ball = np.linalg.norm(space + affine[:3, 3] - centre, axis=-1) < 6
+        files[f"{role}_label"], files[f"{role}_points"] = tmp_path / f"{role}_l.nii.gz", tmp_path / f"{role}.csv"
+        nib.save(nib.Nifti1Image(ball.astype(np.uint8), affine), files[f"{role}_label"])
+        points = centre + 3 * np.vstack([np.eye(3), -np.eye(3)])
+        np.savetxt(files[f"{role}_points"], points, delimiter=",", header="x,y,z", comments="")
+    return [(files[f"fixed_{kind}"], files[f"moving_{kind}"]) for kind in ("label", "points")]
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_labels_and_points_guide_a_bundle_on_its_grid(bundle, pair, marked, tmp_path, affine):
+    torch.save({"shift": torch.zeros(3)}, bundle / "models" / "model.pt")
+    change(bundle, refine={"similarity": "mse", "iterations": 15, "scales": [1], "spacing": [1.25, 1.5, 2.0]})
+    how = {"bundle": bundle, "report": False, "labels": marked[0], "points": marked[1]}
+    if affine:
+        np.savetxt(tmp_path / "affine.txt", np.eye(4) + 0.5 * np.eye(4, k=3))  # half a millimetre along x
+        how["affine"] = tmp_path / "affine.txt"
+    for guide, name, factor in (({"labels": "all"}, "dice", 1.05), ({"points": True}, "tre_mm", 0.6)):
+        guide |= {"weight": 50}
+        metrics = pairs.refine_pair(**pair, **how, guide=guide, output_dir=tmp_path / name)
+        before, after = metrics[f"{name}_before"], metrics[f"{name}_after"]
+        assert after > factor * before if factor > 1 else after < factor * before
+        assert metrics["folds_after"] == 0
+        assert metrics["provenance"]["refine"]["guidance"] == metrics["provenance"]["settings"]["guidance"] == guide
+
+
 @pytest.mark.usefixtures("trusted")
 def test_the_field_is_brought_to_any_grid(bundle, pair):
     registration = RegistrationBundle(bundle)

@@ -178,12 +178,17 @@ def test_what_is_wrong_is_named_as_it_was_typed(words, message, monkeypatch, cap
 
 def test_masks_of_either_side_reach_the_work(monkeypatch):
     given = []
-    monkeypatch.setattr(pairs, "refine_pair", lambda *files, **_: given.append(files) or {})
+    monkeypatch.setattr(pairs, "refine_pair", lambda *files, **how: given.append((files, how)) or {})
     words = ["--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out"]
-    monkeypatch.setattr(sys, "argv", ["monai-lm", "refine", *words, "--fixed_mask", "a.nii", "--moving_mask", "b.nii"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["monai-lm", "refine", *words, "--fixed_mask", "a.nii", "--moving_mask", "b.nii", "--fixed_lesion", "c.nii"],
+    )
     cli.main()
-    named = inspect.signature(REFINE_PAIR).bind(*given[0]).arguments
+    named = inspect.signature(REFINE_PAIR).bind(*given[0][0], **given[0][1]).arguments
     assert (named["mask"], named["moving_mask"]) == ("a.nii", "b.nii")
+    assert (named["lesion"], named["moving_lesion"]) == ("c.nii", None)
 
 
 def test_no_command_at_all_prints_the_help(monkeypatch, capsys):

@@ -68,6 +68,25 @@ def test_the_command_line_says_what_guides(files, tmp_path, monkeypatch, capsys)
     assert found["provenance"]["settings"]["guidance"] == {"labels": [1], "points": True, "weight": 2.0}
 
 
+def test_what_lies_in_lesions_of_files_is_not_seen_and_is_recorded(files, tmp_path):
+    """Whatever the balls hold, on grids of either image, the field is the same, and folds nothing."""
+    fields, how = [], {"lesion": files["fixed_label"], "moving_lesion": files["moving_label"]}
+    for k, value in enumerate((0.0, 5.0)):
+        for role in ("fixed", "moving"):
+            image, ball = (nib.load(files[role + kind]).get_fdata(dtype=np.float32) for kind in ("", "_label"))
+            nib.save(nib.Nifti1Image(np.where(ball > 0, value, image), nib.load(files[role]).affine), files[role])
+        metrics = refine_pair(
+            files["fixed"], files["moving"], tmp_path / str(k), report=False, settings={"iterations": 3}, **how
+        )
+        fields.append(nib.load(tmp_path / str(k) / "ddf.nii.gz").get_fdata())
+        assert metrics["folds_after"] == 0
+        assert {"lesion", "moving_lesion"} <= set(metrics["provenance"]["inputs"])
+    np.testing.assert_array_equal(*fields)
+    assert np.abs(fields[0]).max() > 0.1
+    with pytest.raises(ValueError, match="uncertainty cannot be told together with lesion and moving_lesion"):
+        refine_pair(files["fixed"], files["moving"], tmp_path / "no", uncertainty=True, **how)
+
+
 @pytest.mark.parametrize(
     ("guide", "message"),
     [

@@ -67,6 +67,23 @@ def test_guidance_goes_with_other_settings(how):
     assert int(fold_count(result.ddf)) == 0
 
 
+def test_guidance_that_contradicts_the_images_costs_little_and_folds_nothing():
+    """Labels and points of another place, with a weight of 1: what the images tell prevails but near them."""
+    fixed, moving, ddf = pair((28, 26, 24))
+    wrong = torch.tensor([[[8.0, 8.0, 8.0], [20.0, 8.0, 16.0]]])
+    labels = torch.zeros(2, 1, 1, 28, 26, 24)
+    labels[0, ..., 6:12, 6:12, 6:12] = labels[1, ..., 6:12, 14:20, 6:12] = 1
+    guides = [Keypoints(wrong, wrong.flip(1), 1.0), Labels(labels[0], labels[1], 1.0)]
+    alone, misled = refine(fixed, moving), refine(fixed, moving, guidance=guides)
+    start, plain, guided = (float((u - ddf).norm(dim=1).mean()) for u in (0 * ddf, alone.ddf, misled.ddf))
+    assert int(fold_count(misled.ddf)) == 0
+    assert plain < guided < 3 * start
+    away = torch.zeros(28, 26, 24, dtype=torch.bool)
+    away[:, :, 20:] = True
+    assert float((misled.ddf - ddf).norm(dim=1)[0, away].mean()) < 0.7 * float(ddf.norm(dim=1)[0, away].mean())
+    assert bool(torch.isfinite(misled.final_loss).all())
+
+
 def test_wrong_kinds_and_controls_are_refused():
     fixed, moving, _ = pair(SHAPE)
     with pytest.raises(TypeError, match="guidance must be a Guidance"):

@@ -6,9 +6,9 @@ import torch
 from monai_lm import refine
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.fields.metrics import compare_labels
-from monai_lm.guidance import Labels
+from monai_lm.guidance import Labels, SoftLabels
 from monai_lm.guidance.base import Grid
-from monai_lm.guidance.labels import dice_loss
+from monai_lm.guidance.overlap import dice_loss
 from monai_lm.kernels.reference import gaussian_taps
 from monai_lm.solver.pyramid import make_level, shrink
 from tests.solver.helpers import interior_bump, noise
@@ -122,6 +122,68 @@ def test_labels_that_contradict_the_images_fold_nothing():
         assert float(result.final_loss) <= float(result.initial_loss)
 
 
+def onehot(labels, values):
+    return torch.cat([(labels == value).float() for value in values], 1)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_channels_of_ones_and_zeros_guide_as_their_labels_do_bit_by_bit(scale):
+    fixed, moving = (torch.cat(x) for x in zip(maps(seed=1), maps(seed=2), strict=True))
+    grid, _ = grid_of(scale)
+    ddf = 3 * gaussian_smooth(noise(2, 3, *grid.size, seed=4).float(), 2.0)
+    found = []
+    soft = SoftLabels(onehot(fixed, [1, 0, 3]), onehot(moving, [1, 0, 3]), channels=[0, 2])
+    for guide in (Labels(fixed, moving, values=[1, 3]), soft):
+        pull = torch.zeros_like(ddf)
+        found.append((guide.at(grid).evaluate(ddf, pull, 0.7), pull))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_probabilities_pull_as_the_derivative_of_their_dice():
+    """Of the map composed with a small step, by differences in float64."""
+    fixed, moving = (gaussian_smooth(onehot(x, [2, 3]).double(), 1.5) for x in maps(many=4))
+    grid, _ = grid_of(sigma=0.0)
+    term = SoftLabels(fixed, moving, channels=[1], sigma=2.0).at(grid)
+    pull = torch.zeros(1, 3, *SIZE, dtype=torch.float64)
+    term.evaluate(torch.zeros_like(pull), pull, 1.0)
+    step = 1e-3 * gaussian_smooth(noise(1, 3, *SIZE, seed=6), 5.0) * interior_bump(SIZE)
+    ends = [term.evaluate(s * step, None, 1.0) for s in (1, -1)]
+    squares = sum(soft.square().sum() for soft in (term.soft[0].fixed, term.soft[0].moving))
+    expected = (ends[0] - ends[1]) / 2 * squares / 2 * term.strength
+    torch.testing.assert_close((pull * step).sum(), expected[0], rtol=0.03, atol=0)
+
+
+def test_what_is_uncertain_pulls_less_and_what_is_nearly_zero_not_at_all():
+    fixed, moving = maps(many=3)
+    strengths = []
+    for share in (1.0, 0.5):
+        pull = torch.zeros(1, 3, *SIZE)
+        soft = [share * onehot(x, [2]) for x in (fixed, moving)]
+        SoftLabels(*soft).at(grid_of()[0]).evaluate(torch.zeros_like(pull), pull, 1.0)
+        strengths.append(float(pull.abs().max()))
+    assert strengths[1] == pytest.approx(strengths[0] / 4, rel=1e-4)  # of the border's height, and of its slope
+    haze = [onehot(x, [2]) * 0.9 + 0.009 for x in (fixed, moving)]
+    bare = [onehot(x, [2]) * 0.9 + 0.009 * onehot(x, [2]) for x in (fixed, moving)]
+    found = []
+    for maps_ in (haze, bare):
+        pull = torch.zeros(1, 3, *SIZE)
+        SoftLabels(*maps_).at(grid_of()[0]).evaluate(torch.zeros_like(pull), pull, 1.0)
+        found.append(pull)
+    torch.testing.assert_close(*found)
+
+
+def test_soft_labels_that_a_pair_lacks_are_left_out_and_contradictions_fold_nothing():
+    fixed, moving = maps(many=3)
+    soft = [torch.cat([onehot(x, [2]), torch.zeros_like(x)], 1) for x in (fixed, moving)]
+    ddf = torch.zeros(1, 3, *SIZE)
+    one = SoftLabels(soft[0], soft[1], channels=[0]).at(grid_of()[0]).evaluate(ddf, None, 1.0)
+    assert torch.equal(SoftLabels(*soft).at(grid_of()[0]).evaluate(ddf, None, 1.0), one)
+    images = texture(SIZE)
+    result = refine(images, images, guidance=SoftLabels(soft[0], soft[1].flip(2), 1e3), iterations=10)
+    assert int(fold_count(result.ddf)) == 0
+
+
 def test_taps_reach_no_further_than_boxes_do():
     assert len(gaussian_taps(1.7)) - 1 <= 6  # three standard deviations, rounded up
 
@@ -146,7 +208,24 @@ def test_wrong_arguments_are_named(change, message):
         Labels(**({"fixed": MAP, "moving": MAP} | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fixed": MAP[0, 0]}, r"fixed must be probabilities \(B, K, \*S\)"),
+        ({"moving": 3 * MAP}, r"moving must hold probabilities in \[0, 1\]"),
+        ({"moving": float("nan") * MAP}, r"moving must hold probabilities in \[0, 1\]"),
+        ({"moving": 0 * MAP}, "fixed and moving must have a label in common"),
+        ({"channels": [1]}, r"channels must be among the 1 of fixed and moving, got \[1\]"),
+    ],
+)
+def test_wrong_probabilities_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        SoftLabels(**({"fixed": MAP, "moving": MAP} | change))
+
+
 def test_labels_that_do_not_fit_the_images_are_refused():
     image = texture(SIZE[:2])
     with pytest.raises(ValueError, match="guidance must have labels"):
         refine(image, image, guidance=Labels(MAP, MAP))
+    with pytest.raises(ValueError, match=r"guidance must have labels \(B, 1, \*S\)"):
+        refine(image, image, guidance=SoftLabels(MAP, MAP))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from monai_lm import RegistrationInferer, refine
 from monai_lm.fields import gaussian_smooth, integrate, resample, warp
+from monai_lm.guidance import Keypoints
 
 SHAPES = [(20, 22), (12, 13, 14)]
 
@@ -450,3 +451,21 @@ def test_which_output_is_the_field():
         RegistrationInferer("displacement", output="field")(**images)
     with pytest.raises(ValueError, match=r"takes must be \('moving', 'fixed'\)"):
         RegistrationInferer(takes=("moving",))
+
+
+def test_what_belongs_to_a_pair_guides_it():
+    """In a call, or between prediction and refinement, as in ``refine``."""
+    inputs, ddf = inputs_and_field(SHAPES[1])
+    network, settings = Constant(0.5 * ddf), {"iterations": 3, "scales": (1,)}
+    points = torch.tensor([[[5.0, 6, 7], [8, 4, 5]]])
+    guide, mask = Keypoints(points, points + 1, 5.0), torch.ones_like(inputs[:, :1])
+    mask[..., :4] = 0
+    inferer = RegistrationInferer("displacement", refine=settings)
+    moving, fixed = inputs[:, :1], inputs[:, 1:]
+    assert torch.equal(
+        inferer(inputs, network, guidance=guide), refine(fixed, moving, 0.5 * ddf, guidance=guide, **settings).ddf
+    )
+    found = inferer.refined(inputs, inferer.predict(inputs, network), guidance=guide, mask=mask)
+    assert torch.equal(found.ddf, refine(fixed, moving, 0.5 * ddf, mask, guidance=guide, **settings).ddf)
+    with pytest.raises(ValueError, match="refine must be keyword arguments"):
+        RegistrationInferer("displacement")(inputs, network, guidance=guide)

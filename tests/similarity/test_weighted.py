@@ -5,7 +5,7 @@ import torch
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 
 from monai_lm.similarity import LNCC, MSE, NCC, Combined, get_similarity, lookup
-from monai_lm.similarity.weighted import Weighted, continued, shown, with_moving_weight, with_weight
+from monai_lm.similarity.weighted import Weighted, continued, counted, shown, with_moving_weight, with_weight
 
 MEASURES = [measure for make in lookup.MEASURES.values() if (measure := make()).weighable]
 MEASURES += [LNCC(1, window="gaussian"), Combined([LNCC(1), MSE()], [1, 1], [1.0, 3.0])]
@@ -86,7 +86,7 @@ def test_a_mask_shows_its_voxels_and_those_beside_them(shape):
     image = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mask, beside = torch.zeros_like(image), torch.zeros_like(image, dtype=torch.bool)
     mask[(0, 0, *(slice(4, 6) for _ in shape))], mask[1], beside[1] = 0.3, 1, True
-    beside[(0, 0, *(slice(2, 8) for _ in shape))] = True
+    beside[(0, 0, *(slice(1, 9) for _ in shape))] = True
     seen = shown(image, mask)
     assert torch.equal(seen[beside], image[beside])
     for hidden in (1e3, float("nan"), float("inf")):
@@ -98,11 +98,27 @@ def test_a_mask_shows_its_voxels_and_those_beside_them(shape):
 
 def test_a_hole_in_a_mask_is_not_seen_up_to_its_edge():
     image, mask = torch.rand(1, 1, 20, 18), torch.ones(1, 1, 20, 18)
-    mask[..., 6:10, 7:12], mask[..., -3:, :] = 0, 0
+    mask[..., 6:10, 7:12], mask[..., -4:, :] = 0, 0
     seen = shown(image, mask)
     assert not (seen == image)[..., 6:10, 7:12].any()
-    assert torch.equal(seen[..., -3:-1, :], image[..., -3:-1, :])
+    assert torch.equal(seen[..., -4:-1, :], image[..., -4:-1, :])
     assert not (seen == image)[..., -1:, :].any()
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 9)])
+def test_a_voxel_beyond_a_mask_counts_as_it_does_but_not_in_holes_nor_where_nothing_is(shape):
+    image, mask = torch.rand(1, 1, *shape), torch.zeros(1, 1, *shape)
+    mask[(..., *(slice(2, 7) for _ in shape))] = 0.5
+    mask[(..., *(4 for _ in shape))] = 0
+    expected = torch.zeros_like(mask)
+    expected[(..., *(slice(1, 8) for _ in shape))] = 0.5
+    expected[(..., *(4 for _ in shape))] = 0
+    assert torch.equal(counted(mask, image), expected)
+    image[:, :, 1], hidden = float("nan"), torch.zeros_like(mask)
+    hidden[:, :, 7] = 1
+    expected[:, :, 1], expected[:, :, 7] = 0, 0
+    assert torch.equal(counted(mask, image, hidden), expected)
+    assert not (shown(image, mask, hidden) == image)[:, :, 7].any()
 
 
 def test_an_image_of_few_slices_goes_on():

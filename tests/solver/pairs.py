@@ -39,9 +39,9 @@ def error(a: Tensor, b: Tensor | float) -> float:
 
 
 def seen_of(mask: Tensor) -> Tensor:
-    """What a mask ``(B, 1, *S)`` shows: where it is not zero, and two voxels beyond, bool."""
+    """What a mask ``(B, 1, *S)`` shows: where it is not zero, and three voxels beyond, bool."""
     pool = torch.nn.functional.max_pool2d if mask.dim() == 4 else torch.nn.functional.max_pool3d
-    return pool((mask > 0).float(), 5, 1, 2) > 0
+    return pool((mask > 0).float(), 7, 1, 3) > 0
 
 
 def run(fixed: Tensor, moving: Tensor, ddf: Tensor | None = None, mask: Tensor | None = None, **kwargs):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from monai_lm import refine
-from monai_lm.guidance import Keypoints, Labels
+from monai_lm.guidance import Keypoints, Labels, SoftLabels
 from monai_lm.transforms import RefineDDF, RefineDDFd
 from tests.solver.pairs import pair
 
@@ -39,6 +39,22 @@ def test_labels_and_points_are_those_of_refine(data):
     assert torch.equal(
         RefineDDF(guidance=guides, **SETTINGS)(data["fixed"], data["moving"]).as_tensor(), expected.ddf[0]
     )
+
+
+def test_probabilities_and_lesions_are_those_of_refine(data):
+    soft = [torch.cat([data[key].float(), 1 - data[key].float()]) for key in "ab"]
+    lesions = torch.zeros(2, 1, 16, 18, 17)
+    lesions[0, ..., 4:9], lesions[1, ..., 9:12] = 1, 1
+    data |= {"a": soft[0], "b": soft[1], "l": lesions[0], "m": lesions[1]}
+    transform = RefineDDFd(
+        allow_missing_keys=True, label_keys=("a", "b"), guide_values=[0], lesion_key="l", moving_lesion_key="m",
+        **SETTINGS,
+    )  # fmt: skip
+    expected = refine(
+        data["fixed"][None], data["moving"][None], guidance=SoftLabels(soft[0][None], soft[1][None], channels=[0]),
+        lesion=lesions[:1], moving_lesion=lesions[1:], **SETTINGS,
+    )  # fmt: skip
+    assert torch.equal(transform(data)["ddf"].as_tensor(), expected.ddf[0])
 
 
 def test_missing_keys_guide_nothing_where_they_may_be_missing(data):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.similarity import LNCC, MSE, Combined
+from monai_lm.similarity.weighted import counted
 from tests.solver.pairs import FLAT, SHAPES, error, noise, pair, run, smooth, texture
 
 MEASURES = ["lncc", "mi", "mse", "ncc"]
@@ -116,6 +117,7 @@ def test_the_loss_is_the_mean_over_what_counts_where_the_field_leads(kernels):
     fixed_mask = (noise(1, 1, *FLAT, seed=8) > 0).float()
     settings = {"similarity": "mse", "iterations": 3, "scales": (1,), "kernels": kernels}
     result = run(fixed, moving, truth, fixed_mask, moving_mask=mask, **settings)
+    fixed_mask = counted(fixed_mask, fixed)
     factor = torch.maximum(fixed[fixed_mask > 0].abs().max(), moving.abs().max())
     for ddf, loss in ((truth, result.initial_loss), (result.ddf, result.final_loss)):
         weight = fixed_mask * warp(mask, ddf)
@@ -182,10 +184,8 @@ def test_masks_that_do_not_fit():
 @pytest.mark.parametrize("similarity", ["lncc", "mi"])
 def test_masks_that_meet_on_coarse_levels_only_keep_the_field(similarity):
     fixed, moving, _, mask = lesion((48, 46))
-    left = torch.zeros_like(mask)
-    left[:, :, :24] = 1
+    left, right = torch.zeros_like(mask), torch.zeros_like(mask)
+    left[:, :, :24], right[:, :, 26:] = 1, 1  # a voxel beyond either counts, too
     with pytest.warns(UserWarning, match=r"similarity is not finite at the prediction of pairs \[0\]"):
-        result = run(
-            fixed, moving, None, left, moving_mask=1 - left, iterations=5, scales=(4, 1), similarity=similarity
-        )
+        result = run(fixed, moving, None, left, moving_mask=right, iterations=5, scales=(4, 1), similarity=similarity)
     assert not result.ddf.any()
