@@ -70,7 +70,7 @@ def refine(
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
         dry_run: read and check everything, print what would be done, and write nothing.
-        log_json: file that gets a line of JSON per iteration.
+        log_json: file that gets a line of JSON per iteration while they are made.
         options: see :func:`_options`.
     """
     from monai_lm.apps import pairs

@@ -23,7 +23,7 @@ from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.apps.commands import landmark_error, write_field
 from monai_lm.apps.guides import beside_of, check_guide
 from monai_lm.apps.jacobian import write_jacobian
-from monai_lm.apps.plan import plan_of, write_log
+from monai_lm.apps.plan import live_log, plan_of
 from monai_lm.fields.inverses import invert_between
 from monai_lm.fields.space import resample_moving, through_affine
 from monai_lm.io import file_suffix, write_affine
@@ -117,7 +117,8 @@ def refine_pair(
             :func:`monai_lm.apps.plan.plan_of`.
         uncertainty: refine a second time, from the fixed to the moving image, and write ``uncertainty.nii.gz``, see
             :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide, lesions and ``symmetric``.
-        log_json: file that gets a line of JSON per iteration, see :class:`monai_lm.solver.result.Iteration`.
+        log_json: file that gets a line of JSON per iteration while they are made, see
+            :func:`monai_lm.apps.plan.live_log`; it stays if the refinement fails.
         ddf_before_affine: ``ddf`` ends where the affine of that file begins, as ANTs and greedy write the two, instead
             of leading through both.
         lesion: labels on the fixed grid: where they are not zero images are not compared, and the field follows from
@@ -147,6 +148,8 @@ def refine_pair(
     }  # fmt: skip
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
+    if log_json is not None and (settings or {}).get("callback") is not None:
+        raise ValueError("settings must have no callback together with log_json, which is one")
     check_format("ddf_format", ddf_format)
     folder, suffix = Path(output_dir), file_suffix(file_format)
     report = report and report_possible()
@@ -181,20 +184,22 @@ def refine_pair(
     if dry_run:
         return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen))
     away: Tensor | None = None
-    with made(folder):  # what cannot be written to is found before the work
+    with made(folder), live_log(log_json) as told:  # what cannot be written to is found before the work
+        logged: dict[str, Any] = {} if told is None else {"callback": told}
         if bundle is None:
             shown, hides = onto, None
             if moving_weight is not None:
                 hole = None if pair.moving_lesion is None else pair.moving_lesion.data.to(chosen)
                 shown, hides = pair.between.masked(pair.moving.data.to(chosen), moving_weight, hole)
             beside = {"moving_mask": hides} | beside_of(pair, guide, chosen)
-            result = refine(pair.fixed.data.to(chosen), shown, predicted, weight, **beside, **keywords)
+            still = pair.fixed.data.to(chosen)
+            result = refine(still, shown, predicted, weight, **beside | keywords | logged)
             used = settings_of(keywords | {"guidance": guide})
             if uncertainty:
-                images = pair.fixed.data.to(chosen), shown, result.ddf, predicted, weight
+                images = still, shown, result.ddf, predicted, weight
                 away = uncertainty_of(*images, moving_mask=hides, **keywords).cpu()
         else:
-            predicted, result, used = _registered(bundle, pair, chosen, settings, guide)
+            predicted, result, used = _registered(bundle, pair, chosen, dict(settings or {}) | logged, guide)
     case = _case(pair, onto, result, predicted, used, aligned, away)
     found = assess(case)
     metrics = found.values() | {
@@ -219,8 +224,6 @@ def refine_pair(
             write_jacobian(folder / "jacobian.nii.gz", whole, here)
         if report:
             _write_report(folder, pair, case, found, provenance)
-        if log_json is not None:
-            write_log(log_json, result.history[0])
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
@@ -279,7 +282,8 @@ def _registered(
             pair.fixed.path, moving, f, lambda *grids: beside_of(pair, guide, device, grids)
         )
     assert result is not None  # for mypy
-    used = {"bundle": str(bundle), **describe(registration.inferer.refine)}
+    chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
+    used = {"bundle": str(bundle), **describe(chosen)}
     return predicted, result, used if guide is None else used | {"guidance": describe(guide)}
 
 

@@ -1,20 +1,20 @@
-"""What a refinement of files would do, and what it did, iteration by iteration."""
+"""What a refinement of files would do, and what it does, iteration by iteration."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monai_lm.io.images import Pair
-from monai_lm.io.nifti import replacing
 from monai_lm.solver.refinement import check_keywords, defaults
 from monai_lm.solver.result import Iteration
 from monai_lm.solver.schedule import make_schedule
 
-__all__ = ["plan_of", "write_log"]
+__all__ = ["live_log", "plan_of"]
 
 
 def plan_of(
@@ -63,9 +63,21 @@ def _by(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.4g}" for value in values)
 
 
-def write_log(path: str | Path, history: Iterable[Iteration]) -> None:
-    """Write a line of JSON per iteration; null for what was not computed."""
-    with replacing(Path(path)) as temporary, temporary.open("w") as file:
-        for number, iteration in enumerate(history):
+@contextmanager
+def live_log(path: str | Path | None) -> Iterator[Callable[[int, int, Iteration], None] | None]:
+    """A ``callback`` for :func:`monai_lm.refine` that writes a line of JSON per iteration; ``None`` without a path.
+
+    A line has ``iteration``, its number, and the attributes of an :class:`~monai_lm.solver.result.Iteration`; null for
+    what was not computed. What was written stays whatever happens.
+    """
+    if path is None:
+        yield None
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", buffering=1) as file:
+
+        def write(_: int, number: int, iteration: Iteration) -> None:
             row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in iteration._asdict().items()}
             file.write(json.dumps({"iteration": number} | row) + "\n")
+
+        yield write

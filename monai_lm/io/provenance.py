@@ -41,7 +41,7 @@ __all__ = [
 _BUNDLE = ("configs/**/*", "models/model.pt", "scripts/**/*.py")
 """The files of a bundle that its results depend on."""
 
-NEUTRAL = ("progress", "kernels")
+NEUTRAL = ("progress", "callback", "kernels")
 """Keyword arguments of :func:`monai_lm.refine` that change how it works, not what it finds."""
 
 
@@ -125,9 +125,12 @@ def machine() -> dict[str, str]:
 
 
 def settings_of(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every setting of :func:`monai_lm.refine` but its tensors: the given ones, else its defaults; JSON values."""
-    out: dict[str, Any] = describe(defaults() | dict(given or {}))
-    return out
+    """Every setting of :func:`monai_lm.refine` but its tensors and who is told of its iterations: JSON values.
+
+    Where they are not given they are its defaults.
+    """
+    chosen = defaults() | dict(given or {})
+    return {name: describe(value) for name, value in chosen.items() if name != "callback"}
 
 
 def describe(value: Any) -> Any:

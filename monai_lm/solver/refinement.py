@@ -40,7 +40,7 @@ from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.residual import Residual
-from monai_lm.solver.result import Record, RefinementResult
+from monai_lm.solver.result import Iteration, Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
 from monai_lm.solver.schedule import Measure, Stage, make_schedule
 from monai_lm.solver.smoothing import Elastic, Smoothing
@@ -94,6 +94,7 @@ def refine(
     kernels: str = "auto",
     memory: str = "auto",
     progress: bool = False,
+    callback: Callable[[int, int, Iteration], Any] | None = None,
 ) -> RefinementResult:
     """Optimise a field until the warped moving image matches the fixed one, without ever folding space.
 
@@ -162,6 +163,9 @@ def refine(
             images, or copies are made). ``"auto"`` is ``"half"`` on a GPU without room for ``"full"``; when a GPU runs
             out of memory, it is tried with a warning.
         progress: show a progress bar.
+        callback: called as ``callback(pair, number, iteration)`` with every entry of the result's ``history`` when it
+            becomes known, after every ten iterations and at the end of a level; a GPU is waited for then. What it
+            raises ends the refinement. A leaner try, see ``memory``, starts again at 0.
 
     Returns:
         The refined field and how it came about; see :class:`monai_lm.RefinementResult`.
@@ -204,6 +208,8 @@ def refine(
         raise ValueError("guidance must be None with symmetric=True: it is of the fixed image's points")
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be None or a function, got {type(callback).__name__}")
     deadline = float("inf") if seconds is None else started + seconds
     guides = check_guidance(guidance, fixed, method.damping.needs_promise)
     lesions = (
@@ -232,7 +238,7 @@ def refine(
 
         def run(how: Settings) -> RefinementResult:
             bar.reset()
-            record = Record(fixed.shape[0], Stopwatch(fixed.device, started))
+            record = Record(fixed.shape[0], Stopwatch(fixed.device, started), callback)
             problem = Problem(fixed, moving, ddf, edges, guides, lesions)
             if kernels != "reference":
                 rehearse(problem, any(m is not None for m in masks), stages, how)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +39,24 @@ class Iteration(NamedTuple):
 
 
 class Record:
-    """Collects iterations on the device; they are read when the run is over.
+    """Collects iterations on the device; they are read when the run is over, or when somebody is told of them.
 
     Args:
         pairs: batch size.
         watch: started with the call.
+        callback: who is told, see :func:`monai_lm.refine`; ``None``: nobody.
     """
 
-    def __init__(self, pairs: int, watch: Stopwatch) -> None:
+    def __init__(
+        self, pairs: int, watch: Stopwatch, callback: Callable[[int, int, Iteration], Any] | None = None
+    ) -> None:
         self._pairs = pairs
         self._watch = watch
+        self._callback = callback
         self._levels: list[tuple[float, float, float]] = []
         self._values: list[tuple[Tensor, ...]] = []
+        self._history: list[list[Iteration]] = [[] for _ in range(pairs)]
+        self._laps = 0  # that have been read
 
     def add(self, level: float, units: tuple[float, float], *values: Tensor) -> None:
         """Note one iteration of all pairs; the tensors are kept as they are and must not change.
@@ -64,14 +71,24 @@ class Record:
         self._levels.append((level, *units))
         self._values.append(tuple(value[: self._pairs] for value in values))
 
+    def tell(self) -> None:
+        """Tell what was noted since the last time, if somebody wants to know; then the host waits for the device."""
+        if self._callback is not None:
+            self._read()
+
     def elapsed(self) -> float:
         """Seconds since the call."""
         return self._watch.elapsed()
 
     def history(self) -> list[list[Iteration]]:
         """Per pair, its iterations."""
+        self._read()
+        return self._history
+
+    def _read(self) -> None:
+        """Move what was noted to the history, and tell it."""
         if not self._values:
-            return [[] for _ in range(self._pairs)]
+            return
         dtype = self._values[0][0].dtype
         columns = [torch.stack(column).to(dtype) for column in zip(*self._values, strict=True)]
         loss, damping, reference, gain, accepted, active = torch.stack(columns).cpu()
@@ -79,12 +96,15 @@ class Record:
         loss = loss / loss.new_tensor(voxels)[:, None]
         damping = damping.new_tensor(deltas)[:, None] * damping / torch.where(reference > 0, reference, 1.0)
         table = [column.t().tolist() for column in (loss, damping, gain, accepted > 0, active)]
-        seconds = self._watch.seconds()
-        history: list[list[Iteration]] = []
-        for *values, on in zip(*table, strict=True):
-            rows = zip(levels, *values, seconds, strict=True)
-            history.append([Iteration(*row) for row, kept in zip(rows, on, strict=True) if kept])
-        return history
+        seconds = self._watch.seconds()[self._laps :]
+        self._laps += len(self._values)
+        self._levels, self._values = [], []
+        for pair, (*values, on) in enumerate(zip(*table, strict=True)):
+            for *row, kept in zip(levels, *values, seconds, on, strict=True):
+                if kept:
+                    self._history[pair].append(Iteration(*row))
+                    if self._callback is not None:
+                        self._callback(pair, len(self._history[pair]) - 1, self._history[pair][-1])
 
 
 @dataclass(frozen=True, repr=False)

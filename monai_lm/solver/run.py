@@ -155,6 +155,7 @@ def descend(
         best_loss = torch.where(better, loss, best_loss)
         bar.update()
         if k % _LOOK == 0:
+            record.tell()
             if not bar.disable:  # the host waits for what it shows
                 bar.set_postfix(scale=scale, loss=f"{float(best_loss.mean()) / engine.voxels:.4f}")
             if settings.tolerance > 0:
@@ -163,6 +164,7 @@ def descend(
             if not bool(trust.active.any()):
                 bar.update(stage.iterations - k)
                 break
+    record.tell()
     engine.residual.settle(better)
     return engine.loss(engine.residual.field) if engine.mend() else best_loss
 

@@ -192,6 +192,14 @@ def test_settings_replace_those_of_the_bundle(bundle, pair):
         RegistrationBundle(bundle, settings={"steps": 3})
 
 
+def test_the_log_has_the_iterations_of_the_bundles_refinement(bundle, pair, tmp_path):
+    change(bundle, refine={"iterations": 3, "scales": [1]})
+    log = tmp_path / "log.jsonl"
+    metrics = pairs.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False, log_json=log)
+    assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
+    assert metrics["provenance"]["refine"] == {"bundle": str(bundle), "iterations": 3, "scales": [1]}
+
+
 def test_the_seconds_are_those_of_network_and_refinement(bundle, pair):
     registration = RegistrationBundle(bundle)
     registration.network.register_forward_hook(lambda *_: time.sleep(0.3))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from monai_lm import refine
 from monai_lm.apps import commands, pairs
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
@@ -645,6 +646,33 @@ def test_a_log_that_is_there_is_not_replaced_unasked(pair, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="would be replaced"):
         _refine(pair, tmp_path / "out", settings=QUICK, log_json=pair["moving"], overwrite=True)
+
+
+def test_the_log_grows_while_the_iterations_are_made_and_stays_if_they_fail(pair, tmp_path, monkeypatch):
+    log, seen = tmp_path / "logs" / "log.jsonl", []
+
+    def watched(*images, callback, **keywords):
+        def look(*what):
+            callback(*what)
+            seen.append(len(log.read_text().splitlines()))
+            if len(seen) == 30:
+                raise RuntimeError("killed")
+
+        return refine(*images, callback=look, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "refine", watched)
+        with pytest.raises(RuntimeError, match="killed"):
+            _refine(pair, tmp_path / "out", settings=QUICK | {"tolerance": 0}, log_json=log)
+    assert seen == list(range(1, 31))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(30))
+    assert not (tmp_path / "out").exists()
+    metrics = _refine(pair, tmp_path / "out", settings=QUICK | {"tolerance": 0}, log_json=log, overwrite=True)
+    assert len(log.read_text().splitlines()) == 62
+    assert "callback" not in metrics["provenance"]["refine"]
+    with pytest.raises(ValueError, match="settings must have no callback together with log_json"):
+        _refine(pair, tmp_path / "other", settings=QUICK | {"callback": print}, log_json=log)
 
 
 def test_an_affine_that_is_neither_a_file_nor_a_way_to_find_one_is_named(pair, tmp_path):

@@ -82,6 +82,8 @@ def test_waits_grow_by_three_in_ten_iterations(pair):
     assert many - few == 9
     shown = counted(pair, {"progress": True}, (40, 10))[0]
     assert shown - many == 5  # forty and ten of them
+    told = counted(pair, {"callback": lambda *_: None}, (40, 10))[0]
+    assert told - many == 4  # likewise, and the last look reads what else is read when the run is over
 
 
 def test_a_step_that_may_be_rejected_is_waited_for(pair):

@@ -78,6 +78,23 @@ def test_a_record_gives_every_pair_the_iterations_in_which_it_was_active():
     assert all(isinstance(row, Iteration) and isinstance(row.accepted, bool) for row in first)
 
 
+def test_a_record_tells_what_it_noted_since_the_last_time_and_no_more():
+    told = []
+    record = Record(2, Stopwatch(CPU, time.perf_counter()), lambda *what: told.append(what))
+    ones, both = torch.ones(2), torch.tensor([True, True])
+    row = ones, ones, ones, both, torch.tensor([True, False])
+    record.add(2, (10, 0.1), 20 * ones, *row[:3], both, both)
+    assert told == []
+    record.tell()
+    record.tell()
+    assert [(pair, number, one.loss) for pair, number, one in told] == [(0, 0, 2.0), (1, 0, 2.0)]
+    record.add(1, (10, 0.1), 10 * ones, *row)
+    history = record.history()
+    assert [(pair, number) for pair, number, _ in told] == [(0, 0), (1, 0), (0, 1)]
+    assert history == [[one for pair, _, one in told if pair == k] for k in range(2)]
+    assert history[0][0].seconds <= history[0][1].seconds
+
+
 def test_a_record_without_iterations_is_empty():
     assert Record(3, Stopwatch(CPU, 0.0)).history() == [[], [], []]
 

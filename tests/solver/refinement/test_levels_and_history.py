@@ -1,6 +1,7 @@
 """Levels, stopping, spacing, and what the history tells."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -35,6 +36,34 @@ def test_the_history_tells_every_iteration(shape, control):
                     1 / 1.5 if row.gain_ratio > 0.5 else 1 if row.gain_ratio >= 0.1 else 1.5
                 )
                 assert after.damping == pytest.approx(row.damping * factor, rel=1e-4)
+
+
+def test_whoever_asks_is_told_the_history_while_it_is_made():
+    """Every ten iterations and at the end of a level; what is told is what the result has."""
+    fixed, moving, _ = pair(FLAT, batch=2)
+    told, settings = [], {"scales": (2, 1), "iterations": (25, 3), "tolerance": 0}
+    result = run(fixed, moving, callback=lambda *what: told.append((*what, time.perf_counter())), **settings)
+    for k, history in enumerate(result.history):
+        mine = [(number, row) for number, row in ((n, r) for p, n, r, _ in told if p == k)]
+        assert [number for number, _ in mine] == list(range(len(history)))
+        assert all(ours is row for (_, ours), row in zip(mine, history, strict=True))
+    moments = [moment for pair_number, _, _, moment in told if pair_number == 0]
+    gaps = sorted(range(1, len(moments)), key=lambda n: moments[n - 1] - moments[n])[:3]
+    assert sorted(gaps) == [11, 21, 26]  # before the 11th, the 21st, and the next level
+    assert torch.equal(result.ddf, run(fixed, moving, **settings).ddf)
+
+
+def test_who_is_told_may_end_the_refinement():
+    fixed, moving, _ = pair(FLAT)
+
+    def enough(_, number, __):
+        if number == 12:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run(fixed, moving, callback=enough, scales=(1,), iterations=20, tolerance=0)
+    with pytest.raises(TypeError, match="callback must be None or a function, got str"):
+        run(fixed, moving, callback="print")
 
 
 def test_the_history_tells_what_descent_rejected():
