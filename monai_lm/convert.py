@@ -2,6 +2,7 @@
 
 A field here is a displacement ``(B, n, *S)`` on the fixed grid, in voxels, channel ``c`` along array axis ``c``, with
 ``warped(x) = moving(x + ddf(x))``. VoxelMorph, TransMorph and MONAI's networks return that, and need no conversion.
+The functions take what the networks return, and do as ``convert`` of :class:`monai_lm.RegistrationInferer`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_lm.fields import warp
+from monai_lm.fields import compose, integrate, warp
 from monai_lm.fields.topology import folded_cells
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.checks import check_field, check_images, check_spacing, plain
@@ -31,7 +32,9 @@ __all__ = [
     "from_grid_sample",
     "from_icon",
     "from_lapirn",
+    "from_positions",
     "from_symnet",
+    "from_symnet_velocities",
 ]
 
 
@@ -69,6 +72,7 @@ def from_lapirn(flow: Tensor) -> Tensor:
     ``align_corners=True``.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape.
     """
     _check(flow, "flow")
@@ -78,11 +82,51 @@ def from_lapirn(flow: Tensor) -> Tensor:
 def from_symnet(flow: Tensor, range_flow: float = 100.0) -> Tensor:
     """A displacement ``(B, n, *S)`` in voxels divided by the ``range_flow`` of SYMNet's scripts, last array axis first.
 
+    That is what its scripts compose of the two velocities that the network itself returns, for which there is
+    :func:`from_symnet_velocities`.
+
     Raises:
+        TypeError: no tensor.
         ValueError: another shape.
     """
     _check(flow, "flow")
     return flow.flip(1) * range_flow
+
+
+def from_symnet_velocities(velocities: Sequence[Tensor], range_flow: float = 100.0, steps: int = 7) -> Tensor:
+    """The two velocities ``(B, n, *S)`` that ``SYMNet(fixed, moving)`` returns, integrated and composed to one field.
+
+    Each image goes half the way: the field is that of the second velocity after that of the negative first one.
+
+    Args:
+        velocities: of the fixed and of the moving image, as :func:`from_symnet` has them.
+        range_flow: as in SYMNet's scripts.
+        steps: squarings of the integration, ``time_step`` of its scripts.
+
+    Returns:
+        ``(B, n, *S)`` in voxels. Fields are extended by their border value here and by zeros there: to be the same, the
+        images need a margin as wide as the displacements.
+
+    Raises:
+        TypeError: no tensors.
+        ValueError: other shapes, or another number of velocities.
+    """
+    if isinstance(velocities, Tensor) or len(velocities) != 2:
+        got = type(velocities).__name__ if isinstance(velocities, Tensor) else f"{len(velocities)} entries"
+        raise ValueError(f"velocities must be the two that the network returns, got {got}")
+    fixed, moving = (from_symnet(velocity, range_flow) for velocity in velocities)
+    return compose(integrate(moving, steps), integrate(-fixed, steps))
+
+
+def from_positions(positions: Tensor) -> Tensor:
+    """Where voxels of the fixed grid lead, ``(B, n, *S)`` in voxels of the moving one, as VFA's ``results["grid"]``.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape.
+    """
+    _check(positions, "positions")
+    return positions - _identity(positions.shape[2:], positions)
 
 
 def from_icon(phi: Tensor) -> Tensor:
@@ -91,6 +135,7 @@ def from_icon(phi: Tensor) -> Tensor:
     0 and 1 are the centres of the first and the last voxel: its units are of one voxel less than an axis has.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape.
     """
     _check(phi, "phi")
@@ -99,6 +144,9 @@ def from_icon(phi: Tensor) -> Tensor:
 
 def from_coarse(ddf: Tensor, size: Sequence[int], factor: float | Sequence[float] | None = None) -> Tensor:
     """A displacement on a grid whose voxels are blocks of the image's, as convexAdam's, on the grid of the image.
+
+    So is the grid of an image that :func:`torch.nn.functional.interpolate` resized, as uniGradICON's scripts do, unless
+    it was told ``align_corners=True``.
 
     Args:
         ddf: ``(B, n, *P)`` in voxels of its own grid, channels in the order of the array's axes.
@@ -137,7 +185,7 @@ CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalised": lambda u: u * _per_axis([(s - 1) / 2 for s in u.shape[2:]], u),
     "normalised reversed": from_lapirn,
     "inverse direction": lambda u: -u,
-    "positions": lambda u: u - _identity(u.shape[2:], u),
+    "positions": from_positions,
     "grid_sample": lambda u: from_grid_sample(u.movedim(1, -1)),
     "icon": from_icon,
 }

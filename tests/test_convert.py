@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from monai_lm import RegistrationInferer
 from monai_lm.convert import (
     CONVENTIONS,
     MILLIMETRES,
@@ -16,9 +17,11 @@ from monai_lm.convert import (
     from_grid_sample,
     from_icon,
     from_lapirn,
+    from_positions,
     from_symnet,
+    from_symnet_velocities,
 )
-from monai_lm.fields import gaussian_smooth, invert, warp
+from monai_lm.fields import compose, gaussian_smooth, integrate, invert, warp
 
 SIZES = [(11, 8), (7, 9, 8)]
 
@@ -59,6 +62,27 @@ def test_symnets_displacement_is_in_hundreds_of_voxels_last_axis_first():
     torch.testing.assert_close(from_symnet(flow, range_flow=7), 0.07 * expected)
 
 
+def test_symnets_two_velocities_each_go_half_the_way(random_tensor):
+    """Shifts add up; exchanged images give the inverse; and so by SYMNet's own formula, within a margin of zeros."""
+    size, steps = (14, 16, 12), 4
+    shifts = [per_axis(value, 3).expand(1, 3, *size) / 100 for value in ([1.0, 0.0, -1.0], [0.0, 2.0, 1.0])]
+    expected = per_axis([2.0, 2.0, -1.0], 3).expand(1, 3, *size)
+    torch.testing.assert_close(from_symnet_velocities(shifts, steps=steps), expected)
+    velocities = [0.04 * gaussian_smooth(F.pad(random_tensor((1, 3, 6, 8, 4), k), [4] * 6), 1.5) for k in range(2)]
+    there, back = (from_symnet_velocities(v, steps=steps) for v in (velocities, velocities[::-1]))
+    assert there.abs().max() > 0.4
+    assert compose(there, back).abs().max() < 0.2 * there.abs().max()  # what interpolation leaves
+    half = integrate(100 * velocities[1].flip(1), steps), integrate(-100 * velocities[0].flip(1), steps)
+    grid = ((identity(size) + half[1]) * 2 / per_axis([s - 1.0 for s in size], 3) - 1).movedim(1, -1).flip(-1)
+    expected = F.grid_sample(half[0], grid, align_corners=True) + half[1]
+    torch.testing.assert_close(there, expected, rtol=0, atol=1e-3)
+
+
+def test_positions_lead_to_voxels_of_the_moving_image(random_tensor):
+    ddf = random_tensor((2, 3, 4, 5, 6))
+    torch.testing.assert_close(from_positions(ddf + identity((4, 5, 6))), ddf)
+
+
 def test_a_map_of_icons_is_in_units_of_one_voxel_less_than_the_grid_has():
     """On its grid of 175 a shift by .1 is 17.4 voxels; 17.5, by the number of voxels, is .57 % too long."""
     size = (175, 3, 5)
@@ -84,6 +108,9 @@ def test_a_coarse_grid_of_blocks_keeps_a_linear_field(factor):
         (lambda: from_grid_sample(torch.zeros(1, 4, 5, 2), size=(4, 5, 6)), "size must be 2 voxel counts"),
         (lambda: from_lapirn(torch.zeros(1, 2, 4, 5, 6)), r"flow must be \(B, n, \*S\)"),
         (lambda: from_symnet(torch.zeros(3, 4, 5, 6)), r"flow must be \(B, n, \*S\)"),
+        (lambda: from_positions(torch.zeros(4, 5, 2)), r"positions must be \(B, n, \*S\)"),
+        (lambda: from_symnet_velocities(torch.zeros(2, 2, 4, 5)), "the two that the network returns, got Tensor"),
+        (lambda: from_symnet_velocities([torch.zeros(1, 2, 4, 5)]), "got 1 entries"),
         (lambda: from_icon(torch.zeros(1, 4, 5, 2)), r"phi must be \(B, n, \*S\)"),
         (
             lambda: from_coarse(torch.zeros(1, 2, 4, 5), (8,)),
@@ -107,6 +134,11 @@ def test_a_coarse_grid_of_blocks_keeps_a_linear_field(factor):
 def test_what_is_none_of_them_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"flow must be a torch\.Tensor, got tuple"):
+        from_lapirn((torch.zeros(1, 3, 4, 5, 6),))
 
 
 # --- what networks make -----------------------------------------------------------------------------------------------
@@ -204,6 +236,30 @@ def test_voxelmorph_returns_a_displacement_in_voxels(random_tensor):
         assert torch.equal(network(source, target), flow)
     assert flow.abs().max() > 0.5
     torch.testing.assert_close(warp(source, flow, padding_mode="zeros"), warped, rtol=0, atol=1e-4)
+
+
+def test_icon_returns_a_map_in_units_of_voxels_less_one(random_tensor):
+    """Of two steps, the first at half the resolution."""
+    icon = pytest.importorskip("icon_registration", reason="ICON's convention is checked where it is installed")
+    networks = pytest.importorskip("icon_registration.networks")
+    torch.manual_seed(0)
+    steps = [networks.UNet2(2, [[2, 4, 8], [4, 8]], dimension=3) for _ in range(2)]
+    for step in steps:
+        torch.nn.init.normal_(step.lastConv.weight, std=0.1)
+    first, second = (icon.FunctionFromVectorField(step) for step in steps)
+    network = icon.TwoStepRegistration(icon.DownsampleRegistration(first, dimension=3), second).eval()
+    network.assign_identity_map((1, 1, 16, 24, 32))
+    moving, fixed = (gaussian_smooth(random_tensor((1, 1, 16, 24, 32), k).float(), 1.5) for k in range(2))
+    with torch.no_grad():
+        phi = network(moving, fixed)(network.identity_map)
+        warped = network.as_function(moving)(phi)
+    ddf = from_icon(phi)
+    assert ddf.abs().amax((0, 2, 3, 4)).min() > 0.5
+    torch.testing.assert_close(warp(moving, ddf), warped, rtol=0, atol=1e-5)
+    inferer = RegistrationInferer("displacement", takes=("moving", "fixed"), convert=from_icon)
+    with torch.no_grad():
+        predicted = inferer(torch.cat([moving, fixed], 1), lambda m, f: network(m, f)(network.identity_map))
+    torch.testing.assert_close(predicted, ddf)
 
 
 def test_convex_adam_returns_a_displacement_in_voxels_components_last(random_tensor):

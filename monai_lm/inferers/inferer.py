@@ -41,13 +41,18 @@ class RegistrationInferer(Inferer):
         takes: the images that the network is called with one by one, in its order: ``("moving", "fixed")``, as MONAI's
             ``VoxelMorph``, or ``("fixed", "moving")``; ``None``: with both as the channels of one tensor.
         output: which entry of a tuple, list or dictionary that the network returns is the prediction, by its number or
-            key; ``None``: the only one that has the shape of a field.
+            key; ``None``: the only one that has the shape of a field, or, with ``convert``, all of it.
+        convert: makes the ``prediction`` of what the network returns, where its convention is another one: a function
+            of :mod:`monai_lm.convert`, for one.
+        network_size: voxel counts of the one grid that the network was made for: it sees the images resampled to that,
+            linearly, and its field is brought back, units included; the corners of the grids coincide, as
+            :func:`torch.nn.functional.interpolate` has it. ``None``: it sees them as they are.
 
     Raises:
         TypeError: an argument of the wrong type, or one that :func:`monai_lm.refine` does not know.
-        ValueError: unknown ``prediction`` or ``takes``, ``integration_steps`` or ``divisible_pad`` below 1; when
-            called, inputs, predictions or features of the wrong shape, predictions that are not finite, or several
-            outputs of which one must be named.
+        ValueError: unknown ``prediction`` or ``takes``, ``integration_steps`` or ``divisible_pad`` below 1, a
+            ``network_size`` that is none or comes with ``divisible_pad``; when called, inputs, predictions or features
+            of the wrong shape, predictions that are not finite, or several outputs of which one must be named.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class RegistrationInferer(Inferer):
         match: Mapping[str, Any] | None = None,
         takes: Sequence[str] | None = None,
         output: int | str | None = None,
+        convert: Callable[[Any], Tensor] | None = None,
+        network_size: Sequence[int] | None = None,
     ) -> None:
         if prediction not in ("velocity", "displacement", "features"):
             raise ValueError(f"prediction must be 'velocity', 'displacement' or 'features', got {prediction!r}")
@@ -82,10 +89,13 @@ class RegistrationInferer(Inferer):
             if not isinstance(settings, Mapping):
                 raise TypeError(f"{name} must be None or keyword arguments of monai_lm.refine, got {settings!r}")
             check_keywords(name, settings)
-        if features is not None and not callable(features):
-            raise TypeError(f"features must be None or a function of an image, got {type(features).__name__}")
+        for name, function, of in (("features", features, "an image"), ("convert", convert, "what a network returns")):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be None or a function of {of}, got {type(function).__name__}")
         self.refine = refine
         self.features = features
+        self.convert = convert
+        self.network_size = _checked_size(network_size, divisible_pad)
         self.match = {"similarity": "mse", **(match or {})}
 
     def __call__(
@@ -152,15 +162,21 @@ class RegistrationInferer(Inferer):
         return ddf
 
     def prediction_of(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """What the network predicts for ``inputs`` ``(B, 2, *S)``, padded: the one of its outputs that is meant."""
-        images = self.padded(inputs)
+        """What the network predicts for ``inputs`` ``(B, 2, *S)``, on its own grid, as ``prediction`` says."""
+        images = self._seen(inputs)
         roles = {"moving": images[:, :1], "fixed": images[:, 1:]}
         given = [images] if self.takes is None else [roles[role] for role in self.takes]
         out = network(*given, *args, **kwargs)
+        if self.convert is None:
+            return self._meant(out, inputs.dim() - 2)
+        return self.convert(out if self.output is None else self._meant(out, inputs.dim() - 2))
+
+    def _meant(self, out: Any, n: int) -> Any:
+        """The one of a network's outputs that is the prediction."""
         if not isinstance(out, tuple | list | Mapping):
             return out
         named = dict(out) if isinstance(out, Mapping) else dict(enumerate(out))
-        n, chosen = inputs.dim() - 2, self.output
+        chosen = self.output
         shapes = {key: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for key, x in named.items()}
         if chosen is None:
             fields = [key for key, x in named.items() if isinstance(x, Tensor) and x.dim() == n + 2 and x.shape[1] == n]
@@ -193,6 +209,17 @@ class RegistrationInferer(Inferer):
         size = self._padded_size(images.shape[2:])
         return F.pad(images, [p for s, t in zip(size[::-1], images.shape[:1:-1], strict=True) for p in (0, s - t)])
 
+    def _seen(self, inputs: Tensor) -> Tensor:
+        """Both images on the grid that the network wants."""
+        if self.network_size is None:
+            return self.padded(inputs)
+        if len(self.network_size) != inputs.dim() - 2:
+            raise ValueError(
+                f"network_size must be {inputs.dim() - 2} voxel counts for images {tuple(inputs.shape)}, "
+                f"got {self.network_size}"
+            )
+        return F.interpolate(inputs, size=self.network_size, mode=_linear(inputs.dim() - 2))
+
     def _matched(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """Register features ``(B, 2 · C, *P)``; the field on the grid of images of ``size``."""
         n = len(size)
@@ -203,10 +230,7 @@ class RegistrationInferer(Inferer):
             )
         check_finite("the network's features", features)
         moving, fixed = features.float().chunk(2, 1)
-        ddf, whole = refine(fixed, moving, **self.match).ddf, self._padded_size(size)
-        ratio = ddf.new_tensor([s / p for s, p in zip(whole, ddf.shape[2:], strict=True)]).view(-1, *[1] * n)
-        mode = "trilinear" if n == 3 else "bilinear"
-        return _cropped(F.interpolate(ddf, size=whole, mode=mode, align_corners=False) * ratio, size)
+        return _cropped(_of_blocks(refine(fixed, moving, **self.match).ddf, self._padded_size(size)), size)
 
     def _padded_size(self, size: Sequence[int]) -> list[int]:
         return [s + -s % (self.divisible_pad or 1) for s in size]
@@ -227,7 +251,31 @@ class RegistrationInferer(Inferer):
             field = prediction.float()
             if self.prediction == "velocity":
                 field = integrate(field, self.integration_steps)
+            if self.network_size is not None:
+                return _of_blocks(resample(field, self.network_size), size)
             return _cropped(resample(field, self._padded_size(size)), size)
+
+
+def _of_blocks(ddf: Tensor, size: Sequence[int]) -> Tensor:
+    """A displacement ``(B, n, *P)`` on a grid of ``size`` whose corners, not corner voxels, are those of its own."""
+    ratio = ddf.new_tensor([s / p for s, p in zip(size, ddf.shape[2:], strict=True)]).view(-1, *[1] * len(size))
+    return F.interpolate(ddf, size=tuple(size), mode=_linear(len(size)), align_corners=False) * ratio
+
+
+def _linear(n: int) -> str:
+    return "trilinear" if n == 3 else "bilinear"
+
+
+def _checked_size(size: Sequence[int] | None, divisible_pad: int | None) -> tuple[int, ...] | None:
+    """Voxel counts of the one grid of a network; ValueError for others."""
+    if size is None:
+        return None
+    whole = not isinstance(size, str) and len(size) in (2, 3) and all(isinstance(s, int) and s > 1 for s in size)
+    if not whole:
+        raise ValueError(f"network_size must be None or 2 or 3 voxel counts of at least 2, got {size!r}")
+    if divisible_pad is not None:
+        raise ValueError(f"divisible_pad must be None with network_size, got {divisible_pad}")
+    return tuple(size)
 
 
 def _cropped(tensor: Tensor, size: Sequence[int]) -> Tensor:

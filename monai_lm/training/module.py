@@ -68,6 +68,8 @@ class RegistrationModule(pl.LightningModule):
         scheduler: makes the learning rate schedule of an optimizer, stepped after every batch.
         takes: see :class:`~monai_lm.inferers.RegistrationInferer`.
         output: likewise.
+        convert: likewise; ``smoothness`` is then of what it returns.
+        network_size: likewise.
 
     Raises:
         ValueError: unknown ``supervision``, one that lacks what it needs, or arguments that the inferer refuses.
@@ -94,6 +96,8 @@ class RegistrationModule(pl.LightningModule):
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         takes: Sequence[str] | None = None,
         output: int | str | None = None,
+        convert: Callable[[Any], Tensor] | None = None,
+        network_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if supervision not in SUPERVISIONS:
@@ -103,7 +107,7 @@ class RegistrationModule(pl.LightningModule):
         if supervision == "implicit" and not (labels or keypoints):
             raise ValueError("supervision 'implicit' needs labels or keypoints, whose loss it leads through refinement")
         self.save_hyperparameters(
-            ignore=["network", "similarity", "features", "optimizer", "scheduler", "refine", "distillation"]
+            ignore=["network", "similarity", "features", "optimizer", "scheduler", "refine", "distillation", "convert"]
         )
         self.network, self.supervision, self.labels = network, supervision, labels
         self.weights = {
@@ -116,8 +120,9 @@ class RegistrationModule(pl.LightningModule):
         self.learning_rate, self.make_optimizer, self.make_scheduler = learning_rate, optimizer, scheduler
         channels = getattr(network, features) if isinstance(features, str) else features
         self.inferer = RegistrationInferer(
-            prediction, integration_steps, divisible_pad, refine, channels, takes=takes, output=output
-        )
+            prediction, integration_steps, divisible_pad, refine, channels, takes=takes, output=output,
+            convert=convert, network_size=network_size,
+        )  # fmt: skip
         self.similarity = None if similarity is None else get_similarity(similarity)
         self.distillation = Distillation(**(distillation or {})) if supervision == "distill" else None
         self.diffusion = DiffusionLoss()

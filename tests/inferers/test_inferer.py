@@ -3,11 +3,12 @@
 import monai.inferers
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.networks.nets import VoxelMorph, VoxelMorphUNet
 from torch import Tensor, nn
 
-from monai_lm import RegistrationInferer, refine
+from monai_lm import RegistrationInferer, convert, refine
 from monai_lm.fields import gaussian_smooth, integrate, resample, warp
 from monai_lm.guidance import Keypoints
 
@@ -469,3 +470,86 @@ def test_what_belongs_to_a_pair_guides_it():
     assert torch.equal(found.ddf, refine(fixed, moving, 0.5 * ddf, mask, guidance=guide, **settings).ddf)
     with pytest.raises(ValueError, match="refine must be keyword arguments"):
         RegistrationInferer("displacement")(inputs, network, guidance=guide)
+
+
+# --- networks with conventions and grids of their own -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divisible_pad", [None, 8])
+def test_a_field_in_another_convention_is_converted_on_the_grid_it_is_predicted_on(divisible_pad):
+    inputs, ddf = inputs_and_field((20, 22))
+    size = (20, 22) if divisible_pad is None else (24, 24)
+    half = torch.tensor([(s - 1) / 2 for s in size]).view(1, 2, 1, 1)
+
+    def network(*_):
+        return (resample(ddf, size) / half).flip(1)
+
+    how = {"divisible_pad": divisible_pad, "takes": ("moving", "fixed")}
+    expected = RegistrationInferer("displacement", **how)(inputs, lambda *_: resample(ddf, size))
+    out = RegistrationInferer("displacement", **how, convert=convert.from_lapirn)(inputs, network)
+    torch.testing.assert_close(out, expected)
+    plain = RegistrationInferer("displacement", **how)(inputs, network)
+    assert (plain - expected).abs().max() > 0.1
+
+
+def test_all_that_a_network_returns_is_converted_unless_one_is_named():
+    inputs, ddf = inputs_and_field((20, 22))
+    outputs = {"warped": inputs[:, :1], "there": ddf, "back": -2 * ddf}
+    inferer = RegistrationInferer("displacement", convert=lambda out: out["there"] - out["back"])
+    torch.testing.assert_close(inferer(inputs, lambda _: outputs), 3 * ddf)
+    inferer = RegistrationInferer("displacement", output="back", convert=torch.neg)
+    assert torch.equal(inferer(inputs, lambda _: outputs), 2 * ddf)
+    with pytest.raises(ValueError, match=r"network must return a displacement \(B, 2, \*P\), got \(1, 20\)"):
+        RegistrationInferer("displacement", convert=lambda out: out["there"][:, 0, :, 0])(inputs, lambda _: outputs)
+    with pytest.raises(TypeError, match="convert must be None or a function of what a network returns, got str"):
+        RegistrationInferer("displacement", convert="lapirn")
+
+
+@pytest.mark.parametrize("prediction", ["displacement", "velocity"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_network_of_one_grid_sees_images_and_gives_fields_by_blocks(prediction, n):
+    size, own = (20, 22, 18)[:n], (15, 33, 16)[:n]
+    inputs, _ = inputs_and_field(size)
+    field = smooth(own, 1.0)
+    seen = []
+
+    def network(images):
+        seen.append(images)
+        return field
+
+    out = RegistrationInferer(prediction, network_size=own)(inputs, network)
+    assert torch.equal(seen[0], F.interpolate(inputs, size=own, mode=("bilinear", "trilinear")[n - 2]))
+    meant = field if prediction == "displacement" else integrate(field, 7)
+    torch.testing.assert_close(out, convert.from_coarse(meant, size))
+    coarse = field[(..., *[slice(None, None, 2)] * n)]
+    out = RegistrationInferer("displacement", network_size=own)(inputs, lambda _: coarse)
+    torch.testing.assert_close(out, convert.from_coarse(resample(coarse, own), size))
+
+
+def test_a_shift_seen_on_the_networks_grid_is_the_shift_of_the_images():
+    """By 6 voxels of 24 on the one grid, and 4 of 16 on the other."""
+    moving = smooth((24, 30), 1.0)[:, :1]
+    inputs = torch.cat([moving, moving.roll(-6, 2)], 1)
+    shift = torch.tensor([4.0, 0.0]).view(1, 2, 1, 1)
+    out = RegistrationInferer("displacement", network_size=(16, 20))(inputs, lambda _: shift.expand(1, 2, 16, 20))
+    torch.testing.assert_close(warp(moving, out)[:, :, :18], inputs[:, 1:, :18])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"network_size": (16,)}, r"network_size must be None or 2 or 3 voxel counts of at least 2, got \(16,\)"),
+        ({"network_size": (16, 1)}, "network_size must be None or"),
+        ({"network_size": (16, 16), "divisible_pad": 8}, "divisible_pad must be None with network_size, got 8"),
+    ],
+)
+def test_grids_that_are_none(how, message):
+    with pytest.raises(ValueError, match=message):
+        RegistrationInferer(**how)
+
+
+def test_a_grid_of_other_dimensions_is_told_when_images_come():
+    with pytest.raises(
+        ValueError, match=r"network_size must be 2 voxel counts for images \(1, 2, 20, 22\), got \(8, 8, 8\)"
+    ):
+        RegistrationInferer(network_size=(8, 8, 8))(torch.zeros(1, 2, 20, 22), lambda x: x)

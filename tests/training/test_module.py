@@ -5,6 +5,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from monai_lm import RegistrationInferer
+from monai_lm.convert import from_lapirn
 from monai_lm.fields import fold_count, gaussian_smooth, warp
 from monai_lm.similarity import LNCC
 from monai_lm.training import RegistrationModule
@@ -215,3 +217,17 @@ def test_a_fit_goes_on_from_a_checkpoint_for_longer(tmp_path):
     whole.fit(RegistrationModule(_network()), loader)
     last = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (longer, whole)]
     assert last[0] == pytest.approx(last[1])
+
+
+def test_a_network_with_a_convention_and_a_grid_of_its_own_is_asked_as_the_inferer_asks_it(tmp_path):
+    """And trains: from nothing, the shift of two voxels is learned through the conversion."""
+    size, network = (16, 32), _network()
+    how = {"convert": from_lapirn, "network_size": size}
+    module = RegistrationModule(network, "displacement", learning_rate=3e-2, similarity="mse", **how)
+    images = torch.cat([torch.stack([row[key] for row in _pairs(2)]) for key in ("moving", "fixed")], 1)
+    assert torch.equal(module(images), RegistrationInferer("displacement", **how)(images, network))
+    loader = DataLoader(_pairs(2), batch_size=2)
+    trainer = _trainer(tmp_path, max_epochs=25)
+    before = trainer.validate(module, loader, verbose=False)[0]["val_similarity_before"]
+    trainer.fit(module, loader)
+    assert trainer.validate(module, loader, verbose=False)[0]["val_similarity_before"] < 0.7 * before
