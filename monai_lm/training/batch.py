@@ -16,7 +16,15 @@ __all__ = ["images_of", "labels_of", "measure_batch", "spacing_of", "tensor_of"]
 
 
 def tensor_of(batch: Mapping[str, Any], key: str) -> Tensor:
-    """An entry of a batch as a plain floating-point tensor; KeyError that says what a batch must have."""
+    """An entry of a batch as a plain floating-point tensor; KeyError that says what a batch must have.
+
+    TypeError for a list of pairs.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch must be a dictionary of tensors, got a {type(batch).__name__}; pairs that cannot be stacked, as "
+            "their sizes differ, go one by one, with batch_size=1"
+        )
     if key not in batch:
         raise KeyError(f"a batch must have {key!r} for what the module is asked to do, got {sorted(batch)}")
     value = batch[key]
@@ -35,7 +43,9 @@ def images_of(batch: Mapping[str, Any]) -> Tensor:
     moving, fixed = tensor_of(batch, "moving"), tensor_of(batch, "fixed")
     if moving.shape != fixed.shape or fixed.shape[1] != 1:
         raise ValueError(
-            f"fixed and moving must be (B, 1, *S) on one grid, got {tuple(fixed.shape)} and {tuple(moving.shape)}"
+            f"fixed and moving must be (B, 1, *S) on one grid, got {tuple(fixed.shape)} and {tuple(moving.shape)}; "
+            "MONAI's ResampleToMatchd brings one onto the other, and RefineDDFd(world=True) registers them as they "
+            "are, without a network"
         )
     return torch.cat([moving, fixed], 1)
 

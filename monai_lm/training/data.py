@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from monai.data import CacheDataset, DataLoader, MetaTensor, PersistentDataset
+from monai.data import CacheDataset, DataLoader, MetaTensor, PersistentDataset, list_data_collate
 from monai.data import Dataset as TransformDataset
 from monai.transforms import (
     Compose,
@@ -72,7 +72,7 @@ class PairDataModule(pl.LightningDataModule):
         augmentation: applied to every training pair, a dictionary with ``fixed``, ``moving`` and their labels.
         cache: ``"memory"`` keeps the loaded images, a folder keeps them there (MONAI's ``PersistentDataset``, by path,
             size and time of change of the files and by what loads them), ``None`` loads them anew.
-        batch_size: pairs per batch.
+        batch_size: pairs per batch; they must have one size, so 1 without a ``grid``, unless all have.
         num_workers: processes that load.
         seed: of splits and pairs.
         pin_memory: page-locked batches, which are copied to a CUDA device faster; ``None``: where there is one.
@@ -212,6 +212,7 @@ class PairDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.num_workers > 0 and part == "train",
+            collate_fn=_collated,
         )
 
 
@@ -299,6 +300,14 @@ def _pickled(transform: Any) -> str:
         return hashlib.sha256(pickle.dumps(transform)).hexdigest()
     except (AttributeError, TypeError, pickle.PicklingError):
         return uuid.uuid4().hex
+
+
+def _collated(rows: list[dict[str, Any]]) -> Any:
+    """One batch of pairs; ValueError for pairs of different sizes."""
+    sizes = {tuple(row["fixed"].shape[1:]) for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(f"pairs of one batch must have one size, got {sorted(sizes)}; give a grid, or batch_size=1")
+    return list_data_collate(rows)
 
 
 def _draw(index: int, count: int) -> int:

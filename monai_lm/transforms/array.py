@@ -19,6 +19,7 @@ from monai_lm.fields.topology import LOG_FLOOR
 from monai_lm.kernels.devices import widest_float
 from monai_lm.solver.checks import check_finite
 from monai_lm.transforms.places import (
+    check_item,
     check_same_axes,
     leads_into,
     same_directions,
@@ -59,8 +60,10 @@ class WarpImage(Transform):
         Raises:
             ValueError: image and field differ in the number, the direction or the spacing of their axes and
                 ``ddf.meta["moving_affine"]`` does not say that the field leads into this image's voxels, or the field
-                is not finite.
+                is not finite; batches, or what is padded to the size of one.
         """
+        check_item("img", img)
+        check_item("ddf", ddf)
         if not leads_into(ddf, img):
             check_same_axes("ddf", ddf, "img", img)
         field = convert_to_tensor(ddf, track_meta=False)

@@ -6,8 +6,19 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
+from monai.transforms import PadListDataCollate
+from monai.utils import TraceKeys
 
-__all__ = ["check_same_axes", "check_target", "has_affine", "leads_into", "same_affine", "same_axes", "same_directions"]
+__all__ = [
+    "check_item",
+    "check_same_axes",
+    "check_target",
+    "has_affine",
+    "leads_into",
+    "same_affine",
+    "same_axes",
+    "same_directions",
+]
 
 
 def has_affine(image: Any) -> bool:
@@ -15,6 +26,23 @@ def has_affine(image: Any) -> bool:
     return isinstance(image, MetaTensor) and not torch.equal(
         image.affine, torch.eye(len(image.affine)).to(image.affine)
     )
+
+
+def check_item(name: str, image: Any) -> None:
+    """ValueError for a batch, or for an image or field that still has the size of the batch that it was in."""
+    if not isinstance(image, MetaTensor):
+        return
+    if image.is_batch:
+        raise ValueError(
+            f"{name} must be one item (C, *S), got a batch {tuple(image.shape)}; monai.data.decollate_batch "
+            "makes items of it"
+        )
+    last = image.applied_operations[-1] if image.applied_operations else {}
+    if isinstance(last, dict) and last.get(TraceKeys.CLASS_NAME) == PadListDataCollate.__name__:
+        raise ValueError(
+            f"{name} must have its own size, got {tuple(image.shape)}, to which pad_list_data_collate padded it; "
+            "DataLoader(collate_fn=list) leaves items as they are"
+        )
 
 
 def same_axes(image: MetaTensor, other: MetaTensor) -> bool:

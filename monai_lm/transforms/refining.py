@@ -21,7 +21,7 @@ from monai_lm.solver.checks import check_field, check_shown, checked_mask
 from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
-from monai_lm.transforms.places import check_same_axes, check_target, has_affine, leads_into, same_axes
+from monai_lm.transforms.places import check_item, check_same_axes, check_target, has_affine, leads_into, same_axes
 
 __all__ = ["RefineDDF", "RefineDDFD", "RefineDDFDict", "RefineDDFd"]
 
@@ -101,15 +101,17 @@ class RefineDDF(Transform):
             ``(n, *S)`` refined displacement, from voxels of the fixed to voxels of the moving image, with the affine of
             the fixed image. ``meta["moving_affine"]`` and ``meta["moving_size"]`` say, where it is known, which grid it
             leads to, for :class:`WarpImage`, :class:`InvertDDF` and :class:`SaveDDF`; ``meta["refinement"]`` holds
-            the dissimilarity before and after, the folds of the prediction and whether it was used, and the seconds it
-            took, and ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
+            the dissimilarity before and after, the folds of the prediction and, if there was one, whether it was used,
+            and the seconds it took, and ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
 
         Raises:
             TypeError: images to be compared in space that are not ``MetaTensor``.
             ValueError: shapes or settings that do not fit, see :func:`monai_lm.refine`; images that do not overlap;
                 voxel axes that differ, where ``world`` is false; or a field that was loaded for a moving image whose
-                axes are others.
+                axes are others; batches, or what is padded to the size of one.
         """
+        for name, image in (("fixed", fixed), ("moving", moving), ("ddf", ddf)):
+            check_item(name, image)
         check_same_axes("fixed", fixed, "ddf", ddf)
         check_same_axes("fixed", fixed, "mask", mask)
         check_same_axes("moving", moving, "moving_mask", moving_mask)
@@ -232,9 +234,10 @@ def _described(result: RefinementResult, fixed: Any, moving: Any, between: Betwe
         "initial_loss": float(result.initial_loss[0]),
         "final_loss": float(result.final_loss[0]),
         "predicted_folds": int(result.predicted_folds[0]),
-        "prediction_used": None if result.prediction_used is None else not result.unused,
         "seconds": result.seconds,
     }
+    if result.prediction_used is not None:  # MONAI collates no None
+        out.meta["refinement"]["prediction_used"] = not result.unused
     return out
 
 

@@ -48,5 +48,7 @@ def test_a_batch_that_lacks_something_is_named():
     assert images_of({"fixed": image, "moving": image + 1})[0, :, 0, 0].tolist() == [1.0, 0.0]
     with pytest.raises(KeyError, match=r"a batch must have 'moving' .*\['fixed'\]"):
         tensor_of({"fixed": image}, "moving")
-    with pytest.raises(ValueError, match="fixed and moving must be"):
+    with pytest.raises(ValueError, match=r"fixed and moving must be .*ResampleToMatchd brings one onto the other"):
         images_of({"fixed": image, "moving": image[..., 1:]})
+    with pytest.raises(TypeError, match=r"a batch must be a dictionary .*, got a list; .* with batch_size=1"):
+        images_of([{"fixed": image, "moving": image}])

@@ -108,6 +108,16 @@ def test_images_of_other_shapes_need_a_grid(cohort, tmp_path):
     assert next(iter(data.predict_dataloader()))["moving"].shape == (1, 1, 12, 14, 10)
 
 
+def test_pairs_of_other_sizes_are_no_batch(cohort, tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 14, 10)), np.eye(4)), tmp_path / "small.nii.gz")
+    large, small = str(cohort / "images" / "s0.nii.gz"), str(tmp_path / "small.nii.gz")
+    pairs = [{"fixed": path, "moving": path, "name": name} for name, path in (("a", large), ("b", small))]
+    data = PairDataModule(pairs, batch_size=2)
+    data.setup("predict")
+    with pytest.raises(ValueError, match=r"pairs of one batch must have one size, got .*\(9, 14, 10\).*; give a grid"):
+        next(iter(data.predict_dataloader()))
+
+
 def test_a_stage_without_pairs_says_so(cohort):
     data = PairDataModule(cohort, split=(1, 0, 0), pairs=2)
     data.setup()
