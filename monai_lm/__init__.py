@@ -6,13 +6,25 @@ from monai_lm.alignment import Alignment, align
 from monai_lm.solver.optimizer import FactoredLM
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.result import RefinementResult
+from monai_lm.solver.sequence import refine_sequence
+from monai_lm.solver.uncertainty import uncertainty
 
 if TYPE_CHECKING:
     from monai_lm.inferers import RegistrationInferer
 
 __version__ = "0.1.0"
 
-__all__ = ["Alignment", "FactoredLM", "RefinementResult", "RegistrationInferer", "__version__", "align", "refine"]
+__all__ = [
+    "Alignment",
+    "FactoredLM",
+    "RefinementResult",
+    "RegistrationInferer",
+    "__version__",
+    "align",
+    "refine",
+    "refine_sequence",
+    "uncertainty",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -116,7 +116,7 @@ def refine_pair(
         dry_run: read and check everything, write nothing, and return the plan instead; see
             :func:`monai_lm.apps.plan.plan_of`.
         uncertainty: refine a second time, from the fixed to the moving image, and write ``uncertainty.nii.gz``, see
-            :func:`monai_lm.solver.uncertainty.uncertainty`; without bundle, guide, lesions and ``symmetric``.
+            :func:`monai_lm.uncertainty`; without bundle, guide, lesions and ``symmetric``.
         log_json: file that gets a line of JSON per iteration while they are made, see
             :func:`monai_lm.apps.plan.live_log`; it stays if the refinement fails.
         ddf_before_affine: ``ddf`` ends where the affine of that file begins, as ANTs and greedy write the two, instead

@@ -40,7 +40,7 @@ def register_sequence(
     settings: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Register every frame of a series to one of them; see :func:`monai_lm.solver.sequence.refine_sequence`.
+    """Register every frame of a series to one of them; see :func:`monai_lm.refine_sequence`.
 
     Args:
         series: NIfTI file of several volumes, or of several planes over time (``(x, y, 1, t)``).

@@ -68,7 +68,7 @@ def write_report(
         mask: ``(1, 1, *S)`` weights in [0, 1], where the images were compared.
         initial: what ``moving`` is without any field, heads a column: ``"affine only"`` where one has been applied.
         provenance: what the result was made of, shown as a table; dictionaries in it as tables of their own.
-        uncertainty: ``(1, 1, *S)`` in millimetres, of :func:`monai_lm.solver.uncertainty.uncertainty`.
+        uncertainty: ``(1, 1, *S)`` in millimetres, of :func:`monai_lm.uncertainty`.
         title: of the page.
         png: also write a summary picture to this ``.png`` file.
 
