@@ -169,7 +169,7 @@ def refine_pair(
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight = None if pair.mask is None else pair.mask.data.to(chosen)
     if dry_run:
-        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen))
+        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen), aligned, guide)
     away: Tensor | None = None
     with made(folder):  # what cannot be written to is found before the work
         if bundle is None:
