@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from monai_lm.alignment.view import Look, View, levels_of
 from monai_lm.fields.space import Grid, check_affine, out_of_plane
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.similarity.outliers import without_outliers
-from monai_lm.similarity.weighted import Weighted, continued, with_moving_weight, with_weight
+from monai_lm.similarity.weighted import Weighted, shown, with_moving_weight, with_weight
 from monai_lm.solver.checks import check_shown, checked_mask, plain
 
 __all__ = ["MODES", "align"]
@@ -35,6 +35,9 @@ _KEPT = 3  # starts that go on
 _BRIEF, _ITERATIONS = 6, 40
 _TOLERANCE = 0.005  # of the level's voxel: shorter steps end it
 _WORTH = 0.005  # part of the dissimilarity that a map of more parameters must take away, in the mode auto
+_APART = 0.25  # of the finest level's voxel, that it must lead away from those of fewer, in the mode auto
+_JUDGED = 2**17  # voxels of the level that an affine map is judged on, at most
+_PER_PARAMETER = 50  # voxels that must count for each of its parameters
 
 
 def align(
@@ -57,11 +60,12 @@ def align(
     Args:
         fixed: ``(1, C, *S)`` image, 2D or 3D.
         moving: ``(1, C, *M)`` image, on the same device.
-        fixed_affine: ``(4, 4)`` voxel-to-RAS affine of the fixed image.
+        fixed_affine: ``(4, 4)`` voxel-to-RAS affine of the fixed image; in 2D ``(3, 3)`` will do.
         moving_affine: that of the moving image.
         mode: ``"center"`` shifts only, the middle of the images or of what they show onto each other; ``"rigid"``
-            turns, too; ``"affine"`` has all linear maps; what makes the images no more alike is not taken. ``"auto"``:
-            the simplest that reaches the best but for half a percent.
+            turns, too; ``"affine"`` has all linear maps; what makes the images no more alike is not taken, nor an
+            affine map unless one that is fitted to one half of the voxels makes the other half more alike, too.
+            ``"auto"``: the simplest that reaches the best but for half a percent, or but for a quarter of a voxel.
         similarity: as in :func:`monai_lm.refine`.
         mask: ``(1, 1, *S)``, weights in [0, 1]: voxels of the fixed image that are compared.
         moving_mask: ``(1, 1, *M)``, the same for the moving image.
@@ -79,17 +83,20 @@ def align(
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
     measure = get_similarity(similarity)
     images, weights = _checked(fixed, moving, mask, moving_mask)
-    grids = (
-        Grid(tuple(images[0].shape[2:]), check_affine("fixed_affine", fixed_affine)),
-        Grid(tuple(images[1].shape[2:]), check_affine("moving_affine", moving_affine)),
+    grids: Any = tuple(
+        Grid(tuple(image.shape[2:]), check_affine(name, affine, image.dim() == 4))
+        for image, name, affine in zip(
+            images, ("fixed_affine", "moving_affine"), (fixed_affine, moving_affine), strict=True
+        )
     )
     if images[0].dim() == 4 and any(out_of_plane(grid.affine) for grid in grids):
         raise ValueError(
             "fixed_affine and moving_affine must lie in a plane of x and y for images in 2D, got\n"
             f"{grids[0].affine}\nand\n{grids[1].affine}"
         )
-    if measure.weighable and weights[1] is None:  # so that what lies outside the moving image does not count
-        weights = weights[0], torch.ones_like(images[1][:, :1])
+    if measure.weighable:  # so that what lies outside the moving image does not count, and halves can be told apart
+        ones = [torch.ones_like(image[:, :1]) for image in images]
+        weights = ones[0] if weights[0] is None else weights[0], ones[1] if weights[1] is None else weights[1]
     if weights != (None, None):
         measure = Weighted(measure, weights[0] is not None, weights[1] is not None)
     images = (
@@ -108,8 +115,8 @@ def _checked(
     for name, image in (("fixed", f), ("moving", m)):
         if image.dim() not in (4, 5) or image.shape[0] != 1 or image.shape[1] < 1 or min(image.shape[2:]) < 2:
             raise ValueError(
-                f"{name} must be one image (1, C, *S) in 2D or 3D with at least 2 voxels along every axis, got shape "
-                f"{tuple(image.shape)}"
+                f"{name} must be one image (1, C, *S) in 2D or 3D with at least 2 voxels along every axis, a single "
+                f"slice without the axis across it, got shape {tuple(image.shape)}"
             )
     if f.dim() != m.dim() or f.shape[1] != m.shape[1] or f.device != m.device:
         raise ValueError(
@@ -123,11 +130,17 @@ def _checked(
         weight = None if own is None else checked_mask(own, image, name, of)
         check_shown(of, image, weight)
         weights.append(weight)
-        seen.append(
-            image if weight is None else continued(image, (weight > 0) & torch.isfinite(image).all(1, keepdim=True))
-        )
+        seen.append(image if weight is None else _seen(image, weight))
     f, m = without_outliers(*seen)
     return (f, m), (weights[0], weights[1])
+
+
+def _seen(image: Tensor, weight: Tensor) -> Tensor:
+    """An image as :func:`monai_lm.refine` sees it, with two voxels beside the mask; no darker and no brighter there."""
+    counts = (weight > 0) & torch.isfinite(image).all(1, keepdim=True)
+    counted = image[0][:, counts[0, 0]]
+    ends = (end.view(1, -1, *[1] * (image.dim() - 2)) for end in (counted.amin(1), counted.amax(1)))
+    return shown(image, weight).clamp(*ends)
 
 
 def _found(
@@ -139,7 +152,7 @@ def _found(
     frame = (middles[0], radius)
     shifts = _shifts(grids, middles)
     maps = {"none": np.eye(4), "center": min(shifts[1:], key=lambda shift: coarse.look(shift).loss)}
-    last = coarse
+    last = judge = coarse
     if mode != "center":
         turned = _best_start(coarse, shifts, frame)
         maps["rigid"] = turned.matrix
@@ -147,10 +160,18 @@ def _found(
             maps["affine"] = _descend(turned, frame, rigid=False).matrix
         for level in levels[1:]:
             last = View(*images, grids, measure, level)
-            for kind in ("rigid", "affine")[: len(maps) - 2]:
-                maps[kind] = _descend(last.look(maps[kind]), frame, rigid=kind == "rigid").matrix
+            judge = last if np.prod(level.size) <= _JUDGED else judge
+            best = _descend(last.look(maps["rigid"]), frame, rigid=True)
+            maps["rigid"] = best.matrix
+            if mode != "rigid":
+                maps["affine"] = _further(last.look(maps["affine"]), best, frame).matrix
     losses = {kind: last.look(matrix).loss for kind, matrix in maps.items()}
     kind = _chosen(losses, mode)
+    if kind == "affine" and not _is_founded(last, judge, maps["rigid"], frame):
+        kind = _chosen({name: loss for name, loss in losses.items() if name != "affine"}, mode)
+    if mode == "auto":
+        far = {name: _distance(matrix - maps[kind], frame) for name, matrix in maps.items()}
+        kind = next(k for k in maps if k == kind or (np.isfinite(losses[k]) and far[k] < _APART * last.edge))
     return Alignment(maps[kind], kind, mode, losses, middles[0], time.perf_counter() - started)
 
 
@@ -162,6 +183,35 @@ def _chosen(losses: dict[str, float], mode: str) -> str:
     if mode == "auto":
         return next(kind for kind, loss in losses.items() if loss <= best * (1 + _WORTH) or loss == best)
     return min(losses, key=lambda kind: (losses[kind], kind != mode))
+
+
+# --- whether an affine map is more than noise -------------------------------------------------------------------------
+
+
+def _further(look: Look, best: Look, frame: tuple[np.ndarray, float]) -> Look:
+    """An affine descent, and where it ends at less than the best rigid map, another one from there."""
+    end = _descend(look, frame, rigid=False)
+    return end if end.loss < best.loss else _descend(best, frame, rigid=False)
+
+
+def _distance(between: np.ndarray, frame: tuple[np.ndarray, float]) -> float:
+    """Between the places to which two maps lead what the fixed image shows, root mean square in millimetres."""
+    (centre, radius), n = frame, len(frame[0])
+    turn, shift = between[:n, :n], between[:n, :n] @ centre + between[:n, 3]
+    return float(np.sqrt((shift**2).sum() + radius**2 * (turn**2).sum() / n))
+
+
+def _is_founded(finest: View, judge: View, rigid: np.ndarray, frame: tuple[np.ndarray, float]) -> bool:
+    """Whether enough voxels count, and an affine map that half of them tell is better for the other half, both ways."""
+    if not isinstance(judge.measure, Weighted):
+        return True
+    if finest.counted < _PER_PARAMETER * len(_basis(len(frame[0]), rigid=False)):
+        return False
+    for told, other in permutations(judge.halves()):
+        found = _descend(told.look(rigid), frame, rigid=False)
+        if not other.look(found.matrix).loss < other.look(rigid).loss:
+            return False
+    return True
 
 
 # --- starts -----------------------------------------------------------------------------------------------------------

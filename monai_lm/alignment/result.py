@@ -51,6 +51,12 @@ class Alignment:
         lengths = np.linalg.svd(self.matrix[:n, :n], compute_uv=False)
         return float(lengths[-1]), float(lengths[0])
 
+    @property
+    def _refused(self) -> str:
+        if self.losses[self.mode] >= self.losses[self.kind]:
+            return "was no better"
+        return "is not taken: too few voxels tell it, or what half of them tell does not hold for the others"
+
     def values(self) -> dict[str, Any]:
         """As JSON values, the matrix row by row."""
         return {
@@ -79,5 +85,5 @@ class Alignment:
         reached = f"{before:.4g} → {self.losses[self.kind]:.4g}" if np.isfinite(before) else "there was no overlap"
         text += f"Dissimilarity of the coarse images: {reached}."
         if self.mode in ("rigid", "affine") and self.mode != self.kind:
-            text += f" The {self.mode} map that was asked for was no better."
+            text += f" The {self.mode} map that was asked for {self._refused}."
         return text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,12 +16,18 @@ from monai_lm.fields.space import Grid, through_affine, to_world
 from monai_lm.kernels.devices import widest_float
 from monai_lm.kernels.reference import eulerian_gradient, positions
 from monai_lm.similarity import Similarity
-from monai_lm.solver.pyramid import Level, make_level, shrink
+from monai_lm.solver.pyramid import SHORTEST, Level, make_level, shrink
 
 __all__ = ["Look", "View", "levels_of", "shrunk_grid"]
 
 _LARGEST, _LONGEST = 2**20, 32
 """Voxels of the finest level at most, and voxels along the longest axis of the coarsest."""
+
+_BEAT = 5**0.5 / 2
+"""By how much the fixed image's voxels are longer, see :func:`_off_beat`."""
+
+_BLOCK = 4
+"""Edge of the blocks that halves are made of."""
 
 _OVERLAP = 0.25
 """Part of the smaller of the two grids that must lie in the other."""
@@ -27,15 +35,30 @@ _OVERLAP = 0.25
 
 def levels_of(grid: Grid) -> list[Level]:
     """Reductions of the fixed grid, coarse to fine, each twice as fine as the one before."""
-    scale, out = 1.0, [make_level(grid.size, grid.spacing, 1.0)]
+    scale, out = 1.0, [_off_beat(grid, 1.0)]
     while max(out[-1].size) > _LONGEST:
         scale *= 2
-        level = make_level(grid.size, grid.spacing, scale)
+        level = _off_beat(grid, scale)
         if level.size == out[-1].size:
             break
         out.append(level)
     fine = [level for level in out if np.prod(level.size) <= _LARGEST] or out[-1:]
     return fine[::-1]
+
+
+def _off_beat(grid: Grid, scale: float) -> Level:
+    """A level whose voxels are longer yet, along every axis, so that they do not keep step with the moving image's.
+
+    Linear interpolation averages noise, but not on the voxels themselves. If all of them can be met at once, as in two
+    images on one grid, whatever map leads between them makes noisy images more alike, and is taken for the true one.
+    """
+    level, size, factor = make_level(grid.size, grid.spacing, scale), [], []
+    for length, short in zip(grid.size, level.factor, strict=True):
+        voxels = 2 * math.ceil(length / (short * _BEAT) / 2 - 1e-9)
+        fits = voxels >= min(length, SHORTEST)
+        size.append(voxels if fits else min(length, SHORTEST))
+        factor.append(short * _BEAT if fits else length / size[-1])
+    return replace(level, size=tuple(size), factor=tuple(factor))
 
 
 def shrunk_grid(grid: Grid, level: Level) -> Grid:
@@ -84,6 +107,25 @@ class View:
         value = float(loss) / inside.numel()
         known = np.isfinite(value) and float(inside.mean()) >= self._least
         return Look(self, matrix, value if known else np.inf, warped, derivative)
+
+    @property
+    def counted(self) -> float:
+        """As how many voxels of the fixed image those of this view are worth, of a measure that weighs them."""
+        weight = self.fixed[:, -1].double()
+        return float(weight.sum() ** 2 / (weight**2).sum())
+
+    def halves(self) -> tuple[View, View]:
+        """Of the fixed image every second block of voxels, and the others, of a measure that weighs them."""
+        n, blocks = len(self.grids[0].size), torch.zeros(self.grids[0].size, device=self.fixed.device)
+        for axis, length in enumerate(self.grids[0].size):
+            number = torch.arange(length, device=blocks.device) // _BLOCK
+            blocks = blocks + number.view([-1 if a == axis else 1 for a in range(n)])
+        odd = blocks % 2
+        first, second = copy(self), copy(self)
+        for view, part in ((first, odd), (second, 1 - odd)):
+            view.fixed = torch.cat([self.fixed[:, :-1], self.fixed[:, -1:] * part], 1)
+            view._reference, view.moving = self.measure.prepare(view.fixed, self.shown)
+        return first, second
 
 
 def _inside(ddf: Tensor, size: Sequence[int]) -> Tensor:

@@ -182,7 +182,7 @@ def refine_pair(
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
     weight, moving_weight = _counting(pair, chosen)
     if dry_run:
-        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen))
+        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen), aligned, guide)
     away: Tensor | None = None
     with made(folder), live_log(log_json) as told:  # what cannot be written to is found before the work
         logged: dict[str, Any] = {} if told is None else {"callback": told}

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from monai_lm.alignment import Alignment
 from monai_lm.io.images import Pair
+from monai_lm.io.provenance import describe
 from monai_lm.solver.refinement import check_keywords, defaults
 from monai_lm.solver.result import Iteration
 from monai_lm.solver.schedule import make_schedule
@@ -25,12 +27,15 @@ def plan_of(
     folder: Path,
     names: Sequence[str],
     device: str,
+    aligned: Alignment | None = None,
+    guide: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What would be done with a pair that was read and checked.
 
     Returns:
         ``fixed`` and ``moving`` (size and spacing), ``start``, ``levels`` (sizes and most iterations; a bundle's are
-        its own), ``device``, ``output_dir`` and ``outputs``, as text.
+        its own), ``settings`` and ``guide`` where they are not the defaults, ``alignment`` where one was looked for,
+        ``device``, ``output_dir`` and ``outputs``, as text.
 
     Raises:
         TypeError: unknown settings.
@@ -53,9 +58,25 @@ def plan_of(
         **{name: f"{_by(grid.size)} voxels of {_by(grid.spacing)} mm" for name, grid in grids.items()},
         "start": start if pair.initial is None else f"{start}, after an affine",
         "levels": levels,
+        **_departures(pair, settings, guide),
+        **({} if aligned is None else {"alignment": f"{aligned.mode}. {aligned}"}),
         "device": device,
         "output_dir": str(folder),
         "outputs": ", ".join(names),
+    }
+
+
+def _departures(pair: Pair, settings: Mapping[str, Any], guide: Mapping[str, Any] | None) -> dict[str, str]:
+    """What is set otherwise than by default, as text."""
+    usual = defaults() | {"spacing": pair.fixed.grid.spacing, "progress": settings.get("progress")}
+    other = {name: describe(value) for name, value in settings.items() if value != usual[name]}
+    given = {"settings": other, "guide": describe(dict(guide or {}))}
+    return {
+        key: ", ".join(
+            f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+        )
+        for key, values in given.items()
+        if values
     }
 
 

@@ -38,14 +38,31 @@ __all__ = [
 ]
 
 
-def check_affine(name: str, affine: Any) -> np.ndarray:
-    """An invertible, finite ``(4, 4)`` matrix with the last row ``0 0 0 1``, as float64; ValueError for any other."""
-    matrix = np.asarray(affine.detach().cpu() if isinstance(affine, Tensor) else affine, dtype=np.float64)
-    if matrix.shape == (4, 4) and np.isfinite(matrix).all() and np.allclose(matrix[3], (0, 0, 0, 1)):
-        lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-        if lengths.min() > 0 and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-6:
-            return matrix
-    raise ValueError(f"{name} must be an invertible (4, 4) matrix, got shape {matrix.shape}:\n{matrix}")
+def check_affine(name: str, affine: Any, in_plane: bool = False) -> np.ndarray:
+    """An invertible, finite ``(4, 4)`` matrix with the last row ``0 0 0 1``, as float64; ValueError for any other.
+
+    With ``in_plane``, ``(3, 3)`` with the last row ``0 0 1``, too; the third axis then stays as it is.
+    """
+    expected = "an invertible (4, 4) matrix" + (", or (3, 3)" if in_plane else "")
+    values = affine.detach().cpu() if isinstance(affine, Tensor) else affine
+    try:
+        matrix = np.asarray(values, dtype=None if np.iscomplexobj(values) else np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be {expected}, got {affine!r}") from error
+    whole = matrix
+    if in_plane and matrix.shape == (3, 3):
+        whole = np.eye(4)
+        whole[np.ix_((0, 1, 3), (0, 1, 3))] = matrix
+    if (
+        whole.shape == (4, 4)
+        and np.isrealobj(matrix)
+        and np.isfinite(whole).all()
+        and np.allclose(whole[3], (0, 0, 0, 1))
+    ):
+        lengths = np.linalg.norm(whole[:3, :3], axis=0)
+        if lengths.min() > 0 and abs(np.linalg.det(whole[:3, :3] / lengths)) > 1e-6:
+            return whole
+    raise ValueError(f"{name} must be {expected}, got shape {matrix.shape}:\n{matrix}")
 
 
 @dataclass(frozen=True, eq=False)

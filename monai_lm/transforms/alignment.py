@@ -59,7 +59,8 @@ class AlignAffine(Transform):
         """Align.
 
         Args:
-            fixed: ``(C, *S)`` image, 2D or 3D; voxels count as 1 mm if it is no ``MetaTensor``.
+            fixed: ``(C, *S)`` image, 2D or 3D, a single slice without the axis across it; voxels count as 1 mm if it is
+                no ``MetaTensor``. In 2D its affine may be 4×4 or 3×3.
             moving: ``(C, *M)`` image.
             mask: ``(1, *S)`` weights in [0, 1]: voxels of the fixed image that are compared.
             moving_mask: ``(1, *M)``, the same for the moving image.

@@ -269,7 +269,14 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     assert plan["moving"] == "22 x 18 x 16 voxels of 1 x 1 x 2 mm"
     assert plan["start"] == "the identity"
     assert plan["levels"] == "10 x 10 x 16 up to 3 iterations, 20 x 18 x 16 up to 2 iterations"
+    assert plan["settings"] == "scales [2.0, 1.0], iterations [3, 2]"
+    assert "alignment" not in plan
     assert set(plan["outputs"].split(", ")) == {"metrics.json", "ddf.nii.gz", "inverse.nii.gz", "warped.nii.gz"}
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--symmetric", "--affine", "center", "--dry_run", "--json"])
+    cli.main()
+    plan = json.loads(capsys.readouterr().out)
+    assert "symmetric true" in plan["settings"]
+    assert plan["alignment"].startswith("center. ")
     assert not (tmp_path / "out").exists()
     log = tmp_path / "log.jsonl"
     monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--iterations", "3,2", "--log_json", str(log)])

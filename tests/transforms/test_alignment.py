@@ -52,3 +52,15 @@ def test_labels_go_along_and_masks_are_heeded(images):
         AlignAffined(moving_mask_key="lesion")(data)
     with pytest.raises(ValueError, match=r"mode must be one of .*, got 'elastic'"):
         AlignAffined(mode="elastic")
+
+
+def test_in_a_plane_affines_of_three_by_three_do_the_same(images):
+    fixed, moving = images
+    plane = [MetaTensor(x.as_tensor(), affine=x.affine) for x in images]
+    for image in plane:
+        image.affine = image.affine[[0, 1, 3]][:, [0, 1, 3]]
+    whole, found = AlignAffine("rigid")(fixed, moving), AlignAffine("rigid")(*plane)
+    torch.testing.assert_close(found.affine[:2, :2], whole.affine[:2, :2])
+    assert found.meta["alignment"]["matrix"] == whole.meta["alignment"]["matrix"]
+    with pytest.raises(ValueError, match="a single slice without the axis across it, got shape"):
+        AlignAffine()(fixed[..., None], moving[..., None])
