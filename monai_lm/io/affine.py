@@ -16,7 +16,8 @@ import numpy as np
 
 from monai_lm.fields.space import check_affine
 from monai_lm.io.content import check_file, look_of
-from monai_lm.io.itk_hdf5 import is_hdf5
+from monai_lm.io.itk_hdf5 import is_hdf5, read_hdf5_parts
+from monai_lm.io.itk_parts import Part, text_parts
 from monai_lm.io.itk_transform import linear_matrix
 from monai_lm.io.lta import read_lta
 from monai_lm.io.nifti import replacing
@@ -25,8 +26,6 @@ __all__ = ["read_affine", "write_affine"]
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _COMPOSITE = "CompositeTransform_"
-Part = tuple[str, np.ndarray, np.ndarray]
-"""Name, parameters and fixed parameters of one of ITK's transforms."""
 
 
 def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
@@ -57,11 +56,11 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     if not content:
         raise ValueError(f"{path} must hold a linear transform, got an empty file")
     if is_hdf5(path):
-        return _checked(path, *_by_simpleitk(path, dimensions))
+        return _checked(path, *_by_simpleitk(path, read_hdf5_parts(path), dimensions))
     if path.suffix.lower() == ".lta":
         return _checked(path, read_lta(path), dimensions)
     if content.startswith(b"#Insight Transform File"):
-        parts = _text_parts(path, content.decode("utf-8", "replace"))
+        parts = text_parts(path, content.decode("utf-8", "replace"))
     elif (rows := _four_by_four(content)) is not None:
         return _checked(path, rows, dimensions)
     else:
@@ -71,14 +70,14 @@ def read_affine(path: str | Path, dimensions: int | None = None) -> np.ndarray:
     if any(_kind(name) not in _KINDS for name, _, _ in parts if not name.startswith(_COMPOSITE)):
         if len(parts) > 1 and not parts[0][0].startswith(_COMPOSITE):
             raise ValueError(f"{path} must hold one transform or one composite, got {[name for name, _, _ in parts]}")
-        return _checked(path, *_by_simpleitk(path, dimensions))
+        return _checked(path, *_by_simpleitk(path, parts, dimensions))
     lps = _combined(path, parts)
     return _checked(path, _LPS @ lps @ _LPS, dimensions)
 
 
-def _by_simpleitk(path: Path, dimensions: int | None) -> tuple[np.ndarray, int | None]:
+def _by_simpleitk(path: Path, parts: list[Part], dimensions: int | None) -> tuple[np.ndarray, int | None]:
     """The matrix in RAS millimetres of what is not read here, and of which dimensions the images are."""
-    matrix, n = linear_matrix(path)
+    matrix, n = linear_matrix(path, parts)
     if dimensions == 3 and n == 2:
         raise ValueError(f"{path} must hold a transform of points in space, as the images are, got one of a plane")
     return _LPS @ matrix @ _LPS, dimensions
@@ -123,26 +122,6 @@ def _four_by_four(content: bytes) -> np.ndarray | None:
 
 
 # --- the two containers -----------------------------------------------------------------------------------------------
-
-
-def _text_parts(path: Path, text: str) -> list[Part]:
-    """``Transform:``, ``Parameters:`` and ``FixedParameters:`` of each part."""
-    parts: list[Part] = []
-    for block in re.split(r"^Transform:", text, flags=re.MULTILINE)[1:]:
-        lines = block.split("\n")
-        values = {}
-        for line in lines[1:]:
-            key, _, rest = line.partition(":")
-            if key in ("Parameters", "FixedParameters"):
-                try:
-                    values[key] = np.array([float(word) for word in rest.split()])
-                except ValueError as error:
-                    raise ValueError(f"{path} must have numbers as {key}, got {rest.strip()!r}") from error
-            elif line.strip() and not line.startswith("#"):
-                raise ValueError(f"{path} must have lines of Parameters and FixedParameters, got {line[:40]!r}")
-        empty = np.array([])
-        parts.append((lines[0].strip(), values.get("Parameters", empty), values.get("FixedParameters", empty)))
-    return parts
 
 
 def _matlab_parts(path: Path, content: bytes) -> list[Part]:

@@ -103,7 +103,8 @@ def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = Non
 
 def _meant(tags: bytes) -> tuple[int, np.ndarray | None]:
     """What the numbers of a warp are, and the affine of its source, if it is told; ValueError for what is cut off."""
-    kind, source, at = None, None, _PARAMETERS
+    kind, at = -1, _PARAMETERS
+    source: np.ndarray | None = None
     while at + 4 <= len(tags):
         tag, at = struct.unpack_from(">i", tags, at)[0], at + 4
         if tag == 0 or tag in _LENGTHLESS:
@@ -123,7 +124,7 @@ def _meant(tags: bytes) -> tuple[int, np.ndarray | None]:
             kind = struct.unpack_from(">i", tags, at)[0]
         at += length
     if kind not in range(4):
-        raise ValueError(f"a format of the warp that is not 0, 1, 2 or 3, but {kind}")
+        raise ValueError(f"{'none' if kind == -1 else kind} as what its numbers are, not 0, 1, 2 or 3")
     return kind, source
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from monai_lm.fields.space import Grid, check_affine
-from monai_lm.io.content import check_file
+from monai_lm.io.content import check_file, look_of
 from monai_lm.io.itk import check_itk_grid
-from monai_lm.io.itk_hdf5 import is_hdf5, load_hdf5
+from monai_lm.io.itk_hdf5 import is_hdf5, read_hdf5_parts
 from monai_lm.io.itk_images import lps_vectors
+from monai_lm.io.itk_parts import Part, assembled, text_parts
 from monai_lm.io.nifti import replacing
 from monai_lm.io.simpleitk import errors_of_itk, grid_of, itk_grid, simpleitk, vector_image
 from monai_lm.io.vectors import LPS, components_first, to_voxels
@@ -114,14 +115,13 @@ def read_itk_transform(
     return to_voxels(path, vectors, grid.affine, moving_affine, LPS), grid.affine
 
 
-def linear_matrix(path: str | Path) -> tuple[np.ndarray, int]:
-    """The matrix ``(4, 4)`` in LPS millimetres of a linear transform that SimpleITK reads, and its dimension.
+def linear_matrix(path: str | Path, parts: list[Part]) -> tuple[np.ndarray, int]:
+    """The matrix ``(4, 4)`` in LPS millimetres of a linear transform of parts in a file, and its dimension.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: SimpleITK is missing or does not know the transform, or it is not linear.
     """
-    transform = _load(path)
+    transform = assembled(path, parts)
     if not transform.IsLinear():
         names = [part.GetName() for part in _parts_of(transform)]
         raise ValueError(
@@ -152,15 +152,16 @@ def _parts_of(transform: Any) -> list[Any]:
 
 def _load(path: str | Path) -> Any:
     check_file(path)
-    sitk = simpleitk(path)
-    with errors_of_itk(path, "ITK transform file"):
-        try:
-            transform = load_hdf5(path) if is_hdf5(path) else sitk.ReadTransform(str(path))
-        except KeyError as error:  # a class of ITK's without one of SimpleITK's
-            raise ValueError(f"{path} must hold transforms that SimpleITK has, got another ({error})") from error
-    if transform.GetDimension() not in (2, 3):
-        raise ValueError(f"{path} must hold a transform in 2D or 3D, got {transform.GetDimension()}D")
-    return transform
+    return assembled(path, _read_parts(path))
+
+
+def _read_parts(path: str | Path) -> list[Part]:
+    if is_hdf5(path):
+        return read_hdf5_parts(path)
+    content = Path(path).read_bytes()
+    if not content.startswith(b"#Insight Transform File"):
+        raise ValueError(f"{path} must be a whole ITK transform file, HDF5 or text, got {look_of(path)}")
+    return text_parts(path, content.decode("utf-8", "replace"))
 
 
 def _own_grid(path: str | Path, transform: Any) -> Grid:

@@ -35,8 +35,8 @@ class LoadDDF(Transform):
 
     Args:
         file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"``,
-            ``"learn2reg"``, ``"niftyreg"``, ``"freesurfer"``, ``"afni"``, or ``"ras"``, ``"lps"`` and ``"positions"`` for millimetres,
-            see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file says, see
+            ``"learn2reg"``, ``"niftyreg"``, ``"freesurfer"``, ``"afni"``, or ``"ras"``, ``"lps"`` and ``"positions"``
+            for millimetres, see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file says, see
             :func:`monai_lm.io.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """

@@ -186,7 +186,7 @@ def test_what_does_not_fit_together_is_refused(save, tmp_path):
         (flat, {}, "fixed and moving must both be 2D or 3D"),
         (image, {"labels": (elsewhere, image)}, r"elsewhere.nii must lie on the grid of its image"),
         (image, {"affine": planar}, r"planar.tfm must hold a transform of points in space, .* got 'AffineTransform_"),
-        (image, {"points": (one, two)}, "points must be as many in the fixed as in the moving image"),
+        (image, {"points": (one, two)}, r"one.csv and .*two.csv must hold as many points, got 1 and 2"),
         (image, {"points": (one, plane)}, r"plane.csv must hold points of 3 coordinates, got 2"),
     ):
         with pytest.raises(ValueError, match=message):

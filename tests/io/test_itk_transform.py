@@ -172,9 +172,32 @@ def test_what_cannot_be_held_or_read_is_named(tmp_path, monkeypatch):
         read_ddf(tmp_path / "nan.h5")
     with pytest.raises(FileNotFoundError, match="no file"):
         read_ddf(tmp_path / "absent.h5")
-    sitk.WriteTransform(sitk.ComposeScaleSkewVersor3DTransform(), str(tmp_path / "odd.tfm"))
-    with pytest.raises(ValueError, match=r"odd.tfm must hold transforms that SimpleITK has"):
-        read_ddf(tmp_path / "odd.tfm")
+    head = "#Insight Transform File V1.0\n#Transform 0\nTransform: "
+    grid = " ".join(map(str, [2, 2, 2, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1]))
+    for text, message in (  # on the second and third ITK's own reader ends the process, or reads beyond the numbers
+        (
+            "ScaleLogarithmicTransform_double_3_3\nParameters: 0 0 0",
+            "transforms that SimpleITK has, got another .Scale",
+        ),
+        (
+            "Euler3DTransform_double_3_3\nParameters:\nFixedParameters: 0 0 0",
+            "have 4 fixed and 6 other .*, got 4 and 0",
+        ),
+        ("ScaleVersor3DTransform_double_3_3\nParameters: 1 2\nFixedParameters: 0 0 0", "9 other .*, got 3 and 2"),
+        (
+            f"DisplacementFieldTransform_double_3_3\nParameters: 1\nFixedParameters: {grid}",
+            r"hold 3 numbers .*, got 1 ",
+        ),
+        ("DisplacementFieldTransform_double_3_3\nParameters: 1\nFixedParameters: 2", "say where its grid lies in 18"),
+        ("ReadTransform_double_3_3\nParameters:", "transforms that SimpleITK has"),
+        (
+            "AffineTransform_double_4_4\nParameters:",
+            "transforms of ITK's in 2D or 3D, got 'AffineTransform_double_4_4'",
+        ),
+    ):
+        (tmp_path / "odd.tfm").write_text(f"{head}{text}\n")
+        with pytest.raises(ValueError, match=rf"odd.tfm must .*{message}"):
+            read_ddf(tmp_path / "odd.tfm")
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     for call in (lambda: read_ddf(tmp_path / "u.h5"), lambda: write_itk_transform(tmp_path / "u.h5", ddf, np.eye(4))):
         with pytest.raises(ValueError, match=r"u.h5 must be read and written with SimpleITK, in the itk extra: pip"):

@@ -348,3 +348,42 @@ def test_what_greedy_registered_is_read(tmp_path):
     affines = (case.fixed_affine, case.moving_affine, initial)
     ours = resample_moving(case.moving, torch.from_numpy(ddf)[None], *affines)[0, 0].numpy()
     case.assert_same(sampled(case, "sampled"), ours, case.inside(ddf, initial))
+
+
+# --- AFNI and SPM, by nitransforms ------------------------------------------------------------------------------------
+
+
+def led_by(ddf, affine):
+    """Where a field in voxels of its own grid leads its voxels, ``(N, 3)`` in RAS millimetres."""
+    return np.moveaxis(coordinates(affine, ddf.shape[1:]) + np.einsum("ij,j...->i...", affine[:3, :3], ddf), 0, -1)
+
+
+@pytest.mark.parametrize("space", [name for name in SPACES if "oblique" not in name])  # AFNI leaves obliquity out
+def test_nitransforms_leads_points_as_the_field_of_afni_that_is_read(tmp_path, space):
+    nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
+    affine, shift = about_centre(SPACES[space], SHAPE), np.array([1.25, -2.5, 0.75])
+    moved = np.moveaxis(2.5 * smooth(3, SHAPE, 3)[0].numpy(), 0, -1) + shift
+    image = nib.Nifti1Image((moved * [-1, -1, 1])[..., None, :].astype(np.float32), affine)
+    labels = b'<AFNI_atr atr_name="BRICK_LABS" > "x_delta~y_delta~z_delta" </AFNI_atr>'
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("afni", labels))
+    nib.save(image, tmp_path / "afni.nii")
+    ddf, found = read_ddf(tmp_path / "afni.nii")
+    ours = led_by(ddf, found)
+    np.testing.assert_allclose(ours, np.moveaxis(coordinates(affine, SHAPE), 0, -1) + moved, atol=1e-3)
+    theirs = nonlinear.DenseFieldTransform.from_filename(tmp_path / "afni.nii", fmt="afni")
+    start = np.moveaxis(coordinates(found, SHAPE), 0, -1).reshape(-1, 3)
+    np.testing.assert_allclose(ours.reshape(-1, 3), theirs.map(start), atol=1e-3)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_nitransforms_leads_points_as_the_positions_of_spm_that_are_read(tmp_path, space):
+    nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
+    affine = about_centre(SPACES[space], SHAPE)
+    places = np.moveaxis(coordinates(affine, SHAPE) + 2.5 * smooth(3, SHAPE, 4)[0].numpy() + 1, 0, -1)
+    image = nib.Nifti1Image(places[..., None, :].astype(np.float32), affine)
+    image.header["descrip"] = b"Deformation"
+    nib.save(image, tmp_path / "y_spm.nii")
+    ddf, found = read_ddf(tmp_path / "y_spm.nii")
+    theirs = nonlinear.DenseFieldTransform(nib.load(tmp_path / "y_spm.nii"), is_deltas=False)
+    start = np.moveaxis(coordinates(found, SHAPE), 0, -1).reshape(-1, 3)
+    np.testing.assert_allclose(led_by(ddf, found).reshape(-1, 3), theirs.map(start), atol=1e-3)

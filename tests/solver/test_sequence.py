@@ -52,6 +52,12 @@ def test_frames_come_from_the_reference_outwards(series):
         (torch.zeros(1, 1, 8, 8), 0, ValueError, r"at least 2 frames, got shape \(1, 1, 8, 8\)"),
         (torch.zeros(3, 8, 8), 0, ValueError, r"frames must be \(T, C, \*S\)"),
         (torch.zeros(3, 1, 8, 8), 3, ValueError, "one of the 3 frames, from 0, got 3"),
+        (
+            torch.stack([torch.full((1, 8, 8), value) for value in (0.0, float("nan"), 1.0, float("inf"))]),
+            0,
+            ValueError,
+            r"frames must be finite, got NaN or infinite values in the frames \[1, 3\] of 4, from 0",
+        ),
         (torch.zeros(3, 1, 8, 8), 1.0, TypeError, "reference must be a whole number"),
     ],
 )
