@@ -1,4 +1,4 @@
-"""A lesion that only the moving image has: with mask, lesion, neither, and what the weight's own derivative would do."""
+"""A lesion that only the moving image has: masked, told, neither, and what the weight's own derivative would do."""
 
 from __future__ import annotations
 

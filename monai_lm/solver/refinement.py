@@ -112,8 +112,9 @@ def refine(
             ``None``. Folds in it are repaired first. What is folded in most cells, or makes the images less alike than
             no field does, is not used, with a warning that names likely reasons.
         mask: weights ``(B, 1, *S)`` in [0, 1], or zeros and one other value, on the fixed grid: the similarity counts
-            where it is not zero. For the measures of this package. Outside of it the field continues smoothly. What
-            is in its holes, or more than two voxels outside, is not seen, and may be NaN. Of ones it is left out.
+            where it is not zero, and one voxel beyond, towards the outside. For the measures of this package. Elsewhere
+            the field continues smoothly. What is in its holes, or more than three voxels outside, is not seen, and may
+            be NaN. Of ones it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
         lesion: ``(B, 1, *S)`` on the fixed grid, zero where there is none: a tumour, that nothing shall be fitted to.

@@ -13,6 +13,7 @@ from monai_lm.apps import cli, pairs
 from monai_lm.apps.bundle import RegistrationBundle, save_weights
 from monai_lm.apps.cohort import refine_cohort
 from monai_lm.fields.space import Grid
+from monai_lm.inferers import RegistrationInferer
 from monai_lm.io import read_ddf
 
 SHIFT = (1.5, -1.0, 0.5)  # voxels of the bundle's grid
@@ -172,6 +173,19 @@ def test_labels_and_points_guide_a_bundle_on_its_grid(bundle, pair, marked, tmp_
         assert after > factor * before if factor > 1 else after < factor * before
         assert metrics["folds_after"] == 0
         assert metrics["provenance"]["refine"]["guidance"] == metrics["provenance"]["settings"]["guidance"] == guide
+
+
+def test_lesions_reach_a_bundle_on_the_grids_it_compares(bundle, pair, marked, tmp_path, monkeypatch):
+    given, refined = {}, RegistrationInferer.refined
+    monkeypatch.setattr(
+        RegistrationInferer, "refined", lambda *args, **kwargs: given.update(kwargs) or refined(*args, **kwargs)
+    )
+    how = {"bundle": bundle, "report": False, "output_dir": tmp_path / "out"}
+    pairs.refine_pair(**pair, **how, lesion=marked[0][0], moving_lesion=marked[0][1])
+    for name, path in zip(("lesion", "moving_lesion"), marked[0], strict=True):
+        expected = np.pad(nib.load(path).get_fdata(), 2)
+        np.testing.assert_array_equal(given[name][0, 0].numpy(), expected)
+    assert given["guidance"] is None
 
 
 @pytest.mark.usefixtures("trusted")

@@ -32,3 +32,13 @@ def test_guidance_of_another_device_is_refused(any_device, which):
     guides = problem("cpu")[3]
     with pytest.raises(ValueError, match="guidance must be on the device of fixed"):
         refine(fixed, moving, ddf, guidance=guides[which], **SETTINGS)
+
+
+def test_lesions_are_followed_around_on_the_device_as_on_the_cpu(any_device):
+    results = []
+    for device in (any_device, "cpu"):
+        fixed, moving, ddf, _ = problem(device)
+        lesion = torch.zeros_like(fixed)
+        lesion[:1, :, 5:10, 5:10, 4:9] = 1
+        results.append(refine(fixed, moving, ddf, lesion=lesion, moving_lesion=lesion.flip(2), **SETTINGS).ddf)
+    torch.testing.assert_close(results[0].cpu(), results[1], rtol=0, atol=1e-3)
