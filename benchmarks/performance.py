@@ -63,7 +63,7 @@ def speed(
 def memory(
     peers: tuple[str, ...] = ("adam", "greedy"),
     modes: tuple[str, ...] = ("full", "half"),
-    similarities: tuple[str, ...] = ("lncc",),
+    similarities: tuple[Any, ...] = ("lncc",),
     channels: tuple[int, ...] = (1,),
     size: int = 256,
     iterations: int = 12,
@@ -78,7 +78,7 @@ def memory(
     Args:
         peers: any of greedy, fireants, fireants-lm, ants and :data:`DESCENTS`; with one channel and LNCC.
         modes: of ours.
-        similarities: of ours.
+        similarities: of ours: names, or ``{name: {argument: value}}``.
         channels: of the images, of ours.
         size: edge of the cube.
         iterations: at full resolution.

@@ -20,14 +20,13 @@ from torch import Tensor
 
 import monai_lm
 from benchmarks.cases import SETS, Case
-from benchmarks.metrics import mean_dice
+from benchmarks.metrics import mean_dice, similarity_of
 from benchmarks.peers import work
 from benchmarks.rows import Row, add_row, read_rows
 from monai_lm import kernels
 from monai_lm.fields import warp
 from monai_lm.fields.metrics import measure
 from monai_lm.io import read_ddf
-from monai_lm.similarity.lookup import MEASURES
 from monai_lm.solver.regularizer import REGULARIZERS
 from monai_lm.solver.schedule import automatic_scales
 
@@ -94,9 +93,7 @@ def refined(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[
     if isinstance(weighed, dict):
         ((kind, weight),) = weighed.items()
         settings = settings | {"regularizer": REGULARIZERS[kind](weight)}
-    if isinstance(made := settings.get("similarity"), dict):
-        ((measure_name, given),) = made.items()
-        settings = settings | {"similarity": MEASURES[measure_name](**given)}
+    settings = settings | {"similarity": similarity_of(settings.get("similarity", "lncc"))}
     with ExitStack() as stack:
         for name in ("unfolded", "mend"):
             stack.enter_context(mock.patch.object(kernels, name, clocked(getattr(kernels, name))))

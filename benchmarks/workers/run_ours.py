@@ -15,11 +15,13 @@ import monai_lm  # noqa: E402
 from benchmarks.data import read_image  # noqa: E402
 from benchmarks.descents import keywords  # noqa: E402
 from benchmarks.gpu.measure import timed  # noqa: E402
+from benchmarks.metrics import similarity_of  # noqa: E402
 from monai_lm.fields import warp  # noqa: E402
 
 job = task()
 torch.set_num_threads(job["threads"])
 options = job.get("options", {})
+options["similarity"] = similarity_of(told := options.get("similarity", "lncc"))
 say("imported")
 device = torch.device(job.get("device", "cpu"))
 images = [torch.from_numpy(read_image(Path(job[key]))[0])[None, None].to(device) for key in ("fixed", "moving")]
@@ -46,7 +48,13 @@ if device.type == "cuda":
     torch.cuda.reset_peak_memory_stats(device)
 ddf, seconds = run(job["iterations"])
 peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-say("done", seconds=seconds, first=first, peak=peak, settings={"optimizer": job.get("optimizer", "lm"), **options})
+say(
+    "done",
+    seconds=seconds,
+    first=first,
+    peak=peak,
+    settings={"optimizer": job.get("optimizer", "lm"), **options, "similarity": told},
+)
 if "label" in job:
     label, affine = read_image(Path(job["label"]))
     warped = warp(torch.from_numpy(label).float()[None, None], ddf.cpu(), mode="nearest")

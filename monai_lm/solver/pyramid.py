@@ -66,13 +66,15 @@ def make_level(size: Sequence[int], spacing: Sequence[float], scale: float) -> L
 
 
 def shrink(image: Tensor, level: Level) -> Tensor:
-    """Bring an image onto the grid of a level, low-pass filtered first.
+    """Bring an image onto the grid of a level, low-pass filtered first; channel by channel, for the memory it takes.
 
     Args:
         image: ``(B, C, *S)`` on the finest grid.
         level: where to.
     """
     n = len(level.size)
+    if image.shape[1] > 1 and max(level.factor) > 1:
+        return torch.cat([shrink(channel, level) for channel in image.split(1, 1)], 1)
     for axis, factor in enumerate(level.factor):  # the next axis has fewer voxels to filter
         if factor > 1:
             size, ratio, sigma = list(image.shape[2:]), [1.0] * n, [0.0] * n

@@ -8,6 +8,9 @@ import torch
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
 
+from benchmarks.metrics import similarity_of
+from monai_lm.similarity import LNCC
+
 
 def _load(name):
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
@@ -36,3 +39,9 @@ def test_paired_bootstrap_interval_covers_the_mean():
     assert mean == pytest.approx(0.25)
     assert 0.1 <= low < mean < high <= 0.4
     assert metrics.paired_bootstrap([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_measures_are_made_of_what_json_can_say():
+    made = similarity_of(["mi", {"lncc": {"window": "gaussian", "radius": 3}}])
+    assert made[0] == similarity_of("mi") == "mi"
+    assert (type(made[1]), made[1].radius, made[1].window) == (LNCC, 3, "gaussian")
