@@ -9,8 +9,8 @@ points of the fixed to points of the moving image, affine included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +38,7 @@ from monai_lm.io.outputs import (
     pair_outputs,
     report_possible,
 )
-from monai_lm.io.provenance import describe, machine, pair_recipe, settings_of
+from monai_lm.io.provenance import Recipe, describe, machine, pair_recipe, settings_of
 from monai_lm.kernels.devices import find_device
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
@@ -55,6 +55,25 @@ _FURTHER = {
     "warped_label.nii.gz", "jacobian.nii.gz", "uncertainty.nii.gz", "affine.txt", "report.html", "report.png",
 }  # fmt: skip
 """What a pair has only if it is asked for."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a refinement found, on the fixed grid.
+
+    Attributes:
+        onto: the moving image ``(1, 1, *S)`` as it lay before.
+        predicted: the field ``(1, n, *S)`` that was refined; ``None``: the identity.
+        result: of the refinement.
+        used: its settings, for the record.
+        away: how far it may be off, ``(1, 1, *S)`` in millimetres; ``None`` where that was not asked for.
+    """
+
+    onto: Tensor
+    predicted: Tensor | None
+    result: RefinementResult
+    used: dict[str, Any]
+    away: Tensor | None = None
 
 
 def refine_pair(
@@ -136,100 +155,100 @@ def refine_pair(
         ValueError: a file that cannot be used.
     """
     own = {"ddf": ddf, "fixed_mask": mask, "moving_mask": moving_mask}
-    given = [name for name, value in own.items() if value is not None]
-    if bundle is not None and given:
-        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    guides = {"guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion}
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
     check_guide(guide, labels, points)
-    others = {
-        "bundle": bundle, "guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion,
-        "symmetric": (settings or {}).get("symmetric") or None,
-    }  # fmt: skip
-    if uncertainty and (given := [name for name, value in others.items() if value is not None]):
-        raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
-    if log_json is not None and (settings or {}).get("callback") is not None:
-        raise ValueError("settings must have no callback together with log_json, which is one")
+    _check_together(bundle, own, guides, settings or {}, uncertainty, log_json)
     check_format("ddf_format", ddf_format)
-    folder, suffix = Path(output_dir), file_suffix(file_format)
+    folder, mode = Path(output_dir), _mode(affine)
     report = report and report_possible()
-    mode = affine if isinstance(affine, str) and affine in MODES else None
-    if affine is not None and mode is None and not Path(affine).is_file():
-        raise FileNotFoundError(f"affine must be a file or one of {list(MODES)}, found no file {affine}")
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
     check_outputs(folder, names, overwrite)
     pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask, lesion, moving_lesion)
-    file_suffix(file_format, len(pair.fixed.grid.size))
-    for image in (pair.fixed, pair.moving):  # the field lies on the one grid, its inverse on the other
-        check_grid(file_format, str(image.path), image.grid)
+    _check_grids(pair, file_format)
     recipe = pair_recipe(
         fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
         ddf_before_affine, lesion, moving_lesion,
     )  # fmt: skip
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
-    if log_json is not None:
-        log = Path(log_json).absolute()
-        check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
-        check_not_inputs(log.parent, [log.name], recipe.inputs.values(), "log_json")
+    _check_log(log_json, overwrite, recipe)
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
     aligned = None if mode is None else _aligned(pair, mode, chosen)
     if aligned is not None and aligned.kind != "none":
         pair = replace(pair, initial=aligned.matrix)
     field = None if ddf is None else _predicted(pair, ddf, ddf_format, ddf_before_affine).to(chosen)
     paths = [str(image.path) for image in (pair.fixed, pair.moving)]
-    predicted, onto = pair.between.start(pair.moving.data.to(chosen), field, paths)
+    start = pair.between.start(pair.moving.data.to(chosen), field, paths)
     keywords: dict[str, Any] = {"spacing": pair.fixed.grid.spacing} | dict(settings or {})
-    weight, moving_weight = _counting(pair, chosen)
+    masks = _counting(pair, chosen)
     if dry_run:
-        return plan_of(pair, predicted is not None, keywords, bundle, folder, names, str(chosen), aligned, guide)
-    away: Tensor | None = None
+        return plan_of(pair, start[0] is not None, keywords, bundle, folder, names, str(chosen), aligned, guide)
     with made(folder), live_log(log_json) as told:  # what cannot be written to is found before the work
         logged: dict[str, Any] = {} if told is None else {"callback": told}
         if bundle is None:
-            shown, hides = onto, None
-            if moving_weight is not None:
-                hole = None if pair.moving_lesion is None else pair.moving_lesion.data.to(chosen)
-                shown, hides = pair.between.masked(pair.moving.data.to(chosen), moving_weight, hole)
-            beside = {"moving_mask": hides} | beside_of(pair, guide, chosen)
-            still = pair.fixed.data.to(chosen)
-            result = refine(still, shown, predicted, weight, **beside | keywords | logged)
-            used = settings_of(keywords | {"guidance": guide})
-            if uncertainty:
-                images = still, shown, result.ddf, predicted, weight
-                away = uncertainty_of(*images, moving_mask=hides, **keywords).cpu()
+            found = _refined(pair, start, masks, guide, keywords, logged, uncertainty)
         else:
-            predicted, result, used = _registered(bundle, pair, chosen, dict(settings or {}) | logged, guide)
-    case = _case(pair, onto, result, predicted, used, aligned, away)
-    found = assess(case)
-    metrics = found.values() | {
-        "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
-        "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
-        "prediction_used": None if result.prediction_used is None else not result.unused,
-        **({} if aligned is None else {"alignment": aligned.values() | {"text": str(aligned)}}),
-        **({} if away is None else {"uncertainty_mm": float(away.mean())}),
-        "provenance": provenance | {"refine": used},
-    }  # fmt: skip
+            found = _registered(bundle, pair, start[1], dict(settings or {}) | logged, guide)
+    case = _case(pair, found, aligned)
+    assessment = assess(case)
+    metrics = assessment.values() | _figures(found, aligned) | {"provenance": provenance | {"refine": found.used}}
     (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
     with made(folder, names):  # half a result would be in the way of the next try
-        _write_fields(folder, suffix, file_format, pair, result.ddf)
-        _write_warped(folder, pair, result.ddf)
-        if aligned is not None:
-            write_affine(folder / "affine.txt", aligned.matrix, len(pair.fixed.grid.size))
-        if away is not None:
-            save_nifti(folder / "uncertainty.nii.gz", away[0, 0].numpy(), pair.fixed.grid.affine, "none")
-        if jacobian:
-            here = pair.fixed.grid
-            whole = through_affine(result.ddf, here.affine, here.affine, pair.initial)
-            write_jacobian(folder / "jacobian.nii.gz", whole, here)
+        _write_fields(folder, file_format, pair, found.result.ddf)
+        _write_warped(folder, pair, found.result.ddf)
+        _write_further(folder, names, pair, found, aligned)
         if report:
-            _write_report(folder, pair, case, found, provenance)
+            _write_report(folder, pair, case, assessment, provenance)
         with replacing(folder / "metrics.json") as temporary:
             temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
         for name in _FURTHER - set(names):
             (folder / name).unlink(missing_ok=True)
     return metrics
+
+
+def _check_together(
+    bundle: str | Path | None,
+    own: Mapping[str, Any],
+    guides: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    uncertainty: bool,
+    log_json: str | Path | None,
+) -> None:
+    """ValueError for what excludes each other: a bundle and its ``own``, uncertainty and ``guides``, or two logs."""
+    if bundle is not None and (given := [name for name, value in own.items() if value is not None]):
+        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    others = {"bundle": bundle, **guides, "symmetric": settings.get("symmetric") or None}
+    if uncertainty and (given := [name for name, value in others.items() if value is not None]):
+        raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
+    if log_json is not None and settings.get("callback") is not None:
+        raise ValueError("settings must have no callback together with log_json, which is one")
+
+
+def _mode(affine: str | Path | None) -> str | None:
+    """How an affine is to be found, ``None`` if it is a file or there is none; FileNotFoundError for no such file."""
+    if isinstance(affine, str) and affine in MODES:
+        return affine
+    if affine is not None and not Path(affine).is_file():
+        raise FileNotFoundError(f"affine must be a file or one of {list(MODES)}, found no file {affine}")
+    return None
+
+
+def _check_grids(pair: Pair, file_format: str) -> None:
+    """ValueError for grids that a format cannot hold fields on: the field lies on the one, its inverse on the other."""
+    file_suffix(file_format, len(pair.fixed.grid.size))
+    for image in (pair.fixed, pair.moving):
+        check_grid(file_format, str(image.path), image.grid)
+
+
+def _check_log(log_json: str | Path | None, overwrite: bool, recipe: Recipe) -> None:
+    """Find out before the work whether the log can be written, and replaces no input."""
+    if log_json is not None:
+        log = Path(log_json).absolute()
+        check_outputs(log.parent, [log.name], overwrite, "the folder of log_json")
+        check_not_inputs(log.parent, [log.name], recipe.inputs.values(), "log_json")
 
 
 def _predicted(pair: Pair, ddf: str | Path, ddf_format: str, before_affine: bool) -> Tensor:
@@ -257,18 +276,46 @@ def _aligned(pair: Pair, mode: str, device: torch.device) -> Alignment:
     return align(*images, f.grid.affine, m.grid.affine, mode, mask=masks[0], moving_mask=masks[1])
 
 
+def _refined(
+    pair: Pair,
+    start: tuple[Tensor | None, Tensor],
+    masks: Sequence[Tensor | None],
+    guide: Mapping[str, Any] | None,
+    keywords: Mapping[str, Any],
+    logged: Mapping[str, Any],
+    uncertainty: bool,
+) -> _Found:
+    """Refine on the fixed grid, from a field, if any, and the moving image there; with ``uncertainty`` back, too.
+
+    ``keywords`` are those of :func:`monai_lm.refine`, ``logged`` is its ``callback``, of the way there only.
+    """
+    predicted, onto = start
+    weight, moving_weight = masks
+    device, shown, hides = onto.device, onto, None
+    if moving_weight is not None:
+        hole = None if pair.moving_lesion is None else pair.moving_lesion.data.to(device)
+        shown, hides = pair.between.masked(pair.moving.data.to(device), moving_weight, hole)
+    beside = {"moving_mask": hides} | beside_of(pair, guide, device)
+    fixed = pair.fixed.data.to(device)
+    result = refine(fixed, shown, predicted, weight, **beside | dict(keywords) | dict(logged))
+    away = None
+    if uncertainty:
+        away = uncertainty_of(fixed, shown, result.ddf, predicted, weight, moving_mask=hides, **keywords).cpu()
+    return _Found(onto, predicted, result, settings_of({**keywords, "guidance": guide}), away)
+
+
 def _registered(
     bundle: str | Path,
     pair: Pair,
-    device: torch.device,
-    settings: Mapping[str, Any] | None,
+    onto: Tensor,
+    settings: Mapping[str, Any],
     guide: Mapping[str, Any] | None,
-) -> tuple[Tensor, RefinementResult, dict[str, Any]]:
-    """A bundle's prediction, its refinement and its settings, on the fixed grid; after an affine, of what that brings.
+) -> _Found:
+    """A bundle's prediction, refined, on the fixed grid; after an affine, of what that brings ``onto`` it.
 
     ValueError for a bundle that does not refine, before it predicts.
     """
-    registration, f = RegistrationBundle(bundle, device, settings), pair.fixed.grid
+    registration, f = RegistrationBundle(bundle, onto.device, settings), pair.fixed.grid
     if registration.inferer.refine is None:
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
     with TemporaryDirectory() as folder:
@@ -276,24 +323,36 @@ def _registered(
         if pair.initial is not None:
             moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
             still, m = torch.zeros(1, len(f.size), *f.size), pair.moving
-            onto = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
-            save_nifti(moving, onto[0, 0].numpy(), f.affine, "none")
+            brought = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
+            save_nifti(moving, brought[0, 0].numpy(), f.affine, "none")
         predicted, result = registration.register(
-            pair.fixed.path, moving, f, lambda *grids: beside_of(pair, guide, device, grids)
+            pair.fixed.path, moving, f, lambda *grids: beside_of(pair, guide, onto.device, grids)
         )
     assert result is not None  # for mypy
     chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
-    used = {"bundle": str(bundle), **describe(chosen)}
-    return predicted, result, used if guide is None else used | {"guidance": describe(guide)}
+    used = {"bundle": str(bundle), **describe(chosen)} | ({} if guide is None else {"guidance": describe(guide)})
+    return _Found(onto, predicted, result, used)
 
 
-def _write_fields(folder: Path, suffix: str, file_format: str, pair: Pair, ddf: Tensor) -> None:
+def _figures(found: _Found, aligned: Alignment | None) -> dict[str, Any]:
+    """What of the metrics the refinement itself tells."""
+    result = found.result
+    return {
+        "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
+        "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
+        "prediction_used": None if result.prediction_used is None else not result.unused,
+        **({} if aligned is None else {"alignment": aligned.values() | {"text": str(aligned)}}),
+        **({} if found.away is None else {"uncertainty_mm": float(found.away.mean())}),
+    }  # fmt: skip
+
+
+def _write_fields(folder: Path, file_format: str, pair: Pair, ddf: Tensor) -> None:
     f, m = pair.fixed.grid, pair.moving.grid
     back, residual = invert_between(ddf, f.affine, m.affine, pair.initial, m.size)
     if missed := int((residual > 0.01).sum()):
         warnings.warn(f"the inverse did not converge in {missed} voxels, see monai-lm invert", stacklevel=3)
     for name, field, here, there in (("ddf", pair.whole(ddf), f, m), ("inverse", back, m, f)):
-        write_field(folder / f"{name}{suffix}", field, here, there, file_format)
+        write_field(folder / f"{name}{file_suffix(file_format)}", field, here, there, file_format)
 
 
 def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
@@ -305,31 +364,35 @@ def _write_warped(folder: Path, pair: Pair, ddf: Tensor) -> None:
         save_nifti(folder / "warped_label.nii.gz", label[0, 0].numpy(), pair.fixed.grid.affine, "none", kind)
 
 
-def _write_report(folder: Path, pair: Pair, case: Case, found: Assessment, provenance: Mapping[str, Any]) -> None:
+def _write_further(folder: Path, names: Sequence[str], pair: Pair, found: _Found, aligned: Alignment | None) -> None:
+    """The files that were asked for, report and labels aside."""
+    here = pair.fixed.grid
+    if aligned is not None:
+        write_affine(folder / "affine.txt", aligned.matrix, len(here.size))
+    if found.away is not None:
+        save_nifti(folder / "uncertainty.nii.gz", found.away[0, 0].numpy(), here.affine, "none")
+    if "jacobian.nii.gz" in names:
+        whole = through_affine(found.result.ddf, here.affine, here.affine, pair.initial)
+        write_jacobian(folder / "jacobian.nii.gz", whole, here)
+
+
+def _write_report(folder: Path, pair: Pair, case: Case, assessment: Assessment, provenance: Mapping[str, Any]) -> None:
     shown = {"command": provenance["command"]} if provenance["command"] else {}
     for role, file in provenance["inputs"].items():
         shown[role] = f"{file['path']} ({file['bytes']} bytes, SHA-256 {file['sha256'][:16]}…)"
     title = f"{pair.moving.path.name} onto {pair.fixed.path.name}"
-    write_case(folder / "report.html", case, found, title, folder / "report.png", shown)
+    write_case(folder / "report.html", case, assessment, title, folder / "report.png", shown)
 
 
-def _case(
-    pair: Pair,
-    onto: Tensor,
-    result: RefinementResult,
-    predicted: Tensor | None,
-    settings: Mapping[str, Any],
-    aligned: Alignment | None,
-    away: Tensor | None,
-) -> Case:
+def _case(pair: Pair, found: _Found, aligned: Alignment | None) -> Case:
     """The pair as the report sees it, on the fixed grid."""
     labels: Any = None
     if pair.labels:
         fixed_label, moving_label = pair.labels
         labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
     return checked_case(
-        pair.fixed.data, onto, result, predicted, pair.fixed.grid.affine, labels,
-        (lambda ddf: landmark_error(ddf, pair)) if pair.points else None, settings,
+        pair.fixed.data, found.onto, found.result, found.predicted, pair.fixed.grid.affine, labels,
+        (lambda ddf: landmark_error(ddf, pair)) if pair.points else None, found.used,
         None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
-        None if aligned is None else str(aligned), away,
+        None if aligned is None else str(aligned), found.away,
     )  # fmt: skip
