@@ -630,7 +630,7 @@ def test_an_input_is_never_replaced(pair, tmp_path):
     field = tmp_path / "out" / "ddf.nii.gz"
     before = field.read_bytes()
     with pytest.raises(
-        ValueError, match=r"output_dir must not be where its inputs are, .*ddf\.nii\.gz would be replaced"
+        ValueError, match=r"output_dir must not be where the inputs are, .*ddf\.nii\.gz would be replaced"
     ):
         _refine(pair, tmp_path / "out", ddf=field, overwrite=True, settings=QUICK | {"iterations": 1})
     assert field.read_bytes() == before
