@@ -34,15 +34,23 @@ def text_parts(path: str | Path, text: str) -> list[Part]:
         for line in lines[1:]:
             key, _, rest = line.partition(":")
             if key in ("Parameters", "FixedParameters"):
-                try:
-                    values[key] = np.array([float(word) for word in rest.split()])
-                except ValueError as error:
-                    raise ValueError(f"{path} must have numbers as {key}, got {rest.strip()!r}") from error
+                values[key] = _numbers(path, key, rest)
             elif line.strip() and not line.startswith("#"):
                 raise ValueError(f"{path} must have lines of Parameters and FixedParameters, got {line[:40]!r}")
         empty = np.array([])
         parts.append((lines[0].strip(), values.get("Parameters", empty), values.get("FixedParameters", empty)))
     return parts
+
+
+def _numbers(path: str | Path, key: str, text: str) -> np.ndarray:
+    """Numbers between spaces, as C++ reads them: Python takes more for a space, and ``1_0`` for ten."""
+    message = f"{path} must have numbers as {key}, got {text.strip()[:80]!r}"
+    if not re.fullmatch(r"[\s\da-zA-Z.+-]*", text, re.ASCII):
+        raise ValueError(message)
+    try:
+        return np.array([float(word) for word in text.split()])
+    except ValueError as error:
+        raise ValueError(message) from error
 
 
 def assembled(path: str | Path, parts: Sequence[Part]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import struct
 import uuid
 import warnings
 import zlib
@@ -35,7 +36,7 @@ __all__ = [
 
 _BROKEN = (
     ImageFileError, HeaderDataError, MGHError, EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError,
-    ValueError, zlib.error,
+    ValueError, struct.error, zlib.error,
 )  # fmt: skip
 """What nibabel raises for files that are cut off, or whose headers say nonsense."""
 

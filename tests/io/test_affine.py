@@ -154,6 +154,10 @@ HEAD = "#Insight Transform File V1.0\n"
             "must have 3 finite parameters",
         ),
         (
+            HEAD + "Transform: TranslationTransform_double_3_3\nParameters: 1 2_0 3\nFixedParameters:\n",
+            "must have numbers as Parameters, got '1 2_0 3'",
+        ),
+        (
             HEAD + "Transform: TranslationTransform_double_3_3\nParameters: 1 two 3\nFixedParameters:\n",
             "must have numbers as Parameters, got '1 two 3'",
         ),
