@@ -90,11 +90,12 @@ class MIND(MSE):
             if i // 2 != j // 2:  # not opposite each other
                 differences.append(box_sum((one - other).square(), self.radius) * counts)
         distance = torch.stack(differences, 2)
+        del differences, neighbours, one, other  # volumes, up to twelve of each
         distance = distance - distance.amin(2, keepdim=True)
         variance = distance.mean(2, keepdim=True)
         usual = variance.mean(tuple(range(2, n + 3)), keepdim=True).clamp(min=_FLAT)
         variance = torch.minimum(torch.maximum(variance, _SPREAD * usual), usual / _SPREAD)
-        return torch.exp(-distance / variance).flatten(1, 2).to(dtype)
+        return (distance / -variance).exp_().flatten(1, 2).to(dtype)
 
 
 def _shifted(image: Tensor, axis: int, by: int) -> Tensor:

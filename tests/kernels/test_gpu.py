@@ -296,7 +296,7 @@ CASES = {
     "lncc of radius 3": (lncc, ((1, 1, 4, 9), 3)),
     "lncc of radius 5": (lncc, ((1, 1, 2, 2, 4), 5)),
     "lncc, Gaussian": (lncc, ((2, 1, 3, 4, 6), 2, 1.2)),
-    "lncc, Gaussian, 2d": (lncc, (SHAPES["2d"], 1, 1.2)),
+    "lncc, Gaussian, 2d": (lncc, (SHAPES["2d"], 2, 1.2)),
     "lncc, Gaussian of radius 5": (lncc, ((1, 1, 2, 2, 6), 5, 1.6)),
     **{f"mse {name}": (pointwise, ("mse", s)) for name, s in SHAPES.items()},
     **{f"ncc {name}": (pointwise, ("ncc", s, 1e-5)) for name, s in SHAPES.items()},
