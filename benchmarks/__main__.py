@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from benchmarks.ablation import ablation
+from benchmarks.alignment import alignment
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
 from benchmarks.contrasts import contrasts
@@ -35,6 +36,7 @@ if __name__ == "__main__":
         brain,
         brain_bundle,
         ablation,
+        alignment,
         speed,
         memory,
         scaling,
