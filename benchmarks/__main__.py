@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from benchmarks.ablation import ablation
+from benchmarks.alignment import alignment
 from benchmarks.axes import axes
 from benchmarks.brain import brain
 from benchmarks.brain_bundle import brain_bundle
@@ -37,6 +38,7 @@ if __name__ == "__main__":
         brain_bundle,
         ablation,
         axes,
+        alignment,
         speed,
         memory,
         scaling,

@@ -64,7 +64,8 @@ def align(
         moving_affine: that of the moving image.
         mode: ``"center"`` shifts only, the middle of the images or of what they show onto each other; ``"rigid"``
             turns, too; ``"affine"`` has all linear maps; what makes the images no more alike is not taken, nor an
-            affine map unless one that is fitted to one half of the voxels makes the other half more alike, too.
+            affine map unless one that is fitted to one half of the voxels makes the other half more alike, too, and
+            50 voxels or more count for each of its parameters.
             ``"auto"``: the simplest that reaches the best but for half a percent, or but for a quarter of a voxel.
         similarity: as in :func:`monai_lm.refine`.
         mask: ``(1, 1, *S)``, weights in [0, 1]: voxels of the fixed image that are compared.
@@ -189,7 +190,7 @@ def _chosen(losses: dict[str, float], mode: str) -> str:
 
 
 def _further(look: Look, best: Look, frame: tuple[np.ndarray, float]) -> Look:
-    """An affine descent, and where it ends at less than the best rigid map, another one from there."""
+    """An affine descent, and where that ends no better than the best rigid map, another one from there."""
     end = _descend(look, frame, rigid=False)
     return end if end.loss < best.loss else _descend(best, frame, rigid=False)
 
