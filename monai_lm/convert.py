@@ -198,7 +198,7 @@ def check(
     fixed, moving, ddf = (plain(name, x) for name, x in (("fixed", fixed), ("moving", moving), ("ddf", ddf)))
     check_images(fixed, moving)
     check_field("ddf", ddf, len(fixed), fixed.shape[2:], fixed.device)
-    measure = get_similarity(similarity)
+    measure = get_similarity(similarity).unaligned
     ones = (1.0,) * ddf.shape[1]
     finest, level = (make_level(fixed.shape[2:], ones, scale) for scale in (1, 2))
     with torch.no_grad():

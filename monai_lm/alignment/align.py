@@ -77,7 +77,7 @@ def align(
     started = time.perf_counter()
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    measure = get_similarity(similarity)
+    measure = get_similarity(similarity).unaligned
     images, weights = _checked(fixed, moving, mask, moving_mask)
     grids = (
         Grid(tuple(images[0].shape[2:]), check_affine("fixed_affine", fixed_affine)),

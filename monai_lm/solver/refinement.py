@@ -20,6 +20,7 @@ from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity, get_similarity
+from monai_lm.similarity.lookup import name_of
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.checks import (
     check_field,
@@ -29,6 +30,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
+from monai_lm.solver.choice import decided
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -108,8 +110,9 @@ def refine(
             is in its holes, or more than two voxels outside, is not seen, and may be NaN. Of ones it is left out.
         moving_mask: the same on the grid of the moving image, where a lesion is that the fixed image has not, for one.
             A voxel ``x`` counts with ``mask(x) · moving_mask(x + ddf(x))``, and the loss is the mean over what counts.
-        similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
-            ``(warped, fixed)``.
+        similarity: ``"lncc"``, ``"mapped_lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss
+            module called as ``(warped, fixed)``. ``"auto"`` is the first or the second of them, see
+            :class:`~monai_lm.similarity.auto.Auto`.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
         iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
@@ -272,6 +275,8 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
+    aside = Record(len(constant), Stopwatch(fixed.device, time.perf_counter()))
+    settings = replace(settings, similarity=decided(problem, stages, finest, settings, aside, idle))
     residual: Residual | None = None
     engine: Engine | None = None
     for stage in stages:
@@ -283,7 +288,7 @@ def _coarse_to_fine(
         engine = engine_of(finest, finest, problem, residual, settings)
         loss = engine.loss(engine.residual.field)
     assert engine is not None  # for mypy: there is a stage
-    return _finish(engine, loss, (ddf, repaired, used), constant, record)
+    return _finish(engine, loss, (ddf, repaired, used), constant, record, name_of(settings.similarity))
 
 
 def _finish(
@@ -292,6 +297,7 @@ def _finish(
     predictions: tuple[Tensor | None, Tensor | None, Tensor | None],
     constant: Tensor,
     record: Record,
+    similarity: str,
 ) -> RefinementResult:
     """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction.
 
@@ -301,6 +307,7 @@ def _finish(
         predictions: ``(B, n, *S)`` as it came, and as it was used; and which were used, ``(B,)``.
         constant: pairs that keep their prediction, ``(B,)``.
         record: of the iterations.
+        similarity: name of what was minimised.
     """
     initial, pairs = engine.loss(None), len(constant)
     initial, loss = initial[:pairs], loss[:pairs]
@@ -331,4 +338,5 @@ def _finish(
         seconds=record.elapsed(),
         prediction_used=used,
         backward=backward,
+        similarity=similarity,
     )

@@ -216,6 +216,7 @@ def _described(result: RefinementResult, fixed: Any, moving: Any, between: Betwe
         "final_loss": float(result.final_loss[0]),
         "predicted_folds": int(result.predicted_folds[0]),
         "prediction_used": None if result.prediction_used is None else not result.unused,
+        "similarity": result.similarity,
         "seconds": result.seconds,
     }
     return out
