@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice, product
 from statistics import fmean, stdev
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from benchmarks.cases import SETS
 from benchmarks.rows import Row, add_row, read_rows
 from benchmarks.validation import refined
+from monai_lm.kernels.devices import find_device
 
 __all__ = ["CONTRASTS", "contrasts", "recolored"]
 
@@ -27,9 +29,10 @@ grey, and fat bright."""
 def contrasts(
     sets: tuple[str, ...] = ("hippocampus", "brain", "cardiac", "abdomen"),
     pairs: int = 4,
-    similarities: tuple[str, ...] = ("lncc", "mi", "mind", "mse"),
+    similarities: tuple[str, ...] = ("lncc", "mi", "mind", "mse", "mapped_lncc", "auto"),
     kinds: tuple[str, ...] = tuple(CONTRASTS),
     json_file: str | None = None,
+    device: str = "cpu",
 ) -> None:
     """Dice of every measure for every contrast of the moving image, and what it loses to LNCC on the pair as it was.
 
@@ -39,7 +42,9 @@ def contrasts(
         similarities: names of measures.
         kinds: of :data:`CONTRASTS`.
         json_file: write one line per run here, as it goes; what stands in it is not run again.
+        device: cpu, cuda, ...
     """
+    where = find_device(device)
     done = {_key(row): row for row in read_rows(json_file)}
     names = ("same, lncc", *(f"{kind}, {measure}" for kind, measure in product(kinds, similarities)))
     for name in sets:
@@ -49,8 +54,9 @@ def contrasts(
                 kind, measure = column.split(", ")
                 row: Row = {"set": name, "pair": number, "kind": kind, "similarity": measure}
                 if _key(row) not in done:
-                    moving = recolored(case.moving, kind, number)
-                    done[_key(row)] = row | refined(case._replace(moving=moving), None, {"similarity": measure})
+                    moving = recolored(case.moving, kind, number).to(where)
+                    pair = case._replace(fixed=case.fixed.to(where), moving=moving)
+                    done[_key(row)] = row | refined(pair, None, {"similarity": measure})
                     add_row(json_file, done[_key(row)])
                 shown.append(done[_key(row)])
         _print(name, shown)
@@ -72,16 +78,18 @@ def _key(row: Row) -> tuple[object, ...]:
 def _print(name: str, rows: list[Row]) -> None:
     best = {row["pair"]: row["dice_after"] for row in rows if (row["kind"], row["similarity"]) == ("same", "lncc")}
     print(
-        f"| {name}, {len(best)} pairs | Dice before | after | − LNCC on the same contrast (s.e.) | SDlogJ | seconds |"
+        f"| {name}, {len(best)} pairs | Dice before | after | − LNCC on the same contrast (s.e.) | SDlogJ | seconds "
+        "| measure |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for kind, measure in dict.fromkeys((row["kind"], row["similarity"]) for row in rows):
         found = [row for row in rows if (row["kind"], row["similarity"]) == (kind, measure)]
         gaps = [row["dice_after"] - best[row["pair"]] for row in found]
         error = f" ({stdev(gaps) / len(gaps) ** 0.5:.3f})" if len(gaps) > 1 else ""
         cells = [fmean(row[column] for row in found) for column in ("dice_before", "dice_after")]
+        chosen = ", ".join(f"{n} {name}" for name, n in Counter(row.get("measure", measure) for row in found).items())
         rest = [fmean(row[column] for row in found) for column in ("sdlogj_after", "seconds")]
         print(
             f"| {kind}, {measure} | {cells[0]:.3f} | {cells[1]:.3f} | {fmean(gaps):+.3f}{error} "
-            f"| {rest[0]:.2f} | {rest[1]:.2g} |"
+            f"| {rest[0]:.2f} | {rest[1]:.2g} | {chosen} |"
         )

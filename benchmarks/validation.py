@@ -100,7 +100,8 @@ def refined(case: Case, start: Tensor | None, settings: dict[str, Any]) -> dict[
         started = time.process_time()
         result = monai_lm.refine(case.fixed, case.moving, start, spacing=case.spacing, **settings)
         cpu = time.process_time() - started
-    return {**_measured(case, start, result.ddf, result.seconds), "cpu": cpu, "guard": spent[0] / cpu}
+    values = _measured(case, start, result.ddf.cpu(), result.seconds)
+    return {**values, "measure": result.similarity, "cpu": cpu, "guard": spent[0] / cpu}
 
 
 def _greedy(case: Case) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def check(
     check_images(fixed, moving)
     check_field("ddf", ddf, len(fixed), fixed.shape[2:], fixed.device)
     readings = CONVENTIONS if spacing is None else CONVENTIONS | _in_millimetres(spacing, ddf, given)
-    measure = get_similarity(similarity)
+    measure = get_similarity(similarity).unaligned
     ones = (1.0,) * ddf.shape[1]
     finest, level = (make_level(fixed.shape[2:], ones, scale) for scale in (1, 2))
     with torch.no_grad():

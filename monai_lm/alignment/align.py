@@ -82,7 +82,7 @@ def align(
     started = time.perf_counter()
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    measure = get_similarity(similarity)
+    measure = get_similarity(similarity).unaligned
     images, weights = _checked(fixed, moving, mask, moving_mask)
     grids: Any = tuple(
         Grid(tuple(image.shape[2:]), check_affine(name, affine, image.dim() == 4))

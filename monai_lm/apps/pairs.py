@@ -341,6 +341,7 @@ def _figures(found: _Found, aligned: Alignment | None) -> dict[str, Any]:
         "loss_before": float(result.initial_loss), "loss_after": float(result.final_loss), "seconds": result.seconds,
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
         "prediction_used": None if result.prediction_used is None else not result.unused,
+        "similarity": result.similarity,
         **({} if aligned is None else {"alignment": aligned.values() | {"text": str(aligned)}}),
         **({} if found.away is None else {"uncertainty_mm": float(found.away.mean())}),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from monai_lm.fields import jacobian_determinant
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
-from monai_lm.similarity import LNCC, MI, MIND, MSE, NCC
+from monai_lm.similarity import LNCC, MI, MIND, MSE, NCC, MappedLNCC
 from monai_lm.similarity.base import contrast, normalized
 from monai_lm.similarity.lookup import MEASURES
 
@@ -109,7 +109,7 @@ def evidence_of(
     if before is not None:
         told, started = (information(fixed[:, :1], image[:, :1], mask) for image in (warped, before))
         gained = told - started
-    known = measure in (MI, MIND)
+    known = measure in (MI, MIND, MappedLNCC)
     return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), asked, told, gained, known)
 
 
@@ -211,7 +211,8 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
         found["contrast"] = (
             f"The images' contrasts do not correspond: what is brighter in the one is brighter in the other in some "
             f"places and darker in others (polarity {evidence.polarity:.2f}, same or inverted contrast keeps to "
-            f"{POLARITY:g}), and the measure expects one relation. Use similarity mi or mind, and look at the result."
+            f"{POLARITY:g}), and the measure expects one relation. Use similarity mapped_lncc or auto, and look at the "
+            "result."
         )
     gained = evidence.gained
     untold = evidence.any_contrast and evidence.information < TOLD

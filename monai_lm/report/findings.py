@@ -151,8 +151,7 @@ def assess(case: Case) -> Assessment:
     before, after = (measure_field(case, ddf) for ddf in (case.start, case.ddf))
     fixed, moving = without_outliers(case.fixed, case.moving)
     started = warp(moving, case.start)
-    similarity = case.settings.get("similarity", "lncc")
-    evidence = evidence_of(fixed, warp(moving, case.ddf), case.ddf, case.mask, started, similarity)
+    evidence = evidence_of(fixed, warp(moving, case.ddf), case.ddf, case.mask, started, case.result.similarity)
     start = agreement(fixed[:, :1], started[:, :1], case.mask)
     remarks = warnings_of(case, before, after) | doubts_of(evidence)
     if narrow := [name for name, image in (("fixed", fixed), ("moving", moving)) if squeezed(image)]:

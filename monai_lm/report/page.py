@@ -314,6 +314,7 @@ def _facts(case: Case, provenance: Mapping[str, Any]) -> str:
         device += f" ({torch.cuda.get_device_name(case.device)})"
     facts = {
         "seconds": f"{case.result.seconds:.2f}",
+        "similarity": case.result.similarity,
         "grid": " × ".join(str(s) for s in case.fixed.shape[2:]),
         "voxel, mm": "unknown" if case.affine is None else " × ".join(f"{s:.3g}" for s in case.spacing),
         "device": device,

@@ -44,8 +44,43 @@ class Similarity(ABC):
     weighable = False
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
+    learns = False
+    """Whether a level has the measure and the fixed image of :meth:`matched`, or the measure :attr:`unaligned`."""
+
+    undecided = False
+    """Whether a refinement has to ask :meth:`decided` for its measure."""
+
     weighs_moving = False
     """Whether the first channel of the moving image is a weight, which ``evaluate_into`` writes no derivative for."""
+
+    @property
+    def unaligned(self) -> Similarity:
+        """The measure for images that do not lie on each other yet: itself, unless it learns from those that do."""
+        return self
+
+    def matched(
+        self,
+        fixed: Tensor,
+        warped: Tensor,  # noqa: ARG002
+        weight: Tensor | None = None,  # noqa: ARG002
+    ) -> tuple[Similarity, Tensor]:
+        """What is learned of two images that about lie on each other: the measure and the fixed image of a level.
+
+        The measure itself and the fixed image as it is, unless the measure ``learns``.
+
+        Args:
+            fixed: ``(B, C, *S)``.
+            warped: ``(B, C, *S)``.
+            weight: ``(B, 1, *S)``, at least 0: how much a voxel counts; ``None``: one.
+        """
+        return self, fixed
+
+    def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:  # noqa: ARG002
+        """The measure that suits two images that about lie on each other: itself, unless it is ``undecided``.
+
+        The arguments are those of :meth:`matched`.
+        """
+        return self
 
     def prepare(self, fixed: Tensor, moving: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """Describe both images, shift and scale them if the measure allows it, and do what needs the fixed one only.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from monai_lm.fields.finite import check_number
 from monai_lm.similarity.base import Range, Similarity
@@ -55,6 +56,27 @@ class Combined(Similarity):
         self.weights = [float(weight) for weight in weights]
         self.weighable = all(measure.weighable for measure in self.measures)
         self.invariant = all(measure.invariant for measure in self.measures)
+        self.learns = any(measure.learns for measure in self.measures)
+        self.undecided = any(measure.undecided for measure in self.measures)
+
+    @property
+    @override
+    def unaligned(self) -> Similarity:
+        return self._of([measure.unaligned for measure in self.measures])
+
+    @override
+    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
+        groups = zip(self.measures, self._plain(fixed), self._plain(warped), strict=True)
+        measures, images = zip(*(measure.matched(f, w, weight) for measure, f, w in groups), strict=True)
+        return self._of(measures), torch.cat(images, 1)
+
+    @override
+    def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:
+        groups = zip(self.measures, self._plain(fixed), self._plain(warped), strict=True)
+        return self._of([measure.decided(f, w, weight) for measure, f, w in groups])
+
+    def _of(self, measures: Sequence[Similarity]) -> Combined:
+        return Combined(measures, self.channels, self.weights)
 
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """Every group of channels as its measure describes it."""

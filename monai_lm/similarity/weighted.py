@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from monai_lm.similarity.base import Range, Similarity
 
@@ -45,13 +46,43 @@ class Weighted(Similarity):
             name = "mask" if fixed else "moving_mask"
             raise ValueError(
                 f"{name} must be None for a similarity that cannot weigh voxels, got one with "
-                f"{type(measure).__name__}; LNCC, MI, MIND, MSE, NCC and their combinations can"
+                f"{type(measure).__name__}; LNCC, MappedLNCC, MI, MIND, MSE, NCC and their combinations can"
             )
         self.measure, self.weighs_fixed, self.weighs_moving = measure, fixed, moving
         self.invariant = measure.invariant
+        self.learns, self.undecided = measure.learns, measure.undecided
+
+    @property
+    @override
+    def unaligned(self) -> Similarity:
+        return self._of(self.measure.unaligned)
+
+    @override
+    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
+        image, shown, weight = self._apart(fixed, warped, weight)
+        measure, image = self.measure.matched(image, shown, weight)
+        return self._of(measure), torch.cat([image, fixed[:, image.shape[1] :]], 1)
+
+    @override
+    def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:
+        return self._of(self.measure.decided(*self._apart(fixed, warped, weight)))
+
+    def _of(self, measure: Similarity) -> Weighted:
+        return Weighted(measure, self.weighs_fixed, self.weighs_moving)
+
+    def _apart(self, fixed: Tensor, warped: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both images without their weights, and the product of all weights."""
+        channels, first = fixed.shape[1] - int(self.weighs_fixed), int(self.weighs_moving)
+        for own in (fixed[:, channels:], warped[:, :first]):
+            if own.shape[1]:
+                weight = own if weight is None else weight * own
+        return fixed[:, :channels], warped[:, first:], weight
 
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """As the measure describes the images; the weights stay as they are."""
+        if self.learns:  # what does not count must not teach
+            measure, fixed = self.matched(fixed, moving)
+            return measure.described(fixed, moving)
         image, own = (fixed[:, :-1], fixed[:, -1:]) if self.weighs_fixed else (fixed, fixed[:, :0])
         first = int(self.weighs_moving)
         shown = moving[:, first:]

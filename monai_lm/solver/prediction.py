@@ -47,8 +47,9 @@ def believed(
     field = move_field(ddf, finest, level)
     folded = folded_cells(field).flatten(1).float().mean(1)
     images = [shrink(image.to(torch.promote_types(image.dtype, torch.float32)), level) for image in (fixed, moving)]
-    reference, source = similarity.prepare(*images)
-    without, with_it = (similarity.evaluate(x, reference)[0] for x in (source, warp(source, field)))
+    measure = similarity.unaligned
+    reference, source = measure.prepare(*images)
+    without, with_it = (measure.evaluate(x, reference)[0] for x in (source, warp(source, field)))
     worse = with_it > without + _WORSE * without.abs()
     wrong = (folded > _FOLDED) | worse
     if not bool(wrong.any()):

@@ -19,6 +19,7 @@ from monai_lm.fields.finite import check_number
 from monai_lm.fields.topology import fold_count, repair, repair_in_place
 from monai_lm.guidance import Guidance
 from monai_lm.kernels.devices import Stopwatch
+from monai_lm.similarity.lookup import name_of
 from monai_lm.solver.acceptance import Acceptance
 from monai_lm.solver.checks import (
     check_field,
@@ -28,6 +29,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
+from monai_lm.solver.choice import decided
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -121,10 +123,11 @@ def refine(
             There images are not compared, as under zeros of ``mask``, and the field, prediction included, follows from
             around as smoothly as can be: it is the harmonic extension, affine where that is affine around.
         moving_lesion: the same on the grid of the moving image, wherever the field leads there. Not with ``symmetric``.
-        similarity: ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss module called as
-            ``(warped, fixed)``. Or a sequence of them, coarse to fine: the last one for the finest level, the one
-            before for the next, the first one for all that are coarser. Losses of the result, and whether a prediction
-            is used, are by the last one; those of the history by that of their level.
+        similarity: ``"lncc"``, ``"mapped_lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss
+            module called as ``(warped, fixed)``. ``"auto"`` is the first or the second of them, see
+            :class:`~monai_lm.similarity.auto.Auto`. Or a sequence of them, coarse to fine: the last one for the finest
+            level, the one before for the next, the first one for all that are coarser. Losses of the result, and
+            whether a prediction is used, are by the last one; those of the history by that of their level.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
         iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
@@ -305,6 +308,9 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
+    aside = Record(len(constant), Stopwatch(fixed.device, time.perf_counter()))
+    stages = decided(problem, stages, finest, settings, aside, idle)
+    finest = replace(finest, similarity=stages[-1].similarity)
     residual: Residual | None = None
     engine: Engine | None = None
     for stage in stages:
@@ -316,7 +322,7 @@ def _coarse_to_fine(
         engine = engine_of(finest, finest, problem, residual, settings)
         loss = engine.loss(engine.residual.field)
     assert engine is not None  # for mypy: there is a stage
-    return _finish(engine, loss, (ddf, repaired, used), constant, record)
+    return _finish(engine, loss, (ddf, repaired, used), constant, record, name_of(finest.similarity))
 
 
 def _finish(
@@ -325,6 +331,7 @@ def _finish(
     predictions: tuple[Tensor | None, Tensor | None, Tensor | None],
     constant: Tensor,
     record: Record,
+    similarity: str,
 ) -> RefinementResult:
     """Compose the result; a pair whose dissimilarity did not fall keeps the (repaired) prediction.
 
@@ -334,6 +341,7 @@ def _finish(
         predictions: ``(B, n, *S)`` as it came, and as it was used; and which were used, ``(B,)``.
         constant: pairs that keep their prediction, ``(B,)``.
         record: of the iterations.
+        similarity: name of what was minimised.
     """
     initial, pairs = engine.loss(None), len(constant)
     initial, loss = initial[:pairs], loss[:pairs]
@@ -364,4 +372,5 @@ def _finish(
         seconds=record.elapsed(),
         prediction_used=used,
         backward=backward,
+        similarity=similarity,
     )

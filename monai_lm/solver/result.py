@@ -123,6 +123,7 @@ class RefinementResult:
             identity; ``None`` without a prediction.
         backward: ``(B, n, *S)`` field of the inverse map, without folds, where it was found with the field
             (``symmetric=True``); else ``None``.
+        similarity: name of the measure that was minimised, also where the images chose it (``similarity="auto"``).
     """
 
     ddf: Tensor
@@ -134,6 +135,7 @@ class RefinementResult:
     seconds: float
     prediction_used: Tensor | None = None
     backward: Tensor | None = None
+    similarity: str = "lncc"
 
     @property
     def unused(self) -> list[int]:
@@ -141,10 +143,11 @@ class RefinementResult:
         return [] if self.prediction_used is None else (~self.prediction_used).nonzero().flatten().tolist()
 
     def __repr__(self) -> str:
-        """Size and seconds; losses, folds before and after, and mean and largest displacement of every pair."""
+        """Size, measure, seconds; losses, folds before and after, mean and largest displacement of every pair."""
         moved = lengths(self.ddf).flatten(1)
         folds = fold_count(self.ddf).tolist()
-        lines = [f"RefinementResult(ddf={tuple(self.ddf.shape)}, {self.seconds:.2f} s)"]
+        size = tuple(self.ddf.shape)
+        lines = [f"RefinementResult(ddf={size}, similarity={self.similarity}, {self.seconds:.2f} s)"]
         for k, (before, after) in enumerate(zip(self.initial_loss.tolist(), self.final_loss.tolist(), strict=True)):
             came = "" if self.prediction_used is None else f" (predicted {int(self.predicted_folds[k])})"
             unused = ", prediction not used" if k in self.unused else ""

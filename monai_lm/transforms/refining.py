@@ -234,6 +234,7 @@ def _described(result: RefinementResult, fixed: Any, moving: Any, between: Betwe
         "initial_loss": float(result.initial_loss[0]),
         "final_loss": float(result.final_loss[0]),
         "predicted_folds": int(result.predicted_folds[0]),
+        "similarity": result.similarity,
         "seconds": result.seconds,
     }
     if result.prediction_used is not None:  # MONAI collates no None

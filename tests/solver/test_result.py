@@ -107,7 +107,7 @@ def test_a_result_says_in_a_few_lines_what_it_is():
         torch.tensor([True, False]),
     )  # fmt: skip
     assert str(result).splitlines() == [
-        "RefinementResult(ddf=(2, 2, 8, 8), 1.50 s)",
+        "RefinementResult(ddf=(2, 2, 8, 8), similarity=lncc, 1.50 s)",
         "  pair 0: loss 0.5000 to 0.2500, 0 folds (predicted 7), moved by 0.00 voxels, at most 0.00",
         "  pair 1: loss 0.4000 to 0.4000, 0 folds (predicted 0), moved by 3.00 voxels, at most 3.00, "
         "prediction not used",
