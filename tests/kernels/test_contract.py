@@ -60,7 +60,7 @@ CASES = {
     "elastic": lambda g: ([g.ddf, (0.5,) * g.n, (0.0,) * g.n, g.alpha], g.field),
     "elastic, bulk": lambda g: ([g.ddf, (0.5, 0.0, 1.0)[: g.n], (0.1, 0.2, 0.05)[: g.n], g.alpha], g.field),
     **{f"lncc, {r}": of_image("warped", "fixed", "shift", "factor", None, r, 0.0, 2e-3) for r in (1, 2, 3, 5)},
-    **{f"lncc, {r}, Gaussian": of_image("warped", "fixed", None, "factor", None, r, 1.5, 2e-3) for r in (1, 2, 5, 8)},
+    **{f"lncc, {r}, Gaussian": of_image("warped", "fixed", None, "factor", None, r, 1.5, 2e-3) for r in (2, 6)},
     "lncc, weighted": of_image("warped", "fixed", None, None, "weight", 2, 0.0, 2e-3),
     "lncc, weighted, Gaussian": of_image("warped", "fixed", "shift", None, "weight", 3, 1.0, 2e-3),
     "mse": of_image("warped", "fixed", None, None, None),
