@@ -28,14 +28,17 @@ Part = tuple[str, np.ndarray, np.ndarray]
 def text_parts(path: str | Path, text: str) -> list[Part]:
     """``Transform:``, ``Parameters:`` and ``FixedParameters:`` of each transform of ITK's text."""
     parts: list[Part] = []
-    for block in re.split(r"^Transform:", text, flags=re.MULTILINE)[1:]:
+    head, *blocks = re.split(r"^Transform:", text, flags=re.MULTILINE)
+    if odd := [line for line in head.split("\n") if line.strip(" \t\r") and not line.startswith("#")]:
+        raise ValueError(f"{path} must have lines of Transform, Parameters and FixedParameters, got {odd[0][:40]!r}")
+    for block in blocks:
         lines = block.split("\n")
         values = {}
         for line in lines[1:]:
             key, _, rest = line.partition(":")
             if key in ("Parameters", "FixedParameters"):
                 values[key] = _numbers(path, key, rest)
-            elif line.strip() and not line.startswith("#"):
+            elif line.strip(" \t\r") and not line.startswith("#"):
                 raise ValueError(f"{path} must have lines of Parameters and FixedParameters, got {line[:40]!r}")
         empty = np.array([])
         parts.append((lines[0].strip(), values.get("Parameters", empty), values.get("FixedParameters", empty)))
