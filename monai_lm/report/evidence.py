@@ -61,9 +61,12 @@ ROUGHNESS = 0.82
 EXTREMES = 0.15
 """A field that changes the volume of more than this share of the voxels more than four-fold is doubted."""
 
-MIRROR, MIRRORS = -0.015, 0.03
-"""Doubted, too, are images that match worse than the best of their mirror images by this share, or better than their
-mean by less than the second; see :class:`~monai_lm.report.rivals.Rivals`."""
+MIRROR = {"lncc": -0.015, "mind": -0.15}
+"""Images of which a mirror image matches better by this share are doubted, by what they were compared with; see
+:class:`~monai_lm.report.rivals.Rivals`. Brains, nearly the same in the mirror, come to -.006 and -.07."""
+
+MIRRORS = {"lncc": 0.03, "mind": 0.06}
+"""So are those whose mirror images match on average worse by less than this."""
 
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
 
@@ -87,6 +90,7 @@ class Evidence:
         mirrors: :attr:`~monai_lm.report.rivals.Rivals.mean` of them.
         centred: :attr:`~monai_lm.report.rivals.Rivals.centred`.
         any_contrast: whether the measure is made for images of different contrast.
+        witness: what mirror images were compared with, ``"lncc"``, or ``"mind"`` where contrasts may differ.
     """
 
     agreement: float
@@ -99,6 +103,7 @@ class Evidence:
     mirrors: float = float("nan")
     centred: float = float("nan")
     any_contrast: bool = False
+    witness: str = "lncc"
 
 
 def evidence_of(
@@ -132,9 +137,9 @@ def evidence_of(
     polarity = local_fit(still, ended, mask)[1]
     gained = information(still, ended, mask) - information(still, started, mask)
     where = fixed.device if device is None else torch.device(device)
-    witness = LNCC() if measure in (LNCC, NCC, MSE) else MIND()
+    witness = "lncc" if measure in (LNCC, NCC, MSE) else "mind"
     shown = None if mask is None else mask.to(where)
-    rivals = rivals_of(fixed.to(where), began.to(where), witness, spacing, shown)
+    rivals = rivals_of(fixed.to(where), began.to(where), MEASURES[witness](), spacing, shown)
     return Evidence(
         agreement=agreement(fixed, warped, mask),
         sdlogj=float(sd_log_jacobian(ddf)),
@@ -146,6 +151,7 @@ def evidence_of(
         mirrors=rivals.mean,
         centred=rivals.centred,
         any_contrast=measure in (MI, MIND),
+        witness=witness,
     )
 
 
@@ -251,10 +257,11 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"information {evidence.gained:+.3f}): the field follows noise, or the measure is wrong. Keep the field it "
             "started from, raise smooth_residual, or take another similarity."
         )
-    if evidence.mirror < MIRROR or evidence.mirrors < MIRRORS:
+    better = evidence.mirror < MIRROR[evidence.witness]
+    if better or evidence.mirrors < MIRRORS[evidence.witness]:
         how = (
             f"{-100 * evidence.mirror:.0f} % better than the image as it is"
-            if evidence.mirror < MIRROR
+            if better
             else f"nearly as well, on average but {100 * evidence.mirrors:.0f} % worse"
         )
         found["mirror"] = (

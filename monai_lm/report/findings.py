@@ -45,7 +45,7 @@ ALIKE = 0.98
 LARGE_MISALIGNMENT = 0.1
 """A start is far off if the two centres of mass are further apart than this part of the longest edge of the grid."""
 
-CENTRED, STRAINED = -0.05, 0.47
+CENTRED, STRAINED = {"lncc": -0.05, "mind": -0.2}, 0.47
 """Images that were far apart have not come together if, with their centres on each other, they match better by this
 share (:attr:`~monai_lm.report.rivals.Rivals.centred`), or if the field's SDlogJ is above the second."""
 
@@ -183,7 +183,7 @@ def _misalignment(case: Case) -> tuple[float, float]:
 def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
     """A remark on images that were far apart, unless all speaks for it that the field brought them together."""
     distance, longest = _misalignment(case)
-    missed = doubted or evidence.centred < CENTRED or evidence.sdlogj > STRAINED
+    missed = doubted or evidence.centred < CENTRED[evidence.witness] or evidence.sdlogj > STRAINED
     if not (distance > LARGE_MISALIGNMENT * longest and missed):
         return {}
     return {
