@@ -15,6 +15,8 @@ from PIL import Image
 from monai_lm.fields import fold_count
 from monai_lm.report import figures, write_report
 
+pytestmark = pytest.mark.usefixtures("without_rivals")
+
 
 @pytest.fixture(autouse=True)
 def drawn(request, monkeypatch):
