@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import permutations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.space import resample_moving
 from monai_lm.io.images import Image
 
-__all__ = ["SETS", "Case"]
+__all__ = ["SETS", "Case", "case_of"]
 
 
 class Case(NamedTuple):
@@ -60,18 +61,22 @@ def _listed(folder: str) -> Callable[[], Iterator[Case]]:
         root = data_root(folder)
         with (root / "pairs.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        for row in rows:
-            fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
-            initial = np.eye(4)
-            if row["align"] == "center":
-                middles = [(g.affine @ [*((s - 1) / 2 for s in g.size), 1])[:3] for g in (fixed.grid, moving.grid)]
-                initial[:3, 3] = middles[1] - middles[0]
-            still, grids = torch.zeros(1, 3, *fixed.grid.size), (fixed.grid.affine, moving.grid.affine)
-            onto = resample_moving(moving.data, still, *grids, initial)
-            brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
-            yield Case(fixed.data, onto, (label.data, brought), fixed.grid.spacing)
+        yield from (case_of(root, row) for row in rows)
 
     return make
+
+
+def case_of(root: Path, row: Mapping[str, str]) -> Case:
+    """The pair of a line of ``pairs.csv`` in a folder, on the fixed grid."""
+    fixed, moving, label, other = (Image(root / row[k]) for k in ("fixed", "moving", "fixed_seg", "moving_seg"))
+    initial = np.eye(4)
+    if row["align"] == "center":
+        middles = [(g.affine @ [*((s - 1) / 2 for s in g.size), 1])[:3] for g in (fixed.grid, moving.grid)]
+        initial[:3, 3] = middles[1] - middles[0]
+    still, grids = torch.zeros(1, 3, *fixed.grid.size), (fixed.grid.affine, moving.grid.affine)
+    onto = resample_moving(moving.data, still, *grids, initial)
+    brought = resample_moving(other.data, still, *grids, initial, "nearest", "zeros")
+    return Case(fixed.data, onto, (label.data, brought), fixed.grid.spacing)
 
 
 def _predictions() -> Iterator[Case]:

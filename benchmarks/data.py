@@ -40,7 +40,7 @@ def hippocampus_pairs(part: str, pairs: int, seed: int) -> list[dict[str, Tensor
 
     ``fixed``, ``moving`` ``(1, *S)`` in [0, 1], ``fixed_label`` and ``moving_label``.
     """
-    subjects = _bundle_data().load_subjects(data_root("hippocampus"), part)
+    subjects = hippocampus_subjects(part)
     generator = random.Random(seed)
     out = []
     for chosen in [generator.sample(range(len(subjects)), 2) for _ in range(pairs)]:
@@ -49,6 +49,12 @@ def hippocampus_pairs(part: str, pairs: int, seed: int) -> list[dict[str, Tensor
             pair |= {role: subjects[number]["image"], f"{role}_label": subjects[number]["label"]}
         out.append(pair)
     return out
+
+
+def hippocampus_subjects(part: str) -> list[dict[str, Tensor]]:
+    """``image`` and ``label`` ``(1, *S)`` of the subjects of a part of the bundle's split, on its grid."""
+    subjects: list[dict[str, Tensor]] = _bundle_data().load_subjects(data_root("hippocampus"), part)
+    return subjects
 
 
 def _bundle_data() -> ModuleType:

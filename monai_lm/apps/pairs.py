@@ -146,8 +146,8 @@ def refine_pair(
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
-        report (``"good"``, ``"check"`` or ``"bad"``), its ``headline`` and ``remarks``; ``alignment``, what was found
-        first, if that was asked for; and ``provenance``: inputs with their digests, settings, versions.
+        report (``"good"``, ``"check"`` or ``"bad"``), its ``outcome``, ``headline`` and ``remarks``; ``alignment``,
+        what was found first, if that was asked for; and ``provenance``: inputs with their digests, settings, versions.
 
     Raises:
         FileExistsError: an output exists and ``overwrite`` is false.

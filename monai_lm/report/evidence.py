@@ -1,20 +1,21 @@
 """What speaks for or against a field beside the loss: how the images explain each other, and how hard it pulls.
 
-The bounds are from real pairs and from nonsense, noise and an image the wrong way round, in place of the moving image;
+The bounds are from real pairs, of one contrast and of several, and from nonsense in place of the moving image;
 ``docs/results.md`` has the table and the command that makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from monai_lm.fields import jacobian_determinant
+from monai_lm.fields import gaussian_smooth, jacobian_determinant, warp
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.kernels.reference import box_sum, inverse_window_counts, over_voxels
+from monai_lm.report.rivals import rivals_of
 from monai_lm.similarity import LNCC, MI, MIND, MSE, NCC, MappedLNCC
 from monai_lm.similarity.base import contrast, normalized
 from monai_lm.similarity.lookup import MEASURES
@@ -22,9 +23,13 @@ from monai_lm.similarity.lookup import MEASURES
 __all__ = [
     "AGREEMENT",
     "EXTREMES",
+    "LOSS",
+    "MIRROR",
+    "MIRRORS",
     "NOISE",
     "POLARITY",
     "ROUGHNESS",
+    "TOLD",
     "Evidence",
     "agreement",
     "doubts_of",
@@ -44,9 +49,8 @@ POLARITY = 0.96
 """A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
 brighter there' holds in some places, and its opposite in others."""
 
-LOSS, LITTLE, KNOWN = -0.02, 0.02, 0.5
-"""A field that costs more :func:`information` than the first is doubted, and one that gains less than the second where
-the images tell less than the third of each other."""
+LOSS = -0.005
+"""A field that costs more :func:`information` of the smoothed images than this is doubted."""
 
 TOLD = 0.3
 """Below this :func:`information` a field of MI or MIND is doubted, of which no local fit can be asked."""
@@ -57,7 +61,17 @@ ROUGHNESS = 0.82
 EXTREMES = 0.15
 """A field that changes the volume of more than this share of the voxels more than four-fold is doubted."""
 
+MIRROR = {"lncc": -0.015, "mind": -0.15}
+"""Images of which a mirror image matches better by this share are doubted, by what they were compared with; see
+:class:`~monai_lm.report.rivals.Rivals`. Brains, nearly the same in the mirror, come to -.006 and -.07."""
+
+MIRRORS = {"lncc": 0.03, "mind": 0.06}
+"""So are those whose mirror images match on average worse by less than this."""
+
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
+
+_SMOOTH = 2.0
+"""Voxels by which images are smoothed where noise must not count: a field that follows it fits them no better."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +82,15 @@ class Evidence:
         agreement: see :func:`local_fit`; NaN for a constant fixed image.
         sdlogj: standard deviation of the logarithm of the Jacobian determinant.
         extremes: see :func:`extremes`.
-        polarity: see :func:`local_fit`; its absolute value where a measure does not care for the sign; NaN where it
-            does not ask for one contrast everywhere, or nobody knows.
-        information: see :func:`information`; NaN where it was not looked at.
-        gained: by how much that rose with the field.
+        polarity: see :func:`local_fit`, of smoothed images; its absolute value where a measure does not care for the
+            sign; NaN where it does not ask for one contrast everywhere, or nobody knows.
+        information: see :func:`information`.
+        gained: by how much that rose with the field, of smoothed images.
+        mirror: :attr:`~monai_lm.report.rivals.Rivals.best` of the mirror images; NaN where they tell nothing.
+        mirrors: :attr:`~monai_lm.report.rivals.Rivals.mean` of them.
+        centred: :attr:`~monai_lm.report.rivals.Rivals.centred`.
         any_contrast: whether the measure is made for images of different contrast.
+        witness: what mirror images were compared with, ``"lncc"``, or ``"mind"`` where contrasts may differ.
     """
 
     agreement: float
@@ -81,36 +99,60 @@ class Evidence:
     polarity: float = float("nan")
     information: float = float("nan")
     gained: float = float("nan")
+    mirror: float = float("nan")
+    mirrors: float = float("nan")
+    centred: float = float("nan")
     any_contrast: bool = False
+    witness: str = "lncc"
 
 
 def evidence_of(
     fixed: Tensor,
-    warped: Tensor,
+    moving: Tensor,
     ddf: Tensor,
+    start: Tensor | None = None,
     mask: Tensor | None = None,
-    before: Tensor | None = None,
     similarity: object = None,
+    spacing: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
 ) -> Evidence:
     """Evidence on the first channels of two images and a field.
 
     Args:
         fixed: ``(1, C, *S)``.
-        warped: ``(1, C, *S)``, the moving image under the field.
+        moving: ``(1, C, *S)`` on the same grid.
         ddf: ``(1, n, *S)`` in voxels.
+        start: ``(1, n, *S)`` the field that the refinement started from; default: none.
         mask: ``(1, 1, *S)`` weights, or None.
-        before: ``(1, C, *S)``, the moving image under the field that the refinement started from, or None.
         similarity: what was optimised, as for :func:`monai_lm.refine` or as metrics.json describes it, or None.
+        spacing: voxel edge per axis; default: 1.
+        device: where the mirror images are refined; default: where the images are.
     """
-    shown, polarity = local_fit(fixed[:, :1], warped[:, :1], mask)
+    fixed, moving = fixed[:, :1].float(), moving[:, :1].float()
     measure = _kind_of(similarity)
-    asked = polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan")
-    told = gained = float("nan")
-    if before is not None:
-        told, started = (information(fixed[:, :1], image[:, :1], mask) for image in (warped, before))
-        gained = told - started
-    known = measure in (MI, MIND, MappedLNCC)
-    return Evidence(shown, float(sd_log_jacobian(ddf)), extremes(ddf), asked, told, gained, known)
+    warped = warp(moving, ddf)
+    began = moving if start is None else warp(moving, start)
+    still, smooth = gaussian_smooth(fixed, _SMOOTH), gaussian_smooth(moving, _SMOOTH)
+    started, ended = smooth if start is None else warp(smooth, start), warp(smooth, ddf)
+    polarity = local_fit(still, ended, mask)[1]
+    gained = information(still, ended, mask) - information(still, started, mask)
+    where = fixed.device if device is None else torch.device(device)
+    witness = "lncc" if measure in (LNCC, NCC, MSE) else "mind"
+    shown = None if mask is None else mask.to(where)
+    rivals = rivals_of(fixed.to(where), began.to(where), MEASURES[witness](), spacing, shown)
+    return Evidence(
+        agreement=agreement(fixed, warped, mask),
+        sdlogj=float(sd_log_jacobian(ddf)),
+        extremes=extremes(ddf),
+        polarity=polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan"),
+        information=information(fixed, warped, mask),
+        gained=gained,
+        mirror=rivals.best,
+        mirrors=rivals.mean,
+        centred=rivals.centred,
+        any_contrast=measure in (MI, MIND, MappedLNCC),
+        witness=witness,
+    )
 
 
 def _kind_of(similarity: object) -> type | None:
@@ -214,11 +256,26 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"{POLARITY:g}), and the measure expects one relation. Use similarity mapped_lncc or auto, and look at the "
             "result."
         )
-    gained = evidence.gained
-    untold = evidence.any_contrast and evidence.information < TOLD
-    if untold or gained < LOSS or (gained < LITTLE and evidence.information < KNOWN):
+    if evidence.any_contrast and evidence.information < TOLD:
         found["information"] = (
-            f"Mutual information does not confirm the field: the fixed image tells {evidence.information:.2f} of the "
-            f"warped one's intensities, {abs(gained):.2f} {'less' if gained < 0 else 'more'} than before."
+            f"The images tell little of each other: {evidence.information:.2f} of the warped one's intensities follow "
+            f"from the fixed one's, less than {TOLD:g}."
+        )
+    if evidence.gained < LOSS:
+        found["noise"] = (
+            f"Seen smoothed by {_SMOOTH:g} voxels, without noise, the images match less than before (mutual "
+            f"information {evidence.gained:+.3f}): the field follows noise, or the measure is wrong. Keep the field it "
+            "started from, raise smooth_residual, or take another similarity."
+        )
+    better = evidence.mirror < MIRROR[evidence.witness]
+    if better or evidence.mirrors < MIRRORS[evidence.witness]:
+        how = (
+            f"{-100 * evidence.mirror:.0f} % better than the image as it is"
+            if better
+            else f"nearly as well, on average but {100 * evidence.mirrors:.0f} % worse"
+        )
+        found["mirror"] = (
+            f"Mirrored, the moving image matches {how}, as those of noise or of another organ do. Look at orientation, "
+            "at whether both show the same, and at the place to start from."
         )
     return found

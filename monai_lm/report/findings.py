@@ -13,24 +13,29 @@ from monai_lm.fields import fold_count, warp
 from monai_lm.fields.algebra import lengths
 from monai_lm.fields.metrics import label_overlap, sd_log_jacobian
 from monai_lm.report.case import Case
+from monai_lm.report.course import cut_short
 from monai_lm.report.evidence import Evidence, agreement, doubts_of, evidence_of
+from monai_lm.report.rivals import centre_of_mass
 from monai_lm.similarity.outliers import squeezed, without_outliers
 
 __all__ = [
+    "CENTRED",
     "LARGE_MISALIGNMENT",
+    "STRAINED",
     "Assessment",
     "Case",
     "FieldMetrics",
     "assess",
-    "centre_of_mass",
     "measure_field",
     "verdict",
     "warnings_of",
 ]
 
 _DOUBTS = {
-    "agreement": "they agree little", "rough": "the field is rough", "extreme": "volumes change a lot",
-    "contrast": "their contrasts do not correspond", "information": "mutual information did not rise",
+    "agreement": "the images agree little", "rough": "the field is rough", "extreme": "volumes change a lot",
+    "contrast": "the contrasts do not correspond", "information": "the images tell little of each other",
+    "noise": "without noise the images match less than before", "mirror": "a mirror image fits as well or better",
+    "misaligned": "the images were far apart", "iterations": "the iterations ran out",
 }  # fmt: skip
 """What :func:`~monai_lm.report.evidence.doubts_of` finds, for the headline."""
 
@@ -39,6 +44,10 @@ ALIKE = 0.98
 
 LARGE_MISALIGNMENT = 0.1
 """A start is far off if the two centres of mass are further apart than this part of the longest edge of the grid."""
+
+CENTRED, STRAINED = {"lncc": -0.05, "mind": -0.2}, 0.47
+"""Images that were far apart have not come together if, with their centres on each other, they match better by this
+share (:attr:`~monai_lm.report.rivals.Rivals.centred`), or if the field's SDlogJ is above the second."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +96,6 @@ class FieldMetrics:
         return sum((self.hd95 or {})[label] for label in labels) / len(labels) if labels else None
 
 
-def centre_of_mass(image: Tensor) -> tuple[float, ...]:
-    """Centre, in voxels, of the voxels ``(*S)`` above the image's mean; the grid's centre for a constant image."""
-    inside = (image > image.mean()).nonzero().double()
-    if len(inside) == 0:
-        return tuple((s - 1) / 2 for s in image.shape)
-    return tuple(inside.mean(0).tolist())
-
-
 def measure_field(case: Case, ddf: Tensor) -> FieldMetrics:
     """All values of a field ``(1, n, *S)`` that the case has something for."""
     edges = torch.tensor(case.spacing).view(1, -1, *[1] * len(case.spacing))
@@ -123,6 +124,7 @@ class Assessment:
         agreement_before: :func:`~monai_lm.report.evidence.agreement` of the images at the start.
         remarks: a short name of each condition that holds, and a sentence.
         state: ``"good"``, ``"check"`` or ``"bad"``.
+        outcome: ``"improved"``, ``"no improvement"``, ``"suspicious"`` or ``"folded"``.
         headline: the first sentence of the report.
     """
 
@@ -132,6 +134,7 @@ class Assessment:
     agreement_before: float
     remarks: dict[str, str]
     state: str
+    outcome: str
     headline: str
 
     def values(self) -> dict[str, Any]:
@@ -142,7 +145,8 @@ class Assessment:
             "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
             "extremes_after": self.evidence.extremes, "polarity_after": self.evidence.polarity,
             "information_after": self.evidence.information, "information_gained": self.evidence.gained,
-            "verdict": self.state, "headline": self.headline, "remarks": self.remarks,
+            "mirror": self.evidence.mirror, "mirrors": self.evidence.mirrors, "centred": self.evidence.centred,
+            "verdict": self.state, "outcome": self.outcome, "headline": self.headline, "remarks": self.remarks,
         }  # fmt: skip
 
 
@@ -150,10 +154,11 @@ def assess(case: Case) -> Assessment:
     """Measure the fields of a case and say what they are worth."""
     before, after = (measure_field(case, ddf) for ddf in (case.start, case.ddf))
     fixed, moving = without_outliers(case.fixed, case.moving)
-    started = warp(moving, case.start)
-    evidence = evidence_of(fixed, warp(moving, case.ddf), case.ddf, case.mask, started, case.result.similarity)
-    start = agreement(fixed[:, :1], started[:, :1], case.mask)
-    remarks = warnings_of(case, before, after) | doubts_of(evidence)
+    similarity = case.result.similarity
+    evidence = evidence_of(fixed, moving, case.ddf, case.start, case.mask, similarity, case.spacing, case.device)
+    start = agreement(fixed[:, :1], warp(moving[:, :1], case.start), case.mask)
+    doubts = doubts_of(evidence)
+    remarks = warnings_of(case, before, after) | doubts | _far_apart(case, evidence, bool(doubts)) | _cut_short(case)
     if narrow := [name for name, image in (("fixed", fixed), ("moving", moving)) if squeezed(image)]:
         remarks["outliers"] = (
             f"Nearly all voxels of the {' and the '.join(narrow)} image share a hundredth of its range, and those "
@@ -162,7 +167,7 @@ def assess(case: Case) -> Assessment:
         )
     if start > ALIKE and set(remarks) == {"similarity"}:
         text = f"The images matched already: they explain {start:.2f} of each other, and nothing was left to refine."
-        return Assessment(before, after, evidence, start, {}, "good", text)
+        return Assessment(before, after, evidence, start, {}, "good", "no improvement", text)
     return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
 
 
@@ -173,6 +178,34 @@ def _misalignment(case: Case) -> tuple[float, float]:
     offsets = [(a - b) * edge for a, b, edge in zip(*centres, case.spacing, strict=True)]
     edges = [s * edge for s, edge in zip(case.fixed.shape[2:], case.spacing, strict=True)]
     return sum(o * o for o in offsets) ** 0.5, max(edges)
+
+
+def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
+    """A remark on images that were far apart, unless all speaks for it that the field brought them together."""
+    distance, longest = _misalignment(case)
+    missed = doubted or evidence.centred < CENTRED[evidence.witness] or evidence.sdlogj > STRAINED
+    if not (distance > LARGE_MISALIGNMENT * longest and missed):
+        return {}
+    return {
+        "misaligned": f"Large initial misalignment: at the start the centres of the two images were {distance:.1f} mm "
+        f"apart ({100 * distance / longest:.0f} % of the longest edge), and it does not look as if the field had "
+        "brought them together. Align them first (--affine auto, monai_lm.align), or start from a better field."
+    }
+
+
+def _cut_short(case: Case) -> dict[str, str]:
+    """A remark on levels that ended by their limit of iterations, unless it was the time that ended them."""
+    budget, found = case.settings.get("seconds"), cut_short(case.result.history[0])
+    if not found or (budget is not None and case.result.seconds >= float(budget)):
+        return {}
+    late = " and ".join(
+        f"the last ones of {cut.iterations} at scale {cut.scale:g} brought {100 * cut.share:.0f} % of what they gained"
+        for cut in found
+    )
+    return {
+        "iterations": f"The iterations ran out while the images still got more alike: {late}. Allow more iterations, "
+        "or start from a better field (--affine auto)."
+    }
 
 
 def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[str, str]:
@@ -206,12 +239,6 @@ def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[s
             f"The prediction folded space in {folds} cells; it was repaired first, which moved it by {shift:.3g} "
             "voxels on average."
         )
-    distance, longest = _misalignment(case)
-    if distance > LARGE_MISALIGNMENT * longest:
-        found["misaligned"] = (
-            f"Large initial misalignment: at the start the centres of the two images were {distance:.1f} mm apart "
-            f"({100 * distance / longest:.0f} % of the longest edge). Align them rigidly or affinely first."
-        )
     found.update(_worse(before, after))
     budget = case.settings.get("seconds")
     if budget is not None and case.result.seconds >= float(budget):
@@ -228,22 +255,21 @@ def _worse(before: FieldMetrics, after: FieldMetrics) -> dict[str, str]:
     return found
 
 
-def verdict(case: Case, warnings: Mapping[str, str]) -> tuple[str, str]:
-    """The state (``"good"``, ``"check"`` or ``"bad"``) and the first sentence of the report."""
+def verdict(case: Case, warnings: Mapping[str, str]) -> tuple[str, str, str]:
+    """State, outcome and headline of an :class:`Assessment`."""
     if "folds" in warnings:
-        return "bad", "Do not use this field: it folds space."
+        return "bad", "folded", "Do not use this field: it folds space."
     initial, final = float(case.result.initial_loss[0]), float(case.result.final_loss[0])
     free = "The field has no folds"
     if "similarity" in warnings:
-        return "check", f"{free}, but the refinement did not make the images more similar."
+        return "check", "no improvement", f"{free}, but the refinement did not make the images more similar."
     worse = [name for key, name in (("dice", "labels"), ("tre", "landmarks")) if key in warnings]
     if worse:
-        return (
-            "check",
-            f"{free} and the images look more alike, but the {' and the '.join(worse)} fit worse than before.",
-        )
+        told = f"but the {' and the '.join(worse)} fit worse than before"
+        return "check", "suspicious", f"{free} and the images look more alike, {told}."
     doubts = [name for key, name in _DOUBTS.items() if key in warnings]
     if doubts:
-        return "check", f"{free}, but it looks as if the images were not of the same thing: {', '.join(doubts)}."
+        return "check", "suspicious", f"{free} and the images look more alike, but suspiciously: {', '.join(doubts)}."
     change = f"{free} and the images match better than before (dissimilarity {initial:.4g} → {final:.4g})"
-    return ("check", f"{change}; see the remarks below.") if warnings else ("good", f"{change}.")
+    state, end = ("check", "; see the remarks below.") if warnings else ("good", ".")
+    return state, "improved", f"{change}{end}"

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from monai_lm.report.case import Case
-from monai_lm.report.findings import centre_of_mass
+from monai_lm.report.rivals import centre_of_mass
 
 __all__ = ["View", "further_slices", "views_of"]
 

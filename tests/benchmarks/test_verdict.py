@@ -1,40 +1,61 @@
-"""The count of false alarms and misses."""
+"""The count of good and bad fields that are doubted, and what they are made of."""
 
 import json
 
+import pytest
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.nonsense import KINDS, trial
 from benchmarks.verdict import verdict
+from monai_lm.fields import warp
 
 
-def row(kind, agreement, sdlogj, extremes, dice=0.8, **more):
-    more |= {"dice_before": 0.5, "dice_after": dice} if kind == "real" or "," in kind else {}
-    more = {"polarity": 1.0, "information": 0.8, "gained": 0.2, "any_contrast": False} | more
-    return {"set": "a", "kind": kind, "agreement_before": 0.4, "agreement": agreement, "sdlogj": sdlogj,
-            "extremes": extremes, **more}  # fmt: skip
+def row(kind, half="A", doubted=(), dice=(0.5, 0.8), **more):
+    """A line of what the benchmark writes."""
+    more = {"set": "heart", "pair": 0, "nonsense": False} | more
+    state = "check" if doubted else "good"
+    told = {"kind": kind, "half": half, "verdict": state, "remarks": list(doubted)}
+    return told | {"dice_before": dice[0], "dice_after": dice[1], **more}
 
 
-def test_doubted_real_pairs_are_false_alarms_and_nonsense_that_is_not_doubted_is_missed(tmp_path, capsys):
-    rows = [row("real", 0.95, 0.3, 0.0), row("real", 0.95, 2.0, 0.0), row("noise", 0.3, 1.5, 0.6)]
-    rows += [row("noise 1", 0.95, 0.3, 0.2), row("mirrored", 0.95, 0.3, 0.0)]
-    rows += [row("random, lncc", 0.9, 0.3, 0.0, 0.4, polarity=0.5), row("random, lncc", 0.9, 0.3, 0.0, 0.4)]
-    rows += [row("random, mi", 0.4, 0.3, 0.0, 0.6, any_contrast=True)]
+def test_fields_are_good_or_bad_by_dice_by_a_known_error_or_because_nothing_could_be_right(tmp_path, capsys):
+    rows = [row("real, lncc"), row("real, lncc", "B", ["rough"], (0.5, 0.4), pair=1)]
+    rows += [row("noise 1, lncc", nonsense=True), row("noise 1, lncc", "B", ["rough", "mirror"], nonsense=True)]
+    rows += [row("known 0 .06, lncc", "A", ["noise"], error_before=0.0, error_after=0.4)]
+    rows += [row("shifted .3, lncc", dice=(0.0, 0.6)), row("shifted .1, lncc", dice=(0.3, 0.75))]
+    rows += [row("random, lncc", "B", ["contrast"]), row("mirrored 0, lncc", set="brain", nonsense=True)]
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
     verdict(rows=str(tmp_path / "rows"))
     said = capsys.readouterr().out
-    assert "pairs as they are: false alarms 1 of 2, misses 0 of 0" in said
-    assert "other contrasts, by a measure for one: false alarms 0 of 0, misses 1 of 2" in said
-    assert "other contrasts, by mi: false alarms 0 of 1, misses 0 of 0" in said
-    assert "nonsense: false alarms 0 of 0, misses 1 of 3" in said
-    assert "all: false alarms 1 of 3, misses 2 of 5" in said
-    (real,) = [line for line in said.splitlines() if "| real" in line]
-    assert real.split("|")[3:] == [
-        " 2 ",
-        " 0 ",
-        " 0.500 → 0.800 ",
-        " 0.40 → 0.95–0.95 ",
-        " 0.30–2.00 ",
-        " 0.00–0.00 ",
-        " 1.00–1.00 ",
-        " 0.20–0.20 ",
-        " 1 ",
-        "",
-    ]
+    for line in (
+        "| real, lncc | 1 | 0 | 1 | 1 | 0 |  | 0 |  |",
+        "| noise 1, lncc | 0 |  | 2 | 1 | 0 |  | 0 |  |",
+        "| known 0 .06, lncc | 0 |  | 1 | 1 | 0 |  | 0 |  |",
+        "| shifted .3, lncc | 0 |  | 0 |  | 1 | 0 | 0 |  |",
+        "| shifted .1, lncc | 1 | 0 | 0 |  | 0 |  | 0 |  |",
+        "| mirrored 0, lncc | 0 |  | 0 |  | 0 |  | 1 | 0 |",
+        "| all, half B | 1 | 1 | 2 | 2 | 0 |  | 0 |  |",
+        "| measures that suit, half B | 0 |  | 2 | 2 | 0 |  | 0 |  |",
+        "| rough | 0 | 2 | 0 |",
+    ):
+        assert line in said.splitlines()
+
+
+@pytest.mark.parametrize("planar", [True, False])
+def test_every_kind_can_be_made(random_tensor, planar):
+    size = (1, 1, 20, 18) if planar else (1, 1, 20, 18, 16)
+    image, label = random_tensor(size).float(), (random_tensor(size, 1) > 0).float()
+    case = Case(image, 2 * image + 1, (label, label.flip(2)))
+    for kind in [kind for kind in KINDS if not kind.startswith("other organ")]:
+        made = trial(case, kind, 3, "hippocampus")
+        if made is None:
+            assert planar
+            assert kind.startswith("mirrored 2")
+            continue
+        assert made.similarity == kind.rsplit(", ")[1]
+        assert made.nonsense is kind.startswith(("noise", "mirrored"))
+        assert made.case.moving.shape == made.case.labels[1].shape == size
+        if made.truth is not None and kind.startswith("known 3"):
+            assert float(made.truth.square().sum(1).sqrt().mean()) == pytest.approx(3, rel=0.01)
+            assert torch.equal(made.case.labels[0], warp(label.flip(2), made.truth, mode="nearest"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from monai_lm.report.case import Case
+from monai_lm.report.rivals import Rivals
 from monai_lm.solver.result import Iteration, RefinementResult
 
 
@@ -69,3 +70,9 @@ def make_case(make_result):
         return Case(image, image, make_result(ddf), ddf, None, affine, (1.0,) * len(size), None, None, {}, image.device)
 
     return make
+
+
+@pytest.fixture
+def without_rivals(monkeypatch):
+    """Reports that do not refine mirror images: a second for every page, and pages do not show it."""
+    monkeypatch.setattr("monai_lm.report.evidence.rivals_of", lambda *_: Rivals())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from monai_lm.report.findings import Case, FieldMetrics, centre_of_mass, measure_field, verdict, warnings_of
+from monai_lm.report.findings import Case, FieldMetrics, measure_field, verdict, warnings_of
 
 
 @pytest.fixture
@@ -16,13 +16,6 @@ def shifted(case):
         case["fixed"], case["moving"], case["result"], ddf, None, case["affine"], spacing, labels, landmarks, {},
         torch.device("cpu"),
     )  # fmt: skip
-
-
-def test_centre_of_mass_is_that_of_the_foreground():
-    image = torch.full((5, 7), -3.0)
-    image[1:3, 4] = 10
-    assert centre_of_mass(image) == (1.5, 4.0)
-    assert centre_of_mass(torch.ones(5, 7)) == (2.0, 3.0)
 
 
 def test_a_shift_of_two_voxels_is_measured_in_millimetres(shifted):

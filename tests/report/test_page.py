@@ -15,6 +15,8 @@ from PIL import Image
 from monai_lm.fields import fold_count
 from monai_lm.report import figures, write_report
 
+pytestmark = pytest.mark.usefixtures("without_rivals")
+
 
 @pytest.fixture(autouse=True)
 def drawn(request, monkeypatch):
@@ -161,7 +163,7 @@ def test_misalignment_warning(tmp_path, case, voxels, expected):
 
 def test_worse_labels_and_landmarks_warn(tmp_path, case, make_result):
     html = written(tmp_path, case, result=make_result(-case["result"].ddf))
-    assert warned(html) - {"contrast"} == {"dice", "tre", "agreement", "information"}
+    assert warned(html) - {"contrast"} == {"dice", "tre", "agreement", "noise"}
     assert "the labels and the landmarks fit worse than before" in html
     assert "rose from 4.00 to 8.00 mm" in html
     assert 'class="verdict check"' in html
@@ -169,9 +171,7 @@ def test_worse_labels_and_landmarks_warn(tmp_path, case, make_result):
 
 def test_a_field_that_folds_is_condemned(tmp_path, case, make_result):
     html = written(tmp_path, case, result=make_result(folded(case)), labels=None, landmarks=None)
-    assert warned(html) - {"agreement", "extreme", "information"} == {
-        "folds"
-    }  # one voxel of a small plane is a large share
+    assert warned(html) - {"agreement", "extreme", "noise"} == {"folds"}  # one voxel of a small plane is a large share
     assert 'class="verdict bad"' in html
     assert "Do not use this field" in html
 
@@ -289,7 +289,7 @@ def test_noise_in_place_of_an_image_is_not_good(tmp_path, case, make_result, ran
     html = written(tmp_path, case, moving=noise, result=still, labels=None, landmarks=None)
     assert "agreement" in warned(html)
     assert 'class="verdict check"' in html
-    assert "it looks as if the images were not of the same thing: they agree little" in html
+    assert "but suspiciously: the images agree little" in html
 
 
 def test_labels_and_landmarks_may_be_measured_by_functions(tmp_path, case):

@@ -198,7 +198,7 @@ BAD_SETTINGS = [
     (
         {"similarity": "ssim"},
         ValueError,
-        r"similarity must be one of \['lncc', 'mi', 'mind', 'mse', 'ncc'\] or a loss module, got 'ss",
+        r"similarity must be one of \['auto', 'lncc', 'mapped_lncc', 'mi', 'mind', 'mse', 'ncc'\]",
     ),
     ({"similarity": None}, TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got NoneType"),
     ({"similarity": nn.MSELoss}, TypeError, "similarity must be a name, a Similarity or a torch.nn.Module, got type"),
