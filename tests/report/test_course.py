@@ -26,7 +26,7 @@ def test_the_finest_level_may_go_on_longer_but_not_stop_after_a_few():
     slow = [0.8, 0.6, *falling(0.55, 0.5, 20)]
     assert cut_short(course(s1=slow)) == []
     assert [cut.scale for cut in cut_short(course(s4=slow, s1=slow))] == [4]
-    assert cut_short(course(s1=falling(0.8, 0.5, 5))) == [Cut(1.0, 5, pytest.approx(0.2))]
+    assert cut_short(course(s1=falling(0.8, 0.5, 4))) == [Cut(1.0, 4, pytest.approx(0.25))]
     assert cut_short(course(s1=falling(0.8, 0.5, 3))) == []
 
 
