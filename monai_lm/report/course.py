@@ -10,7 +10,7 @@ from monai_lm.solver.result import Iteration
 
 __all__ = ["COARSE", "FINE", "Cut", "cut_short"]
 
-COARSE, FINE = 0.03, 0.15
+COARSE, FINE = 0.05, 0.2
 """A level was cut short if its last iterations, ten or a quarter of all, brought more than this part of what it gained:
 a coarse one, which finds large motion, and the last one, which goes on fitting details for long."""
 

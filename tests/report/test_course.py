@@ -23,10 +23,10 @@ def test_a_level_that_still_falls_is_cut_short_and_one_that_has_come_to_rest_is_
 
 
 def test_the_finest_level_may_go_on_longer_but_not_stop_after_a_few():
-    slow = [0.8, 0.6, *falling(0.55, 0.5, 20)]
+    slow = [0.8, 0.7, *falling(0.55, 0.45, 20)]
     assert cut_short(course(s1=slow)) == []
     assert [cut.scale for cut in cut_short(course(s4=slow, s1=slow))] == [4]
-    assert cut_short(course(s1=falling(0.8, 0.5, 5))) == [Cut(1.0, 5, pytest.approx(0.2))]
+    assert cut_short(course(s1=falling(0.8, 0.5, 4))) == [Cut(1.0, 4, pytest.approx(0.25))]
     assert cut_short(course(s1=falling(0.8, 0.5, 3))) == []
 
 

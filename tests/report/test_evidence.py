@@ -144,3 +144,16 @@ def test_noise_that_mutual_information_refined_onto_noise_is_doubted():
     found = evidence_of(fixed, moving, ddf, similarity="mi")
     assert found.information > information(fixed, moving) + 0.02
     assert "information" in doubts_of(found)
+
+
+def test_a_field_that_follows_noise_loses_what_smoothed_images_tell(smooth_image):
+    image = smooth_image((1, 1, 64, 60), seed=1).float()
+    draw = torch.Generator().manual_seed(0)
+    fixed, moving = (image + 0.2 * image.std() * torch.randn(image.shape, generator=draw) for _ in range(2))
+    still = torch.zeros(1, 2, 64, 60)
+    ddf = refine(fixed, moving).ddf
+    found = evidence_of(fixed, moving, ddf, similarity="lncc")
+    assert found.information > information(fixed, moving)  # as if it had gained something
+    assert "noise" in doubts_of(found)
+    assert evidence_of(fixed, moving, still).gained == 0
+    assert evidence_of(fixed, moving, still, start=ddf).gained == pytest.approx(-found.gained, abs=1e-6)

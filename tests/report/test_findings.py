@@ -1,9 +1,12 @@
 """What a report says: values of known fields, the same labels in every mean, and the verdict."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from monai_lm.report.findings import Case, FieldMetrics, measure_field, verdict, warnings_of
+from monai_lm.report.evidence import Evidence
+from monai_lm.report.findings import Case, FieldMetrics, _far_apart, measure_field, verdict, warnings_of
 
 
 @pytest.fixture
@@ -57,3 +60,29 @@ def test_the_verdict_follows_from_the_remarks(shifted):
         found = warnings_of(shifted, before, after)
         assert set(found) == expected
         assert verdict(shifted, found)[0] == state
+
+
+def test_outcomes_in_plain_words(shifted):
+    better = FieldMetrics({1: 0.9}, None, None, 0.1, 0, 0, 0.0)
+    for warnings, state, outcome, words in (
+        ({}, "good", "improved", "the images match better than before"),
+        ({"repaired": ""}, "check", "improved", "see the remarks below"),
+        ({"similarity": ""}, "check", "no improvement", "did not make the images more similar"),
+        ({"mirror": "", "misaligned": ""}, "check", "suspicious", "a mirror image fits as well or better, the images"),
+        ({"iterations": ""}, "check", "suspicious", "the iterations ran out"),
+        ({"folds": "", "mirror": ""}, "bad", "folded", "Do not use this field"),
+    ):
+        found = verdict(shifted, warnings)
+        assert found[:2] == (state, outcome)
+        assert words in found[2]
+    assert warnings_of(shifted, better, better) == {}
+
+
+def test_images_far_apart_are_told_only_if_they_did_not_come_together(shifted):
+    far = replace(shifted, moving=shifted.fixed.roll(9, 2))
+    together = Evidence(0.95, 0.3, 0.01, centred=0.0)
+    assert _far_apart(far, together, doubted=False) == {}
+    assert _far_apart(shifted, replace(together, sdlogj=0.9), doubted=True) == {}
+    for evidence, doubted in ((replace(together, centred=-0.2), False), (replace(together, sdlogj=0.6), False)):
+        assert "--affine auto" in _far_apart(far, evidence, doubted)["misaligned"]
+    assert "misaligned" in _far_apart(far, together, doubted=True)
