@@ -1,50 +1,89 @@
-"""Which measure suits the images of a refinement, where that is left to them."""
+"""Where a measure that learns from aligned images begins, and which measure suits the images where they choose it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from monai_lm import kernels
+from monai_lm.kernels.devices import Stopwatch
 from monai_lm.similarity import Similarity
 from monai_lm.solver.pyramid import make_level, shrink
 from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record
-from monai_lm.solver.run import APART, Problem, Settings, descend, engine_of, warped_by
+from monai_lm.solver.run import Problem, Settings, descend, engine_of, warped_by
 from monai_lm.solver.schedule import Stage
+from monai_lm.solver.symmetric import swapped
 
-__all__ = ["decided"]
+__all__ = ["begun"]
+
+_APART = 2
+"""Images are not asked about their contrasts on coarser levels: they do not lie on each other there yet."""
 
 _SCALE = 2
 """Reduction of the images that are looked at: noise makes the relation of their intensities less clear."""
 
 
-def decided(
-    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, record: Record, idle: Tensor
-) -> Similarity:
-    """The measure that suits the images, after the coarse stages of a refinement across contrasts; all else is undone.
+def begun(
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor
+) -> tuple[Settings, Residual | None, Sequence[Stage]]:
+    """The settings with a measure that is decided, where it begins, and the stages that are left.
+
+    A measure that ``learns`` begins after the coarse stages, where the best of its ``starts`` leads, for every pair:
+    after which the images are least unlike by the measure ``unaligned``. For any other nothing is done.
 
     Args:
         problem: what is refined.
         stages: of the refinement, coarse to fine.
         finest: stage on the grid of the problem.
-        settings: with a measure that may be ``undecided``; any other one is returned.
-        record: a new one, which is not of the result.
+        settings: with the measure as it was asked for.
         idle: pairs that stay, ``(B,)``.
     """
     measure = settings.similarity
-    if not measure.undecided:
-        return measure
-    rough = replace(settings, similarity=measure.unaligned)
+    if not measure.learns:
+        return settings, None, stages
+    coarse = [stage for stage in stages if stage.level.scale > _APART]
+    best: Residual | None = None
+    lowest = torch.zeros(0)
+    for start in measure.starts if coarse else ():
+        residual = _after(coarse, finest, problem, replace(settings, similarity=start), idle)
+        loss = _loss(measure.unaligned, *_seen(problem, residual, finest))
+        loss = loss + swapped(loss) if settings.symmetric else loss
+        if best is None:
+            best, lowest = residual, loss
+        else:
+            kernels.choose(loss < lowest, residual.field, best.field)
+            lowest = torch.minimum(loss, lowest)
+    measure = measure.decided(*_seen(problem, best, finest))
+    settings = replace(settings, similarity=measure)
+    return (settings, best, stages[len(coarse) :]) if measure.learns else (settings, None, stages)
+
+
+def _after(stages: Sequence[Stage], finest: Stage, problem: Problem, settings: Settings, idle: Tensor) -> Residual:
+    """Where some stages lead to."""
+    record = Record(len(idle), Stopwatch(problem.fixed.device, perf_counter()))
     residual: Residual | None = None
     with tqdm(disable=True) as bar:
         for stage in stages:
-            if stage.level.scale > APART:
-                engine = engine_of(stage, finest, problem, residual, rough)
-                residual = engine.residual
-                descend(engine, stage, rough, record, bar, idle)
+            engine = engine_of(stage, finest, problem, residual, settings)
+            residual = engine.residual
+            descend(engine, stage, settings, record, bar, idle)
+    assert residual is not None  # for mypy: there are stages
+    return residual
+
+
+def _seen(problem: Problem, residual: Residual | None, finest: Stage) -> tuple[Tensor, Tensor]:
+    """The fixed and the warped image as they are looked at."""
     level = make_level(finest.level.size, problem.edges, _SCALE)
-    fixed, warped = (shrink(image, level) for image in (problem.fixed, warped_by(residual, finest, problem)))
-    return measure.decided(fixed, warped)
+    return shrink(problem.fixed, level), shrink(warped_by(residual, finest, problem), level)
+
+
+def _loss(measure: Similarity, fixed: Tensor, warped: Tensor) -> Tensor:
+    """Of images as they lie, ``(B,)``."""
+    reference, image = measure.prepare(fixed, warped)
+    return measure.evaluate(image, reference)[0]

@@ -30,7 +30,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
-from monai_lm.solver.choice import decided
+from monai_lm.solver.choice import begun
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -40,7 +40,6 @@ from monai_lm.solver.method import make_method
 from monai_lm.solver.prediction import believed
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.regularizer import Regularizer, make_regularizer
-from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
 from monai_lm.solver.schedule import Stage, make_schedule
@@ -275,11 +274,10 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
-    aside = Record(len(constant), Stopwatch(fixed.device, time.perf_counter()))
-    settings = replace(settings, similarity=decided(problem, stages, finest, settings, aside, idle))
-    residual: Residual | None = None
+    settings, residual, left = begun(problem, stages, finest, settings, idle)
+    bar.update(sum(stage.iterations for stage in stages[: len(stages) - len(left)]))
     engine: Engine | None = None
-    for stage in stages:
+    for stage in left:
         engine = None  # all that the level before keeps, its residual aside
         engine = engine_of(stage, finest, problem, residual, settings)
         residual, loss = engine.residual, descend(engine, stage, settings, record, bar, idle)
