@@ -141,7 +141,8 @@ def sequence(
         label: labels on the reference; motion.csv has the motion of each.
         mask: weights in [0, 1] on the reference: the similarity counts where they are not zero. Motion is told over it,
             else over the labels, else over the foreground.
-        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
+        similarity: lncc, mapped_lncc, mi, mind, mse, ncc, or auto: one of the first two; or several, coarse to fine,
+            as mi,lncc.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written, from the reference to the frames.
         overwrite: replace outputs that exist.
@@ -186,7 +187,8 @@ def _options(
         ddf_format: of predicted fields, where their files do not say: voxel, ras, lps, positions, fsl.
         ddf_before_affine: a predicted field ends where the file of its affine begins, as ANTs and greedy write the two;
             otherwise it leads through both.
-        similarity: lncc, mi, mind, mse or ncc; or several, coarse to fine, as mi,lncc: the last is the finest level's.
+        similarity: lncc, mapped_lncc, mi, mind, mse, ncc, or auto: one of the first two; or several, coarse to fine,
+            as mi,lncc.
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.

@@ -45,7 +45,7 @@ class Similarity(ABC):
     """Whether ``reference`` takes a ``weight`` per voxel, for :class:`monai_lm.similarity.weighted.Weighted`."""
 
     learns = False
-    """Whether a level has the measure and the fixed image of :meth:`matched`, or the measure :attr:`unaligned`."""
+    """Whether a level has what is :meth:`matched`, after one of :attr:`starts` has led through the coarse levels."""
 
     undecided = False
     """Whether a refinement has to ask :meth:`decided` for its measure."""
@@ -57,6 +57,11 @@ class Similarity(ABC):
     def unaligned(self) -> Similarity:
         """The measure for images that do not lie on each other yet: itself, unless it learns from those that do."""
         return self
+
+    @property
+    def starts(self) -> tuple[Similarity, ...]:
+        """Measures of which one leads as far as a measure that ``learns`` can begin; else itself."""
+        return (self.unaligned,)
 
     def matched(
         self,

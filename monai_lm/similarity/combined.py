@@ -64,6 +64,12 @@ class Combined(Similarity):
     def unaligned(self) -> Similarity:
         return self._of([measure.unaligned for measure in self.measures])
 
+    @property
+    @override
+    def starts(self) -> tuple[Similarity, ...]:
+        own = [measure.starts for measure in self.measures]
+        return tuple(self._of([s[min(k, len(s) - 1)] for s in own]) for k in range(max(map(len, own))))
+
     @override
     def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
         groups = zip(self.measures, self._plain(fixed), self._plain(warped), strict=True)

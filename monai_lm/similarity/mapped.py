@@ -12,6 +12,7 @@ from monai_lm.kernels.devices import widest_float
 from monai_lm.kernels.reference import over_voxels, spatial_gradient
 from monai_lm.similarity.base import Range, Similarity, standard_range
 from monai_lm.similarity.lncc import LNCC
+from monai_lm.similarity.mi import MI
 from monai_lm.similarity.mind import MIND
 
 __all__ = ["IntensityMap", "MappedLNCC", "intensity_map", "monotony"]
@@ -33,8 +34,10 @@ class MappedLNCC(LNCC):
 
     An :func:`intensity_map` is learned at the start of every level, from the images on the finest grid as they lie on
     each other by then, and held until the next; the iterations are those of :class:`~monai_lm.similarity.LNCC`. Coarser
-    than half the resolution, before anything is known of the contrasts, :class:`~monai_lm.similarity.MIND` leads. As a
-    loss on its own it learns the map from the two images that it is given, and the derivative is that of both.
+    than half the resolution, before anything is known of the contrasts, :class:`~monai_lm.similarity.MIND` and
+    :class:`~monai_lm.similarity.MI` lead, each on its own; the refinement goes on from where the images are less unlike
+    by MIND, and has no history of what was before. As a loss on its own it learns the map from the two images that it
+    is given, and the derivative is that of both.
 
     The map is one function of intensity: tissues that are alike in the fixed image, and not in the moving one, become
     their mean.
@@ -58,6 +61,11 @@ class MappedLNCC(LNCC):
     @override
     def unaligned(self) -> Similarity:
         return MIND()
+
+    @property
+    @override
+    def starts(self) -> tuple[Similarity, ...]:
+        return MIND(), MI()
 
     @override
     def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:

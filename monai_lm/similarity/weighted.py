@@ -57,6 +57,11 @@ class Weighted(Similarity):
     def unaligned(self) -> Similarity:
         return self._of(self.measure.unaligned)
 
+    @property
+    @override
+    def starts(self) -> tuple[Similarity, ...]:
+        return tuple(self._of(measure) for measure in self.measure.starts)
+
     @override
     def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
         image, shown, weight = self._apart(fixed, warped, weight)

@@ -29,7 +29,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
-from monai_lm.solver.choice import decided
+from monai_lm.solver.choice import begun
 from monai_lm.solver.damping import Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -41,7 +41,6 @@ from monai_lm.solver.prediction import believed
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.rehearsal import rehearse
-from monai_lm.solver.residual import Residual
 from monai_lm.solver.result import Iteration, Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
 from monai_lm.solver.schedule import Measure, Stage, make_schedule
@@ -308,12 +307,11 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
-    aside = Record(len(constant), Stopwatch(fixed.device, time.perf_counter()))
-    stages = decided(problem, stages, finest, settings, aside, idle)
+    stages, residual, done = begun(problem, stages, finest, settings, idle)
     finest = replace(finest, similarity=stages[-1].similarity)
-    residual: Residual | None = None
+    bar.update(sum(stage.iterations for stage in stages[:done]))
     engine: Engine | None = None
-    for stage in stages:
+    for stage in stages[done:]:
         engine = None  # all that the level before keeps, its residual aside
         engine = engine_of(stage, finest, problem, residual, settings)
         residual, loss = engine.residual, descend(engine, stage, settings, record, bar, idle)

@@ -25,14 +25,12 @@ from monai_lm.solver.schedule import Stage
 from monai_lm.solver.symmetric import SymmetricEngine
 from monai_lm.solver.trust import initial_trust
 
-__all__ = ["APART", "Problem", "Settings", "descend", "engine_of", "warped_by"]
+__all__ = ["Problem", "Settings", "descend", "engine_of", "warped_by"]
 
 _LOOK = 10  # iterations between two looks at the plateau, each a host synchronisation
 _MEND = 5
 """Iterations between two repairs: folds that are left to a level's end mislead it, and take back what it gained. On the
 validation sets it gains .011 Dice (s.e. .005) on abdomens against 50, on others nothing, for 3 to 8 % of the time."""
-APART = 2
-"""Images are not asked about their contrasts on coarser levels: they do not lie on each other there yet."""
 _HALF_FROM = 0.25  # levels with fewer voxels than this fraction of the finest grid need no memory to speak of
 
 
@@ -116,12 +114,10 @@ def _lesion(stage: Stage, problem: Problem, prediction: Tensor | None) -> Lesion
 
 
 def _compared(stage: Stage, finest: Stage, problem: Problem, residual: Residual) -> tuple[Similarity, Tensor]:
-    """The measure of a stage, and the fixed image on the finest grid as it is compared there."""
+    """The measure of a stage to come, and the fixed image on the finest grid as it is compared there."""
     measure = stage.similarity
     if not measure.learns:
         return measure, problem.fixed
-    if stage.level.scale > APART:
-        return measure.unaligned, problem.fixed
     return measure.matched(problem.fixed, warped_by(residual, finest, problem))
 
 
