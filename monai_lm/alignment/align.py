@@ -137,7 +137,7 @@ def _checked(
 
 
 def _seen(image: Tensor, weight: Tensor) -> Tensor:
-    """An image as :func:`monai_lm.refine` sees it, with three voxels beside the mask; no darker and no brighter there."""
+    """An image as :func:`monai_lm.refine` sees it, with three voxels beside the mask; no darker, no brighter there."""
     counts = (weight > 0) & torch.isfinite(image).all(1, keepdim=True)
     counted = image[0][:, counts[0, 0]]
     ends = (end.view(1, -1, *[1] * (image.dim() - 2)) for end in (counted.amin(1), counted.amax(1)))
