@@ -177,7 +177,7 @@ def _options(
     uncertainty: bool = False,
     guide_labels: list[int] | str | None = None,
     guide_points: bool = False,
-    guide_weight: float = 1.0,
+    guide_weight: float | None = None,
 ) -> dict[str, Any]:
     """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.pairs.refine_pair`.
 
@@ -205,10 +205,13 @@ def _options(
         uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm, by the way back; not with symmetric.
         guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, as 1,3, or all.
         guide_points: whether fixed_points and moving_points guide the refinement.
-        guide_weight: how hard they pull, relative to the images.
+        guide_weight: how hard they pull, relative to the images; default 1.
     """
     guided = guide_labels is not None or guide_points
-    check_number("guide_weight", guide_weight, 0, exclusive=True)
+    if guide_weight is not None:
+        check_number("guide_weight", guide_weight, 0, exclusive=True)
+        if not guided:
+            raise ValueError(f"guide_weight needs guide_labels or guide_points, got {guide_weight} alone")
     if guided and symmetric:
         raise ValueError("guide_labels and guide_points cannot be used together with symmetric")
     settings = {
@@ -223,7 +226,7 @@ def _options(
         "bundle": bundle, "ddf_format": ddf_format, "ddf_before_affine": ddf_before_affine,
         "device": device, "file_format": file_format, "report": report,
         "jacobian": jacobian, "uncertainty": uncertainty,
-        "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight} if guided else None,
+        "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight or 1.0} if guided else None,
         "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
     }  # fmt: skip
 

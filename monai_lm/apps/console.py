@@ -55,7 +55,7 @@ def show(values: dict[str, Any], json: bool) -> None:
         print(as_json(values))
         return
     for key, value in values.items():
-        if key == "alignment":
+        if key == "alignment" and isinstance(value, dict):
             print(value["text"])
         elif key == "remarks":
             print("".join(f"- {text}\n" for text in value.values()), end="")

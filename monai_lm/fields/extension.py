@@ -19,7 +19,7 @@ def extend_in_place(field: Tensor, inside: Tensor, spacing: Sequence[float], cyc
     """Bring a field nearer to its harmonic extension, ``Δ u = 0`` inside of a mask, given by what is around.
 
     That of an affine field is affine, and no value inside is beyond those around. Where the mask meets the border of
-    the grid nothing flows through. A cycle leaves about a half of what is missing, or less, and takes 3 volumes per
+    the grid nothing flows through. A cycle leaves about a half of what is missing, or less, and takes 4 volumes per
     component for a moment, as does the mask.
 
     Args:
@@ -46,8 +46,23 @@ def _cycle(field: Tensor, inside: Tensor, weights: Sequence[float], source: Tens
         fine = F.interpolate(change, scale_factor=[float(h) for h in halves], mode=mode, align_corners=False)
         for axis, size in enumerate(field.shape[2:]):
             fine = fine.narrow(axis + 2, 0, size)
-        field.addcmul_(fine, inside)
+        fine.mul_(inside)
+        field.addcmul_(fine, _best_share(fine, field, inside, weights, source))
     _sweep(field, inside, weights, source)
+
+
+def _best_share(
+    change: Tensor, field: Tensor, inside: Tensor, weights: Sequence[float], source: Tensor | None
+) -> Tensor:
+    """How much of a change brings a field nearest in energy, ``(B, C, 1, ...)``.
+
+    A coarse grid mistakes what a change is worth, most where its last voxels stand out over the border: there cycles
+    led away without this share.
+    """
+    axes = tuple(range(2, field.dim()))
+    gained = (_missing(field, inside, weights, source) * change).sum(axes, keepdim=True)
+    energy = -(_missing(change, inside, weights, None) * change).sum(axes, keepdim=True)
+    return torch.where(energy > 0, gained / torch.where(energy > 0, energy, 1.0), 0.0)
 
 
 def _sweep(field: Tensor, inside: Tensor, weights: Sequence[float], source: Tensor | None) -> None:

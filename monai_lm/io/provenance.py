@@ -197,6 +197,8 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _state(path: Path) -> tuple[int, str]:
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder {path}")
     found = [file.stat() for file in _files(path)]
     latest = max((state.st_mtime for state in found), default=0.0)
     return sum(state.st_size for state in found), datetime.fromtimestamp(latest, timezone.utc).isoformat()

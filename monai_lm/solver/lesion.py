@@ -106,8 +106,13 @@ def checked_lesion(lesion: Any, image: Tensor, name: str, of: str) -> Tensor | N
 
 
 def outside(mask: Any, lesion: Tensor | None, name: str) -> Any:
-    """A mask, given as to :func:`monai_lm.refine`, without a lesion ``(B, 1, *S)``."""
+    """A mask, given as to :func:`monai_lm.refine`, without a lesion ``(B, 1, *S)``; ValueError if nothing is left."""
     if lesion is None or mask is None:
         return mask if lesion is None else 1 - lesion
     mask = plain(name, mask)
-    return mask * (1 - lesion) if mask.shape == lesion.shape and mask.device == lesion.device else mask
+    if mask.shape != lesion.shape or mask.device != lesion.device:
+        return mask  # is refused as it is
+    left = mask * (1 - lesion)
+    if gone := (mask.flatten(1).any(1) & ~left.flatten(1).any(1)).nonzero().flatten().tolist():
+        raise ValueError(f"{name} must leave something outside of the lesion, got nothing for pairs {gone}")
+    return left

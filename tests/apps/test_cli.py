@@ -150,6 +150,7 @@ def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
     [
         ("--regularizer bending --regularizer_weight -1", "regularizer_weight must be at least 0, got -1.0"),
         ("--guide_points --guide_weight -1", "guide_weight must be greater than 0, got -1.0"),
+        ("--guide_weight 2", "guide_weight needs guide_labels or guide_points, got 2.0 alone"),
         ("--guide_points --symmetric", "guide_labels and guide_points cannot be used together with symmetric"),
         ("--ddf_format foo", r"ddf_format must be one of \('auto', 'itk', .*got 'foo'"),
         ("--bundle B --fixed_mask M", "fixed_mask cannot be used together with bundle"),
@@ -277,6 +278,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     plan = json.loads(capsys.readouterr().out)
     assert "symmetric true" in plan["settings"]
     assert plan["alignment"].startswith("center. ")
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+    cli.main()
+    assert f"alignment           {plan['alignment']}\n" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     log = tmp_path / "log.jsonl"
     monkeypatch.setattr(sys, "argv", ["monai-lm", *words, "--iterations", "3,2", "--log_json", str(log)])

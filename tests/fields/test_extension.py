@@ -60,3 +60,19 @@ def test_an_affine_field_is_found_again_by_few_cycles(spacing):
         missing.append(float((out - affine).abs().max()))
     assert missing[1] < 0.05 * missing[0]
     assert missing[2] < 0.2 * missing[1]
+
+
+@pytest.mark.parametrize("size", [9, 25, 33, 40])
+@pytest.mark.parametrize("ends", ["first", "last"])
+def test_no_number_of_cycles_leads_away_where_the_mask_meets_the_border(size, ends):
+    """Of such sizes the last voxels of coarser grids stand out over the border."""
+    inside = torch.ones(1, 1, size, 9, 12)
+    inside[:, :, 0 if ends == "first" else -1] = 0
+    field = noise(1, 3, size, 9, 12).float() * (1 - inside)
+    around = field.abs().max()
+    for cycles in (1, 5, 30):
+        extend_in_place(field, inside, (1.0, 1.0, 1.0), cycles)
+        assert float(field.abs().max()) <= float(around) + 1e-5
+    before = field.clone()
+    extend_in_place(field, inside, (1.0, 1.0, 1.0), 1)
+    assert float((field - before).abs().max()) < 1e-3 * float(around)

@@ -2,9 +2,11 @@
 
 import errno
 
+import nibabel as nib
+import numpy as np
 import pytest
 
-from monai_lm.io.nifti import replacing
+from monai_lm.io.nifti import load_nifti, replacing
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -22,3 +24,13 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, named):
 def test_an_error_about_another_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "a"):
         (tmp_path / "other").read_text()
+
+
+def test_a_compressed_file_with_a_wrong_check_sum_is_refused(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.diag([1.0, 2.0, 3.0, 1.0])), path)
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # as after a flip of any bit of what is compressed
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image\.nii\.gz must be a whole NIfTI file, got a gzip file, cut off"):
+        load_nifti(path)

@@ -105,3 +105,8 @@ def test_objects_are_told_by_what_they_are_set_to():
     second.load_state_dict(first.state_dict())
     assert weights_digest(first) == weights_digest(second)
     assert weights_digest(first.bfloat16()) != weights_digest(second)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder .*field"):
+        file_record(tmp_path / "field.nii.gz")

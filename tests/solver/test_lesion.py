@@ -105,7 +105,10 @@ def test_lesions_that_do_not_fit():
         ({"moving_lesion": lesion - 0.5}, "moving_lesion must be zero where there is none and positive"),
         ({"lesion": torch.ones_like(lesion)}, r"lesion must leave something of fixed, got all of it for pairs \[0\]"),
         ({"lesion": lesion, "symmetric": True}, "lesion and moving_lesion must be None with symmetric"),
-        ({"lesion": lesion, "mask": lesion}, "mask must not be zero everywhere"),
+        (
+            {"lesion": lesion, "mask": lesion},
+            r"mask must leave something outside of the lesion, got nothing for pairs \[0\]",
+        ),
         ({"lesion": lesion / 0}, "lesion must be finite"),
         ({"lesion": lesion, "similarity": torch.nn.MSELoss()}, "mask must be None for a similarity that cannot weigh"),
     ):
