@@ -108,5 +108,5 @@ def test_objects_are_told_by_what_they_are_set_to():
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder .*field"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*field"):
         file_record(tmp_path / "field.nii.gz")
