@@ -6,7 +6,7 @@ The bounds are from real pairs, of one contrast and of several, and from nonsens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +112,7 @@ def evidence_of(
     ddf: Tensor,
     start: Tensor | None = None,
     mask: Tensor | None = None,
-    similarity: object = None,
+    similarity: str = "",
     spacing: Sequence[float] | None = None,
     device: torch.device | str | None = None,
 ) -> Evidence:
@@ -124,12 +124,12 @@ def evidence_of(
         ddf: ``(1, n, *S)`` in voxels.
         start: ``(1, n, *S)`` the field that the refinement started from; default: none.
         mask: ``(1, 1, *S)`` weights, or None.
-        similarity: what was optimised, as for :func:`monai_lm.refine` or as metrics.json describes it, or None.
+        similarity: name of what was optimised, as :class:`monai_lm.RefinementResult` has it.
         spacing: voxel edge per axis; default: 1.
         device: where the mirror images are refined; default: where the images are.
     """
     fixed, moving = fixed[:, :1].float(), moving[:, :1].float()
-    measure = _kind_of(similarity)
+    measure = MEASURES.get(similarity)
     warped = warp(moving, ddf)
     began = moving if start is None else warp(moving, start)
     still, smooth = gaussian_smooth(fixed, _SMOOTH), gaussian_smooth(moving, _SMOOTH)
@@ -153,15 +153,6 @@ def evidence_of(
         any_contrast=measure in (MI, MIND, MappedLNCC),
         witness=witness,
     )
-
-
-def _kind_of(similarity: object) -> type | None:
-    """The class of the finest level's measure; None where it is not one of the package's."""
-    if isinstance(similarity, list | tuple) and similarity:
-        return _kind_of(similarity[-1])
-    if isinstance(similarity, Mapping):
-        similarity = str(similarity.get("type")).rpartition(".")[2].lower()
-    return MEASURES.get(similarity) if isinstance(similarity, str) else type(similarity)
 
 
 def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:

@@ -1,0 +1,74 @@
+"""Where measures that learn begin, alone and beside others."""
+
+import pytest
+import torch
+from monai.losses import SSIMLoss
+
+from monai_lm import refine
+from monai_lm.fields import warp
+from monai_lm.similarity import LNCC, MI, MIND, MSE
+from monai_lm.similarity.mapped import MappedLNCC
+
+SETTINGS = {"scales": (4, 2, 1), "iterations": (8, 6, 4), "tolerance": 0.0}
+
+
+@pytest.fixture
+def pair(smooth_image, smooth_field):
+    """An image whose darkest and brightest parts look alike, and it warped, in its own contrast."""
+    image = smooth_image((1, 1, 56, 52), 4.0, 0, torch.float32)
+    fixed = warp(image, smooth_field((1, 2, 56, 52), 2.0, 8.0, 1, torch.float32))
+    return fixed, (image - image.mean()).abs()
+
+
+def levels(result):
+    return list(dict.fromkeys(row.level for row in result.history[0]))
+
+
+@pytest.mark.parametrize(
+    ("similarity", "name", "seen"),
+    [
+        ("lncc", "lncc", [4, 2, 1]),
+        ("mapped_lncc", "mapped_lncc", [2, 1]),  # another measure led through the first level
+        (("mi", "mapped_lncc"), "mapped_lncc", [4, 2, 1]),
+        (("mi", "auto"), "mapped_lncc", [2, 1]),  # MI led, to see what suits the images
+        (("auto", "lncc"), "lncc", [2, 1]),
+        (("mi", MSE()), "mse", [4, 2, 1]),
+        (LNCC(3), "lncc", [4, 2, 1]),
+        (SSIMLoss(spatial_dims=2), "SSIMLoss", [4, 2, 1]),
+    ],
+)
+def test_the_result_names_the_measure_of_the_finest_level_and_tells_what_it_did(similarity, name, seen, pair):
+    result = refine(*pair, similarity=similarity, **SETTINGS)
+    assert result.similarity == name
+    assert levels(result) == seen
+
+
+def test_a_level_that_does_not_learn_is_that_of_its_measure_alone(pair):
+    both = refine(*pair, similarity=("mi", "mapped_lncc"), **SETTINGS)
+    alone = refine(*pair, similarity="mi", **SETTINGS)
+    first = [[row.loss for row in result.history[0] if row.level == 4] for result in (both, alone)]
+    assert first[0] == first[1]
+
+
+def test_every_pair_begins_where_the_better_of_the_starts_leads(pair, monkeypatch):
+    """What MIND finds less unlike: a batch takes for each pair what the pair takes alone, and order does not matter."""
+    fixed, moving = (torch.cat([image, image.flip(3).roll(5, 3)]) for image in pair)
+    plain = refine(fixed, moving, similarity="mapped_lncc", **SETTINGS).ddf
+    ends = {}
+    for start in (MIND(), MI()):
+        monkeypatch.setattr(MappedLNCC, "starts", (start,))
+        ends[type(start)] = refine(fixed, moving, similarity="mapped_lncc", **SETTINGS).ddf
+    monkeypatch.setattr(MappedLNCC, "starts", (MI(), MIND()))
+    assert torch.equal(refine(fixed, moving, similarity="mapped_lncc", **SETTINGS).ddf, plain)
+    for number in range(2):
+        assert any(torch.equal(plain[number], end[number]) for end in ends.values())
+    assert not torch.equal(ends[MIND], ends[MI])
+
+
+def test_levels_that_are_all_coarse_end_on_the_grid_of_the_images(smooth_image, smooth_field):
+    image = smooth_image((1, 1, 56, 52), 4.0, 0, torch.float32)
+    truth = smooth_field((1, 2, 56, 52), 2.0, 8.0, 1, torch.float32)
+    result = refine(warp(image, truth), image, similarity="mapped_lncc", scales=(8, 4), iterations=(20, 20))
+    assert levels(result) == []  # others led through both
+    assert result.final_loss < result.initial_loss
+    assert float((result.ddf - truth).norm(dim=1).mean()) < 0.8 * float(truth.norm(dim=1).mean())
