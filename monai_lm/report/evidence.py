@@ -128,7 +128,7 @@ def evidence_of(
         spacing: voxel edge per axis; default: 1.
         device: where the mirror images are refined; default: where the images are.
     """
-    fixed, moving = fixed[:, :1].float(), moving[:, :1].float()
+    fixed, moving = (image[:, :1].float().contiguous() for image in (fixed, moving))
     measure = MEASURES.get(similarity)
     warped = warp(moving, ddf)
     began = moving if start is None else warp(moving, start)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from monai_lm import refine
+from monai_lm import kernels, refine
+from monai_lm.kernels import cpu
 from monai_lm.report.evidence import (
     AGREEMENT,
     Evidence,
@@ -154,3 +155,16 @@ def test_a_field_that_follows_noise_loses_what_smoothed_images_tell(smooth_image
     assert "noise" in doubts_of(found)
     assert evidence_of(fixed, moving, still).gained == 0
     assert evidence_of(fixed, moving, still, start=ddf).gained == pytest.approx(-found.gained, abs=1e-6)
+
+
+def test_images_in_another_order_of_memory_take_the_kernels_too(smooth_image, monkeypatch):
+    """As files give them; the references would take many times as long."""
+    fixed, moving = (smooth_image((1, 1, 24, 20, 22), 2.0, seed).float() for seed in (0, 1))
+    still = torch.zeros(1, 3, 24, 20, 22)
+    expected = evidence_of(fixed, moving, still, similarity="lncc")
+    turned = [image.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2) for image in (fixed, moving)]
+    assert not turned[0].is_contiguous()
+    if kernels.missing(fixed.device) is None:
+        served = cpu.available
+        monkeypatch.setattr(cpu, "available", lambda *tensors: served(*tensors) or pytest.fail("not served"))
+    assert evidence_of(*turned, still, similarity="lncc") == expected
