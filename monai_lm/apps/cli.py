@@ -199,7 +199,7 @@ def _options(
         memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
-        file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
+        file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg or freesurfer.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
         uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm, by the way back; not with symmetric.

@@ -16,11 +16,12 @@ import numpy as np
 
 from monai_lm.fields.space import Grid
 from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
-from monai_lm.io.freesurfer import MGH_SUFFIXES, read_freesurfer_ddf
+from monai_lm.io.freesurfer import MGH_SUFFIXES, check_mgh_grid, read_freesurfer_ddf, write_freesurfer_ddf
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, read_itk_transform, write_itk_transform
+from monai_lm.io.m3z import MORPH_SUFFIXES, read_m3z_ddf
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.niftyreg import is_niftyreg, read_niftyreg_ddf
 from monai_lm.io.vectors import read_millimetre_ddf
@@ -51,6 +52,7 @@ class Format:
         read: makes ``(n, *S)`` in voxels and the affine of its grid of a path and what it ``asks`` for.
         write: writes a field ``(n, *S)`` in voxels on the grid of an affine to a path; ``None``: it is read only.
         asks: which arguments of :func:`read_ddf` the functions take, as the files do not say it.
+        tells: which arguments of :func:`write_ddf` only the writer takes, as the files say it.
         suffixes: of its files; what is written gets the first.
         planes: whether it holds fields in 2D.
         has_affine: whether its files say where the fixed grid lies; else its functions know no affine.
@@ -62,6 +64,7 @@ class Format:
     read: Callable[..., Any]
     write: Callable[..., None] | None = None
     asks: tuple[str, ...] = ("moving_affine",)
+    tells: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = (".nii.gz", ".nii")
     planes: bool = True
     has_affine: bool = True
@@ -111,7 +114,16 @@ _TABLE = {
     "freesurfer": Format(
         "displacements or positions, RAS mm or voxels of its source, as the file says",
         read_freesurfer_ddf,
+        write_freesurfer_ddf,
+        tells=("moving_size",),
         suffixes=MGH_SUFFIXES,
+        planes=False,
+        check_grid=check_mgh_grid,
+    ),
+    "m3z": Format(
+        "positions, voxels of its source or RAS mm, as the file says",
+        read_m3z_ddf,
+        suffixes=MORPH_SUFFIXES,
         planes=False,
     ),
     "afni": Format(_LPS, read_afni_ddf, planes=False, check_grid=check_afni_grid),
@@ -126,7 +138,7 @@ FORMATS = tuple(name for name, found in _TABLE.items() if found.write)
 """What fields are written in."""
 
 READABLE = tuple(_TABLE)
-"""What fields are read from: besides, NiftyReg's, AFNI's, and millimetres that do not say what they are."""
+"""What fields are read from: besides, NiftyReg's, AFNI's, FreeSurfer's morphs, and millimetres of any kind."""
 
 
 def guess_format(path: str | Path) -> str:
@@ -224,7 +236,7 @@ def write_ddf(
         affine: ``(4, 4)`` voxel-to-RAS affine of the fixed grid.
         file_format: one of ``FORMATS``.
         moving_affine: that of the moving grid, for files in millimetres; default: ``affine``.
-        moving_size: its voxel counts, for FSL's files; default: those of the field.
+        moving_size: its voxel counts, for FSL's and FreeSurfer's files; default: those of the field.
 
     Raises:
         ValueError: an unknown format, or a field that it cannot hold, see the writers.
@@ -233,7 +245,8 @@ def write_ddf(
     found = _TABLE[file_format]
     assert found.write is not None  # for mypy: it is one of FORMATS
     given = {"moving_affine": moving_affine, "moving_size": moving_size}
-    found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in found.asks})
+    taken = (*found.asks, *found.tells)
+    found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in taken})
 
 
 def says(file_format: str) -> str:

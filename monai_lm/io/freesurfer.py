@@ -1,25 +1,36 @@
 """FreeSurfer's warps in MGH files (``.mgz``), as ``mri_warp_convert`` and ``mri_synthmorph`` write them; by nibabel.
 
 The version in the header says what a volume is, 3 for a warp. Behind the data, tags say what the numbers are and where
-the source lies, the moving image. Tested with surfa, FreeSurfer's package.
+source and target lie, the moving and the fixed image. Tested with surfa, FreeSurfer's package.
 """
 
 from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 
-from monai_lm.fields.space import check_affine
+from monai_lm.fields.space import Grid, check_affine, is_sheared
 from monai_lm.io.content import check_file, look_of
-from monai_lm.io.nifti import errors_of
+from monai_lm.io.nifti import check_ddf, errors_of, replacing
 from monai_lm.io.vectors import places, to_voxels
 
-__all__ = ["MGH_SUFFIXES", "is_warp", "open_mgh", "read_freesurfer_ddf"]
+__all__ = [
+    "GEOMETRIES",
+    "MGH_SUFFIXES",
+    "check_mgh_grid",
+    "geometries",
+    "in_ras",
+    "is_warp",
+    "open_mgh",
+    "read_freesurfer_ddf",
+    "write_freesurfer_ddf",
+]
 
 MGH_SUFFIXES = (".mgz", ".mgh")
 
@@ -27,10 +38,28 @@ _WARP = 3  # the intent of a warp from target to source; 4 is that of its invers
 _START = 284  # where the data begin
 _PARAMETERS = 20  # bytes of scan parameters behind them
 _GEOMETRY = ">i3i3f9f3f512s"
+_SHEARED = _GEOMETRY.replace("512s", "3f512s")
+GEOMETRIES = 2 * struct.calcsize(_GEOMETRY)  # bytes of source and target
 _TAG_GEOMETRIES, _TAG_META, _TAG_SHEARED = 10, 13, 15
 _LENGTHLESS = (1, 2, 11, 12, 20)  # what cannot be skipped
 _OLD_TRANSFORM = 30
 _CRS, _CRS_DISPLACEMENT, _RAS, _RAS_DISPLACEMENT = range(4)
+
+
+class _Tags(NamedTuple):
+    """What the tags of a warp say.
+
+    Attributes:
+        kind: what its numbers are.
+        spacing: voxels of the target from one of its voxels to the next.
+        source: the affine of the moving image, if it is told.
+        target: the affine of the fixed image, if it is told.
+    """
+
+    kind: int
+    spacing: int
+    source: np.ndarray | None
+    target: np.ndarray | None
 
 
 def open_mgh(path: str | Path) -> tuple[Any, int, bytes]:
@@ -67,7 +96,8 @@ def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = Non
     """Read a warp of FreeSurfer's in any of its four ways: positions or displacements, in voxels or RAS millimetres.
 
     Args:
-        path: ``.mgz`` or ``.mgh`` of ``(X, Y, Z, 3)`` on the fixed grid (the target), with FreeSurfer's tags.
+        path: ``.mgz`` or ``.mgh`` of ``(X, Y, Z, 3)`` on the fixed grid (the target), with FreeSurfer's tags; a fourth
+            component, of labels, is not looked at. A warp of every second voxel of the target lies on their grid.
         moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid; default: that of the file, the fixed one.
 
     Returns:
@@ -80,65 +110,147 @@ def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = Non
     """
     image, intent, tags = open_mgh(path)
     shape = tuple(int(s) for s in image.shape)
-    if intent != _WARP or len(shape) != 4 or shape[3] != 3:
+    if intent != _WARP or len(shape) != 4 or shape[3] not in (3, 4):
         raise ValueError(
-            f"{path} must be a warp of FreeSurfer's, (X, Y, Z, 3) with the intent {_WARP}, got shape {shape} and the "
-            f"intent {intent}"
+            f"{path} must be a warp of FreeSurfer's, (X, Y, Z, 3) or (X, Y, Z, 4) with the intent {_WARP}, got shape "
+            f"{shape} and the intent {intent}"
         )
     with errors_of(path, "MGH file of a warp"):
-        kind, source = _meant(tags)
-        data = np.moveaxis(np.asanyarray(image.dataobj), -1, 0).astype(np.float64)
+        said = _said(tags)
+        data = np.moveaxis(np.asanyarray(image.dataobj)[..., :3], -1, 0).astype(np.float64)
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
-    affine = check_affine(f"affine of {path}", image.affine)
-    if kind in (_CRS, _CRS_DISPLACEMENT):
-        if source is None:
-            raise ValueError(f"{path} must say where its source lies, whose voxels its numbers are, got none")
-        source = check_affine(f"affine of the source in {path}", source)
-        voxels = data + (places(np.eye(4), data.shape[1:]) if kind == _CRS_DISPLACEMENT else 0)
-        data = np.einsum("ij,j...->i...", source[:3, :3], voxels) + source[:3, 3].reshape(3, 1, 1, 1)
-    vectors = data if kind == _RAS_DISPLACEMENT else data - places(affine, data.shape[1:])
+    affine = image.affine
+    if said.spacing > 1:  # then mri_warp_convert writes the place of the target, not of every second voxel
+        if said.target is None:
+            raise ValueError(
+                f"{path} must say where its target lies, of whose voxels it has only every {said.spacing}th"
+            )
+        affine = said.target @ np.diag([*[said.spacing] * 3, 1])
+    affine = check_affine(f"affine of {path}", affine)
+    if said.kind in (_CRS, _CRS_DISPLACEMENT):
+        if said.kind == _CRS_DISPLACEMENT:
+            data = data + said.spacing * places(np.eye(4), data.shape[1:])
+        data = in_ras(path, data, said.source)
+    vectors = data if said.kind == _RAS_DISPLACEMENT else data - places(affine, data.shape[1:])
     return to_voxels(path, vectors, affine, moving_affine, np.eye(4)), affine
 
 
-def _meant(tags: bytes) -> tuple[int, np.ndarray | None]:
-    """What the numbers of a warp are, and the affine of its source, if it is told; ValueError for what is cut off."""
-    kind, at = -1, _PARAMETERS
+def in_ras(path: str | Path, voxels: np.ndarray, source: np.ndarray | None) -> np.ndarray:
+    """Voxels ``(3, *S)`` of a source as RAS millimetres; ValueError if it does not say where it lies."""
+    if source is None:
+        raise ValueError(f"{path} must say where its source lies, whose voxels its numbers are, got none")
+    source = check_affine(f"affine of the source in {path}", source)
+    return np.einsum("ij,j...->i...", source[:3, :3], voxels) + source[:3, 3].reshape(3, 1, 1, 1)
+
+
+def write_freesurfer_ddf(
+    path: str | Path,
+    ddf: np.ndarray,
+    affine: np.ndarray,
+    moving_affine: np.ndarray | None = None,
+    moving_size: Sequence[int] | None = None,
+) -> None:
+    """Write a field as a warp of FreeSurfer's, whole or not at all: displacements in RAS millimetres.
+
+    Args:
+        path: ``.mgz`` or ``.mgh``; its folder is made if missing.
+        ddf: ``(3, *S)`` displacement in voxels.
+        affine: ``(4, 4)`` voxel-to-RAS affine of the fixed grid, the target.
+        moving_affine: that of the moving grid, the source; default: ``affine``.
+        moving_size: its voxel counts; default: those of the field.
+
+    Raises:
+        ValueError: a field that is not ``(3, *S)`` or not finite, an affine that is no invertible 4×4, a shear of the
+            fixed grid, or another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in MGH_SUFFIXES:
+        raise ValueError(f"path must end in .mgz or .mgh, got {path.name!r}")
+    field = check_ddf(ddf)
+    if len(field) != 3:
+        raise ValueError(f"ddf must be (3, *S) for FreeSurfer, got shape {field.shape}")
+    target = Grid(field.shape[1:], check_affine("affine", affine))
+    there = target.affine if moving_affine is None else check_affine("moving_affine", moving_affine)
+    source = Grid(target.size if moving_size is None else tuple(int(s) for s in moving_size), there)
+    check_mgh_grid("affine", target)
+    led = np.einsum("ij,j...->i...", source.affine[:3, :3], field + places(np.eye(4), target.size))
+    vectors = led + source.affine[:3, 3].reshape(3, 1, 1, 1) - places(target.affine, target.size)
+    image = nib.MGHImage(np.moveaxis(vectors, 0, -1).astype(np.float32), target.affine)
+    content = (_WARP << 8 | 1).to_bytes(4, "big") + image.to_bytes()[4:]
+    content = content[: _START + 4 * vectors.size].ljust(_START + 4 * vectors.size + _PARAMETERS, b"\0")
+    content += struct.pack(">i", _TAG_GEOMETRIES) + _packed(source) + _packed(target)
+    content += struct.pack(">iq", _TAG_SHEARED, 2 * struct.calcsize(_SHEARED)) + _packed(source, True)
+    content += _packed(target, True) + struct.pack(">iqiif", _TAG_META, 12, _RAS_DISPLACEMENT, 1, 0.0)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(content) if _is_deflated(path) else content)
+
+
+def check_mgh_grid(name: str, grid: Grid) -> None:
+    """ValueError for a sheared grid of the field, which FreeSurfer's files do not hold."""
+    if is_sheared(grid.affine):
+        raise ValueError(
+            f"{name} must have voxel axes at right angles for FreeSurfer's files, got the affine\n{grid.affine}\n"
+            "resample the image first (nibabel.processing.resample_to_output), or write file_format='voxel', which "
+            "holds it"
+        )
+
+
+def _said(tags: bytes) -> _Tags:
+    """What the tags of a warp say; ValueError for what is cut off."""
+    kind, spacing, at = -1, 1, _PARAMETERS
     source: np.ndarray | None = None
+    target: np.ndarray | None = None
     while at + 4 <= len(tags):
         tag, at = struct.unpack_from(">i", tags, at)[0], at + 4
         if tag == 0 or tag in _LENGTHLESS:
             break
         if tag == _TAG_GEOMETRIES:
-            length = 2 * struct.calcsize(_GEOMETRY)
+            length = GEOMETRIES
         else:
             width = ">i" if tag == _OLD_TRANSFORM else ">q"
             length, at = struct.unpack_from(width, tags, at)[0], at + struct.calcsize(width)
         if not 0 <= length <= len(tags) - at:
             raise ValueError(f"the tag {tag} of {length} bytes, {len(tags) - at} bytes before the end")
         if tag == _TAG_GEOMETRIES and source is None:
-            source = _geometry(tags, at)
+            source, target = geometries(tags, at)
         elif tag == _TAG_SHEARED:
-            source = _geometry(tags, at, is_sheared=True)
+            source, target = geometries(tags, at, is_sheared=True)
         elif tag == _TAG_META:
-            kind = struct.unpack_from(">i", tags, at)[0]
+            kind, spacing = struct.unpack_from(">ii", tags, at)
         at += length
     if kind not in range(4):
         raise ValueError(f"{'none' if kind == -1 else kind} as what its numbers are, not 0, 1, 2 or 3")
-    return kind, source
+    return _Tags(kind, max(1, spacing), source, target)
 
 
-def _geometry(tags: bytes, at: int, is_sheared: bool = False) -> np.ndarray | None:
-    """The voxel-to-RAS affine of a geometry; none if it says that it is not valid."""
-    form = _GEOMETRY.replace("512s", "3f512s") if is_sheared else _GEOMETRY
-    values = struct.unpack_from(form, tags, at)
+def geometries(content: bytes, at: int, is_sheared: bool = False) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The voxel-to-RAS affines of source and target; none where it says that it is not valid."""
+    form = _SHEARED if is_sheared else _GEOMETRY
+    return _geometry(form, content, at), _geometry(form, content, at + struct.calcsize(form))
+
+
+def _geometry(form: str, content: bytes, at: int) -> np.ndarray | None:
+    values = struct.unpack_from(form, content, at)
     if not values[0]:
         return None
     size, edges, directions, centre = (np.array(values[a:b], float) for a, b in ((1, 4), (4, 7), (7, 16), (16, 19)))
     shear = np.eye(3)
-    if is_sheared:
+    if len(values) > 20:
         shear[0, 1], shear[0, 2], shear[1, 2] = values[19:22]
     out = np.eye(4)
     out[:3, :3] = directions.reshape(3, 3).T @ np.diag(edges) @ shear
     out[:3, 3] = centre - out[:3, :3] @ (size / 2)
     return out
+
+
+def _packed(grid: Grid, is_sheared: bool = False) -> bytes:
+    """A geometry as it is in a file; the inverse of :func:`_geometry`."""
+    directions, upper = np.linalg.qr(grid.affine[:3, :3])
+    signs = np.sign(np.diag(upper))
+    directions, upper = directions * signs, upper * signs[:, None]
+    edges = np.diag(upper)
+    shear = (upper / edges[:, None])[np.triu_indices(3, 1)] if is_sheared else ()
+    centre = grid.affine[:3, :3] @ (np.array(grid.size) / 2) + grid.affine[:3, 3]
+    form = _SHEARED if is_sheared else _GEOMETRY
+    return struct.pack(form, 1, *grid.size, *edges, *directions.T.ravel(), *centre, *shear, b"")

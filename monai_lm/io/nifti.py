@@ -54,7 +54,7 @@ _OTHERS = {
     (".npz",): "Learn2Reg's, which is read as a field (file_format='learn2reg')",
     (".mgz", ".mgh"): "MGH, which is read as an image or, if it says that it is a warp, as a field "
     "(file_format='freesurfer')",
-    (".m3z",): "FreeSurfer's morph; mri_warp_convert --inm3z … --outras … makes a field for file_format='ras' of it",
+    (".m3z", ".m3d"): "FreeSurfer's morph, which is read as a field (file_format='m3z')",
     (".head", ".brik"): "AFNI's dataset; 3dcopy makes a NIfTI file of it",
 }
 """What is taken for a NIfTI file, by the suffix, and what to do with it."""

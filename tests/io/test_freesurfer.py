@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from monai_lm.apps.info import describe_file
 from monai_lm.fields import warp
-from monai_lm.io import guess_format, read_ddf, read_freesurfer_ddf
+from monai_lm.io import guess_format, read_ddf, read_freesurfer_ddf, write_ddf
 from monai_lm.io.volumes import load_volume
 
 SIZE, OTHER = (10, 9, 8), (12, 11, 13)
@@ -87,6 +88,26 @@ def test_surfa_warps_an_image_alike(written, grid, kind):
     inside = np.all([(p > 0.05) & (p < s - 1.05) for p, s in zip(led, OTHER, strict=True)], axis=0)
     assert inside.mean() > 0.2
     np.testing.assert_allclose(ours[inside], np.asarray(theirs.data).squeeze()[inside], atol=1e-3 * np.abs(image).max())
+
+
+@EVERY_GRID
+def test_what_is_written_says_all_that_freesurfer_asks(tmp_path, grid):
+    """Positions in voxels by the tags alone, as ``mri_warp_convert`` has them: four frames, or every second voxel."""
+    noise = np.random.default_rng(0).normal(size=(3, *SIZE))
+    ddf = 3 * np.stack([gaussian_filter(one, 2) for one in noise]).astype(np.float32)
+    write_ddf(tmp_path / "w.mgh", ddf, grid, "freesurfer", moving_affine=MOVING, moving_size=OTHER)
+    np.testing.assert_allclose(read_ddf(tmp_path / "w.mgh", moving_affine=MOVING)[0], ddf, atol=1e-4)
+    content = (tmp_path / "w.mgh").read_bytes()
+    tags = content[284 + 12 * int(np.prod(SIZE)) :]
+    for step in (1, 2):
+        voxels = np.stack(np.meshgrid(*[np.arange(s) for s in SIZE], indexing="ij"))
+        frames = np.concatenate([voxels + ddf, np.zeros((1, *SIZE))]).astype(np.float32)
+        image = nib.MGHImage(np.moveaxis(frames, 0, -1), grid).to_bytes()[: 284 + 16 * int(np.prod(SIZE))]
+        kind = struct.pack(">iqiif", 13, 12, 0, step, 0.0)
+        (tmp_path / "v.mgh").write_bytes(content[:4] + image[4:] + tags[:-24] + kind)
+        back, affine = read_ddf(tmp_path / "v.mgh", moving_affine=MOVING)
+        np.testing.assert_allclose(back, ddf, atol=1e-4)
+        np.testing.assert_allclose(affine, grid @ np.diag([step, step, step, 1]), atol=1e-4)
 
 
 def test_what_is_no_warp_or_broken_is_named(written, tmp_path):
