@@ -268,7 +268,7 @@ def load_pair(
             f"{soft[0].path} and {soft[1].path} must hold as many labels each, in {n}D as the images, got (K, *S) "
             f"{found[0]} and {found[1]}"
         )
-    return Pair(f, m, initial, maps, landmarks, *weights, *lesions, soft_labels=soft)
+    return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
