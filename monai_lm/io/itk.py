@@ -91,7 +91,7 @@ def read_itk_ddf(
     if vectors not in (None, "LPS", "RAS"):
         raise ValueError(f"vectors must be 'LPS', 'RAS' or None, got {vectors!r}")
     data, affine, header = load_nifti(path)
-    components = components_first(path, data)
+    components, affine = components_first(path, data, affine)
     intent = int(header["intent_code"])
     if vectors is None:
         if is_niftyreg(header):

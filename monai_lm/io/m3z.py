@@ -11,13 +11,12 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 from monai_lm.fields.space import check_affine
 from monai_lm.io.content import check_file, look_of
 from monai_lm.io.freesurfer import GEOMETRIES, geometries, in_ras
 from monai_lm.io.nifti import errors_of
-from monai_lm.io.vectors import places, to_voxels
+from monai_lm.io.vectors import as_nearest, places, to_voxels
 
 __all__ = ["MORPH_SUFFIXES", "read_m3z_ddf"]
 
@@ -68,10 +67,7 @@ def read_m3z_ddf(path: str | Path, moving_affine: np.ndarray | None = None) -> t
     invalid = ((nodes["before"] == 0) & (nodes["place"] == 0)).all(axis=-1)
     if invalid.all():
         raise ValueError(f"{path} must have valid nodes, got none")
-    if invalid.any():
-        nearest = distance_transform_edt(invalid, return_distances=False, return_indices=True)
-        vectors = np.stack([axis[tuple(nearest)] for axis in vectors])
-    return to_voxels(path, vectors, affine, moving_affine, np.eye(4)), affine
+    return to_voxels(path, as_nearest(vectors, invalid), affine, moving_affine, np.eye(4)), affine
 
 
 def _said(content: bytes, at: int, nodes: int) -> tuple[int, np.ndarray | None, np.ndarray | None]:

@@ -52,7 +52,8 @@ def test_every_pair_is_what_refining_it_alone_gives(cohort, tmp_path):
     here = cohort.parent
     alone = refine_pair(
         here / "i1.nii.gz", here / "i2.nii.gz", tmp_path / "alone", mask=here / "l1.nii.gz",
-        moving_mask=here / "l2.nii.gz", soft_labels=(here / "l1.nii.gz", here / "l2.nii.gz"), report=False, settings=SETTINGS,
+        moving_mask=here / "l2.nii.gz", soft_labels=(here / "l1.nii.gz", here / "l2.nii.gz"),
+        report=False, settings=SETTINGS,
     )  # fmt: skip
     own = ("name", "fixed", "moving", "remarks", "seconds")
     assert {k: v for k, v in rows[1].items() if k not in own} == {
