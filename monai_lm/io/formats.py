@@ -16,7 +16,13 @@ import numpy as np
 
 from monai_lm.fields.space import Grid
 from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
-from monai_lm.io.freesurfer import MGH_SUFFIXES, check_mgh_grid, read_freesurfer_ddf, write_freesurfer_ddf
+from monai_lm.io.freesurfer import (
+    MGH_SUFFIXES,
+    check_mgh_grid,
+    is_freesurfer,
+    read_freesurfer_ddf,
+    write_freesurfer_ddf,
+)
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
@@ -144,11 +150,12 @@ READABLE = tuple(_TABLE)
 def guess_format(path: str | Path) -> str:
     """Tell the format of a file of a field by what it says of itself.
 
-    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the
-    name of its intent says so, AFNI's if AFNI's extension names its volumes ``x_delta`` and so on, SPM's positions if
-    it has five dimensions and is described as a ``Deformation``, FSL's if it has one of FNIRT's intents, ITK's if it
-    has five dimensions and one of the vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)``
-    without an intent may be in voxels or in millimetres of any system.
+    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is FreeSurfer's if FreeSurfer's
+    extension says that it is a warp, NiftyReg's or in voxels if the name of its intent says so, AFNI's if AFNI's
+    extension names its volumes ``x_delta`` and so on, SPM's positions if it has five dimensions and is described as a
+    ``Deformation``, FSL's if it has one of FNIRT's intents, ITK's if it has five dimensions and one of the vector
+    intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in
+    millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,6 +166,8 @@ def guess_format(path: str | Path) -> str:
         return by_suffix[end]
     image = open_nifti(path)
     shape, intent, name = image.shape, int(image.header["intent_code"]), image.header["intent_name"].item()
+    if is_freesurfer(image.header):
+        return "freesurfer"
     if is_niftyreg(image.header):
         return "niftyreg"
     if name == VOXELS.encode():

@@ -1,7 +1,8 @@
 """FreeSurfer's warps in MGH files (``.mgz``), as ``mri_warp_convert`` and ``mri_synthmorph`` write them; by nibabel.
 
 The version in the header says what a volume is, 3 for a warp. Behind the data, tags say what the numbers are and where
-source and target lie, the moving and the fixed image. Tested with surfa, FreeSurfer's package.
+source and target lie, the moving and the fixed image; in NIfTI files they are an extension of the header. Tested with
+surfa, FreeSurfer's package.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from monai_lm.fields.space import Grid, check_affine, is_sheared
 from monai_lm.io.content import check_file, look_of
-from monai_lm.io.nifti import check_ddf, errors_of, replacing
+from monai_lm.io.nifti import check_ddf, errors_of, load_nifti, open_nifti, replacing
 from monai_lm.io.vectors import places, to_voxels
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_mgh_grid",
     "geometries",
     "in_ras",
+    "is_freesurfer",
     "is_warp",
     "open_mgh",
     "read_freesurfer_ddf",
@@ -37,10 +39,11 @@ MGH_SUFFIXES = (".mgz", ".mgh")
 _WARP = 3  # the intent of a warp from target to source; 4 is that of its inverse
 _START = 284  # where the data begin
 _PARAMETERS = 20  # bytes of scan parameters behind them
-_GEOMETRY = ">i3i3f9f3f512s"
-_SHEARED = _GEOMETRY.replace("512s", "3f512s")
+_PLACE = ">i3i3f9f3f"  # a geometry, but for the shear, and the name of its file
+_GEOMETRY, _SHEARED = _PLACE + "512s", _PLACE + "3f512s"
 GEOMETRIES = 2 * struct.calcsize(_GEOMETRY)  # bytes of source and target
-_TAG_GEOMETRIES, _TAG_META, _TAG_SHEARED = 10, 13, 15
+_TAG_GEOMETRIES, _TAG_META, _TAG_SHEARED, _TAG_END = 10, 13, 15, -1
+_EXTENSION = 14  # of NIfTI, FreeSurfer's
 _LENGTHLESS = (1, 2, 11, 12, 20)  # what cannot be skipped
 _OLD_TRANSFORM = 30
 _CRS, _CRS_DISPLACEMENT, _RAS, _RAS_DISPLACEMENT = range(4)
@@ -88,16 +91,19 @@ def _is_deflated(path: str | Path) -> bool:
 
 
 def is_warp(path: str | Path) -> bool:
-    """Whether an MGH file says that it holds a warp."""
-    return open_mgh(path)[1] == _WARP
+    """Whether an MGH or NIfTI file says that it holds a warp."""
+    if Path(path).suffix.lower() in MGH_SUFFIXES:
+        return open_mgh(path)[1] == _WARP
+    return is_freesurfer(open_nifti(path).header)
 
 
 def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read a warp of FreeSurfer's in any of its four ways: positions or displacements, in voxels or RAS millimetres.
 
     Args:
-        path: ``.mgz`` or ``.mgh`` of ``(X, Y, Z, 3)`` on the fixed grid (the target), with FreeSurfer's tags; a fourth
-            component, of labels, is not looked at. A warp of every second voxel of the target lies on their grid.
+        path: ``.mgz`` or ``.mgh`` of ``(X, Y, Z, 3)`` on the fixed grid (the target), with FreeSurfer's tags, or NIfTI
+            ``(X, Y, Z, 1, 3)`` with these tags as an extension; a fourth component, of labels, is not looked at. A warp
+            of every second voxel of the target lies on their grid.
         moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid; default: that of the file, the fixed one.
 
     Returns:
@@ -105,22 +111,10 @@ def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = Non
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no MGH file, is cut off, is no warp, does not say what its numbers are or, if they are voxels,
-            where the source lies, is not finite, or an affine is singular.
+        ValueError: it is no MGH or NIfTI file, is cut off, is no warp, does not say what its numbers are or, of voxels,
+            where their source lies, is not finite, or an affine is singular.
     """
-    image, intent, tags = open_mgh(path)
-    shape = tuple(int(s) for s in image.shape)
-    if intent != _WARP or len(shape) != 4 or shape[3] not in (3, 4):
-        raise ValueError(
-            f"{path} must be a warp of FreeSurfer's, (X, Y, Z, 3) or (X, Y, Z, 4) with the intent {_WARP}, got shape "
-            f"{shape} and the intent {intent}"
-        )
-    with errors_of(path, "MGH file of a warp"):
-        said = _said(tags)
-        data = np.moveaxis(np.asanyarray(image.dataobj)[..., :3], -1, 0).astype(np.float64)
-    if not np.isfinite(data).all():
-        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
-    affine = image.affine
+    data, affine, said = (_in_mgh if Path(path).suffix.lower() in MGH_SUFFIXES else _in_nifti)(path)
     if said.spacing > 1:  # then mri_warp_convert writes the place of the target, not of every second voxel
         if said.target is None:
             raise ValueError(
@@ -134,6 +128,47 @@ def read_freesurfer_ddf(path: str | Path, moving_affine: np.ndarray | None = Non
         data = in_ras(path, data, said.source)
     vectors = data if said.kind == _RAS_DISPLACEMENT else data - places(affine, data.shape[1:])
     return to_voxels(path, vectors, affine, moving_affine, np.eye(4)), affine
+
+
+def _in_mgh(path: str | Path) -> tuple[np.ndarray, np.ndarray, _Tags]:
+    """The numbers of a warp, ``(3, *S)`` float64, the affine of its header, and what its tags say."""
+    image, intent, tags = open_mgh(path)
+    shape = tuple(int(s) for s in image.shape)
+    if intent != _WARP or len(shape) != 4 or shape[3] not in (3, 4):
+        raise ValueError(
+            f"{path} must be a warp of FreeSurfer's, (X, Y, Z, 3) or (X, Y, Z, 4) with the intent {_WARP}, got shape "
+            f"{shape} and the intent {intent}"
+        )
+    with errors_of(path, "MGH file of a warp"):
+        said = _said(tags, _PARAMETERS)
+        data = np.moveaxis(np.asanyarray(image.dataobj)[..., :3], -1, 0).astype(np.float64)
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
+    return data, image.affine, said
+
+
+def _in_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray, _Tags]:
+    """The same of a warp in NIfTI, whose tags are in FreeSurfer's extension of the header."""
+    tags = _extension(open_nifti(path).header)
+    if tags is None:
+        raise ValueError(f"{path} must have FreeSurfer's extension of a warp to be FreeSurfer's, got none")
+    data, affine, _ = load_nifti(path)
+    if data.ndim not in (4, 5) or data.shape[-1] not in (3, 4) or data.shape[3:-1] not in ((), (1,)):
+        raise ValueError(f"{path} must be (X, Y, Z, 1, 3) or (X, Y, Z, 1, 4) to be a warp, got shape {data.shape}")
+    with errors_of(path, "NIfTI file of a warp"):
+        said = _said(tags, 4, in_nifti=True)
+    return np.moveaxis(data.reshape(*data.shape[:3], -1)[..., :3], -1, 0).astype(np.float64), affine, said
+
+
+def is_freesurfer(header: Any) -> bool:
+    """Whether the header of a NIfTI file has FreeSurfer's extension, which says that it is a warp."""
+    return _extension(header) is not None
+
+
+def _extension(header: Any) -> bytes | None:
+    """FreeSurfer's extension of a NIfTI header: a sign, the intent, a version, and tags; none if it is no warp's."""
+    found = [bytes(one.get_content()) for one in header.extensions if one.get_code() == _EXTENSION]
+    return next((content for content in found if content[1:3] == _WARP.to_bytes(2, "big")), None)
 
 
 def in_ras(path: str | Path, voxels: np.ndarray, source: np.ndarray | None) -> np.ndarray:
@@ -196,26 +231,24 @@ def check_mgh_grid(name: str, grid: Grid) -> None:
         )
 
 
-def _said(tags: bytes) -> _Tags:
-    """What the tags of a warp say; ValueError for what is cut off."""
-    kind, spacing, at = -1, 1, _PARAMETERS
+def _said(tags: bytes, at: int, in_nifti: bool = False) -> _Tags:
+    """What the tags of a warp say from a byte on, in NIfTI each with its length; ValueError for what is cut off."""
+    kind, spacing = -1, 1
     source: np.ndarray | None = None
     target: np.ndarray | None = None
     while at + 4 <= len(tags):
         tag, at = struct.unpack_from(">i", tags, at)[0], at + 4
-        if tag == 0 or tag in _LENGTHLESS:
+        if tag in (0, _TAG_END) or (tag in _LENGTHLESS and not in_nifti):
             break
-        if tag == _TAG_GEOMETRIES:
+        if tag == _TAG_GEOMETRIES and not in_nifti:
             length = GEOMETRIES
         else:
-            width = ">i" if tag == _OLD_TRANSFORM else ">q"
+            width = ">i" if tag == _OLD_TRANSFORM and not in_nifti else ">q"
             length, at = struct.unpack_from(width, tags, at)[0], at + struct.calcsize(width)
         if not 0 <= length <= len(tags) - at:
             raise ValueError(f"the tag {tag} of {length} bytes, {len(tags) - at} bytes before the end")
-        if tag == _TAG_GEOMETRIES and source is None:
-            source, target = geometries(tags, at)
-        elif tag == _TAG_SHEARED:
-            source, target = geometries(tags, at, is_sheared=True)
+        if (tag == _TAG_GEOMETRIES and source is None) or tag == _TAG_SHEARED:
+            source, target = geometries(tags, at, tag == _TAG_SHEARED, in_nifti)
         elif tag == _TAG_META:
             kind, spacing = struct.unpack_from(">ii", tags, at)
         at += length
@@ -224,10 +257,19 @@ def _said(tags: bytes) -> _Tags:
     return _Tags(kind, max(1, spacing), source, target)
 
 
-def geometries(content: bytes, at: int, is_sheared: bool = False) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The voxel-to-RAS affines of source and target; none where it says that it is not valid."""
-    form = _SHEARED if is_sheared else _GEOMETRY
-    return _geometry(form, content, at), _geometry(form, content, at + struct.calcsize(form))
+def geometries(
+    content: bytes, at: int, is_sheared: bool = False, in_nifti: bool = False
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The voxel-to-RAS affines of source and target; none where it says that it is not valid.
+
+    Behind each is the name of a file, of 512 bytes, in NIfTI of as many as it says.
+    """
+    form = _PLACE + "3f" * is_sheared
+    name = at + struct.calcsize(form)
+    length = 4 + struct.unpack_from(">i", content, name)[0] if in_nifti else 512
+    if length < 0:
+        raise ValueError(f"a name of {length - 4} bytes")
+    return _geometry(form, content, at), _geometry(form, content, name + length)
 
 
 def _geometry(form: str, content: bytes, at: int) -> np.ndarray | None:
@@ -236,8 +278,7 @@ def _geometry(form: str, content: bytes, at: int) -> np.ndarray | None:
         return None
     size, edges, directions, centre = (np.array(values[a:b], float) for a, b in ((1, 4), (4, 7), (7, 16), (16, 19)))
     shear = np.eye(3)
-    if len(values) > 20:
-        shear[0, 1], shear[0, 2], shear[1, 2] = values[19:22]
+    shear[np.triu_indices(3, 1)] = values[19:] or 0
     out = np.eye(4)
     out[:3, :3] = directions.reshape(3, 3).T @ np.diag(edges) @ shear
     out[:3, 3] = centre - out[:3, :3] @ (size / 2)

@@ -50,6 +50,16 @@ def freesurfer(path):
     path.write_bytes(content + struct.pack(">iqiif", 13, 12, 3, 1, 0.0))
 
 
+def freesurfer_nifti(path):
+    """The same in NIfTI, where an extension says so."""
+    vectors = np.einsum("ij,j...->...i", GRID[:3, :3], field())[..., None, :]
+    image = nib.Nifti1Image(vectors.astype(np.float32), GRID)
+    tags = b">\0\3\1" + struct.pack(">iqiif", 13, 12, 3, 1, 0.0) + struct.pack(">iqc", -1, 1, b"*")
+    image.header["intent_code"] = 1006
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(14, tags))
+    nib.save(image, path)
+
+
 def morph(path):
     """Nodes at places in RAS, as a tag says, on an atlas that the tag before tells."""
     led = np.einsum("ij,j...->...i", GRID[:3, :3], field() + np.indices(SIZE)) + GRID[:3, 3]
@@ -238,6 +248,7 @@ CASES = {
     "afni": ("u.nii", afni, read_ddf, check_field, 460),
     "niftyreg": ("u.nii", niftyreg, read_ddf, check_field, 352),
     "freesurfer": ("u.mgh", freesurfer, read_ddf, check_warp, 1 << 20),
+    "freesurfer nii": ("u.nii", freesurfer_nifti, read_ddf, check_field, 412),
     "m3z": ("u.m3d", morph, read_ddf, check_morph, 1 << 20),
     "metaimage": ("u.mha", written("metaimage"), read_ddf, check_field, 330),
     "nrrd": ("u.nrrd", written("nrrd"), read_ddf, check_field, 330),
@@ -267,7 +278,7 @@ def fuzzed(rng, whole, header, is_text):
 def try_headers(path, case, count):
     """Fuzz; returns how many files were still read."""
     name, (_, save, read, check, header) = case, CASES[case]
-    if save not in (afni, niftyreg, freesurfer, morph, image) and name not in ("itk", "voxel", "fsl"):
+    if save not in (afni, niftyreg, freesurfer, freesurfer_nifti, morph, image) and name not in ("itk", "voxel", "fsl"):
         pytest.importorskip("SimpleITK")
     if path.suffix == ".h5":
         pytest.importorskip("pyfive")
