@@ -153,9 +153,9 @@ def guess_format(path: str | Path) -> str:
     ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is FreeSurfer's if FreeSurfer's
     extension says that it is a warp, NiftyReg's or in voxels if the name of its intent says so, AFNI's if AFNI's
     extension names its volumes ``x_delta`` and so on, SPM's positions if it has five dimensions and is described as a
-    ``Deformation``, FSL's if it has one of FNIRT's intents, ITK's if it has five dimensions and one of the vector
-    intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an intent may be in voxels or in
-    millimetres of any system.
+    ``Deformation`` or has vectors named ``Mapping``, FSL's if it has one of FNIRT's intents, ITK's if it has five
+    dimensions and one of the vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an
+    intent may be in voxels or in millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -174,7 +174,8 @@ def guess_format(path: str | Path) -> str:
         return "voxel"
     if is_afni(image.header):
         return "afni"
-    if len(shape) == 5 and shape[-1] == 3 and intent == 0 and image.header["descrip"].item() == b"Deformation":
+    described = intent == 0 and image.header["descrip"].item() == b"Deformation"
+    if len(shape) == 5 and shape[-1] == 3 and (described or (intent == 1007 and name == b"Mapping")):
         return "positions"  # SPM's
     if intent in (1006, 1007) and len(shape) == 5:
         return "itk"

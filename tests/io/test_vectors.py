@@ -163,3 +163,15 @@ def test_positions_that_are_nan_are_displaced_as_the_nearest_others(tmp_path):
     nib.save(nib.Nifti1Image(places[..., None, :], affine), tmp_path / "y.nii")
     with pytest.raises(ValueError, match=r"y.nii must be finite, got 360 NaN"):
         read_ddf(tmp_path / "y.nii", "positions")
+
+
+def test_what_spms_deformations_saves_is_told(tmp_path):
+    """Vectors named Mapping, positions in millimetres; by the intent alone they would be ITK's displacements."""
+    path = save(tmp_path / "y.nii", (places(OBLIQUE, SIZE) + shift_of())[:, :, :, None], OBLIQUE)
+    ddf = read_ddf(path, "positions")[0]
+    image = nib.load(path)
+    image.header.set_intent("vector", name="Mapping")
+    image.header["descrip"] = b"Deformation field"
+    nib.save(nib.Nifti1Image(image.get_fdata(), OBLIQUE, image.header), tmp_path / "m.nii")
+    assert guess_format(tmp_path / "m.nii") == "positions"
+    np.testing.assert_allclose(read_ddf(tmp_path / "m.nii")[0], ddf, atol=1e-4)
