@@ -166,14 +166,14 @@ def open_nifti(path: str | Path) -> Any:
 def check_length(path: str | Path, image: Any) -> None:
     """ValueError for a file that cannot hold the data of its header, before memory is taken for them."""
     size = Path(path).stat().st_size
-    most = size if Path(path).suffix in (".nii", ".mgh") else _MOST_DEFLATED * size
+    most = size if Path(path).suffix.lower() in (".nii", ".mgh") else _MOST_DEFLATED * size
     if (claimed := math.prod(image.shape) * image.get_data_dtype().itemsize) > most:
         raise ValueError(f"a header of {claimed} bytes of data in a file of {size}")
 
 
 def _check_sum(path: str | Path) -> None:
     """An error of gzip or zlib for a compressed file whose check sum is wrong, which nibabel does not read up to."""
-    if Path(path).suffix == ".gz":
+    if Path(path).suffix.lower() == ".gz":
         with gzip.open(path) as file:
             while file.read(2**24):
                 pass
