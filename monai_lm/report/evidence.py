@@ -23,6 +23,7 @@ from monai_lm.similarity.lookup import MEASURES
 __all__ = [
     "AGREEMENT",
     "EXTREMES",
+    "HARDLY",
     "LOSS",
     "MIRROR",
     "MIRRORS",
@@ -50,9 +51,9 @@ POLARITY = 0.96
 """A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
 brighter there' holds in some places, and its opposite in others."""
 
-LOSS = {"information": -0.001, "agreement": -0.01}
+LOSS, HARDLY = {"information": -0.001, "agreement": -0.01}, 0.02
 """A field that costs more :func:`information` of images smoothed by a voxel than this is doubted, and one that costs
-more :func:`agreement` of images smoothed by two."""
+more :func:`agreement` of images smoothed by two if information rises by less than the second."""
 
 TOLD = 0.3
 """Below this :func:`information` a field of MI or MIND is doubted, of which no local fit can be asked."""
@@ -281,16 +282,12 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"The images tell little of each other: {evidence.information:.2f} of the warped one's intensities follow "
             f"from the fixed one's, less than {TOLD:g}."
         )
-    lost = []
-    if evidence.gained < LOSS["information"]:
-        lost.append(f"mutual information {evidence.gained:+.3f}")
-    if evidence.agreed < LOSS["agreement"]:
-        lost.append(f"agreement {evidence.agreed:+.3f}")
-    if lost:
+    uninformed = evidence.gained < HARDLY and evidence.agreed < LOSS["agreement"]
+    if evidence.gained < LOSS["information"] or uninformed:
         found["noise"] = (
-            f"Seen smoothed, without noise, the images match less than before ({', '.join(lost)}): the field follows "
-            "noise, or the measure is wrong. Keep the field it started from, raise smooth_residual, or take another "
-            "similarity."
+            f"Seen smoothed, without noise, the images match less than before (mutual information "
+            f"{evidence.gained:+.3f}, agreement {evidence.agreed:+.3f}): the field follows noise, or the measure is "
+            "wrong. Keep the field it started from, raise smooth_residual, or take another similarity."
         )
     better = evidence.mirror < MIRROR[evidence.witness]
     if better or evidence.mirrors < MIRRORS[evidence.witness]:
