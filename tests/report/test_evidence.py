@@ -83,7 +83,7 @@ def test_doubts_name_the_bound_that_is_crossed():
         (Evidence(0.95, 1.29, 0.01), "rough", "varies by 1.29 (SDlogJ)"),
         (Evidence(0.95, 0.3, 0.25), "extreme", "the volume of 25.0 % of the voxels more than four-fold"),
         (Evidence(0.95, 0.3, 0.01, 0.47), "contrast", "(polarity 0.47, same or inverted contrast keeps to 0.96)"),
-        (Evidence(0.95, 0.3, 0.01, gained=-0.12, agreed=0.03), "noise", "(mutual information -0.120, agreement +0.030)"),
+        (Evidence(0.95, 0.3, 0.01, gained=-0.12, agreed=0.03), "noise", "(mutual information -0.120, agreement +0.030"),
         (Evidence(0.95, 0.3, 0.01, gained=0.01, agreed=-0.02), "noise", "+0.010, agreement -0.020)"),
         (Evidence(0.2, 0.3, 0.01, information=0.03, gained=0.05, any_contrast=True), "information", "0.03 of"),
         (Evidence(0.95, 0.3, 0.01, mirror=-0.1, mirrors=0.2), "mirror", "matches 10 % better than the image as it is"),
