@@ -51,9 +51,9 @@ POLARITY = 0.96
 """A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
 brighter there' holds in some places, and its opposite in others."""
 
-LOSS, HARDLY = {"information": -0.001, "agreement": -0.01}, 0.02
-"""A field that costs more :func:`information` of images smoothed by a voxel than this is doubted, and one that costs
-more :func:`agreement` of images smoothed by two if information rises by less than the second."""
+LOSS, HARDLY = {"information": -0.005, "agreement": -0.01}, 0.01
+"""A field that costs smoothed images more :func:`information` than this is doubted, and one that costs them more
+:func:`agreement`, if information rises by less than the second."""
 
 TOLD = 0.3
 """Below this :func:`information` a field of MI or MIND is doubted, of which no local fit can be asked."""
@@ -73,9 +73,9 @@ MIRRORS = {"lncc": 0.03, "mind": 0.045}
 
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
 
-_SMOOTH, _LITTLE = 2.0, 1.0
-"""Voxels by which images are smoothed where noise must not count: a field that follows it fits them no better. Joint
-histograms need less, which are of many voxels; and where two contrasts differ, smoothed borders have neither."""
+_LITTLE, _SMOOTH = 1.0, 2.0
+"""Voxels by which images are smoothed where noise must not count: a field that follows it fits them no better. Much
+noise needs the second; where contrasts differ, it takes the borders' contrast away, too."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def evidence_of(
 def gains_of(
     fixed: Tensor, moving: Tensor, ddf: Tensor, start: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[float, float, float]:
-    """What the field brings images that are smoothed first: hardly any measure has optimised both.
+    """What the field brings images that are smoothed first, which no measure has optimised.
 
     Args:
         fixed: ``(1, 1, *S)``.
@@ -172,17 +172,16 @@ def gains_of(
         mask: ``(1, 1, *S)`` weights, or None.
 
     Returns:
-        By how much :func:`information` rose, of images smoothed by a voxel; by how much :func:`agreement` did, of
-        images smoothed by two; and the polarity of these, see :func:`local_fit`.
+        By how much :func:`information` rose, the lesser of images smoothed by a voxel and by two; by how much
+        :func:`agreement` did of the latter; and the polarity of these, see :func:`local_fit`.
     """
-    views = []
+    rises = []
     for sigma in (_LITTLE, _SMOOTH):
         still, smooth = gaussian_smooth(fixed, sigma), gaussian_smooth(moving, sigma)
-        views.append((still, smooth if start is None else warp(smooth, start), warp(smooth, ddf)))
-    (still, before, after), (smoother, started, ended) = views
-    gained = information(still, after, mask) - information(still, before, mask)
-    (fitted, _), (fits, polarity) = (local_fit(smoother, warped, mask) for warped in (started, ended))
-    return gained, fits - fitted, polarity
+        before, after = smooth if start is None else warp(smooth, start), warp(smooth, ddf)
+        rises.append(information(still, after, mask) - information(still, before, mask))
+    (fitted, _), (fits, polarity) = (local_fit(still, warped, mask) for warped in (before, after))
+    return min(rises), fits - fitted, polarity
 
 
 def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:

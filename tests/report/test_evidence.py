@@ -84,7 +84,7 @@ def test_doubts_name_the_bound_that_is_crossed():
         (Evidence(0.95, 0.3, 0.25), "extreme", "the volume of 25.0 % of the voxels more than four-fold"),
         (Evidence(0.95, 0.3, 0.01, 0.47), "contrast", "(polarity 0.47, same or inverted contrast keeps to 0.96)"),
         (Evidence(0.95, 0.3, 0.01, gained=-0.12, agreed=0.03), "noise", "(mutual information -0.120, agreement +0.030"),
-        (Evidence(0.95, 0.3, 0.01, gained=0.01, agreed=-0.02), "noise", "+0.010, agreement -0.020)"),
+        (Evidence(0.95, 0.3, 0.01, gained=0.005, agreed=-0.02), "noise", "+0.005, agreement -0.020)"),
         (Evidence(0.2, 0.3, 0.01, information=0.03, gained=0.05, any_contrast=True), "information", "0.03 of"),
         (Evidence(0.95, 0.3, 0.01, mirror=-0.1, mirrors=0.2), "mirror", "matches 10 % better than the image as it is"),
         (Evidence(0.95, 0.3, 0.01, mirror=0.0, mirrors=0.01), "mirror", "on average but 1 % worse"),
@@ -156,7 +156,9 @@ def test_a_field_that_follows_noise_loses_what_smoothed_images_tell(smooth_image
     assert found.information > information(fixed, moving)  # as if it had gained something
     assert "noise" in doubts_of(found)
     assert gains_of(fixed, moving, still)[:2] == (0, 0)
-    assert gains_of(fixed, moving, still, ddf)[:2] == pytest.approx((-found.gained, -found.agreed), abs=1e-6)
+    gained, agreed, _ = gains_of(fixed, moving, still, ddf)
+    assert found.gained < gained
+    assert agreed == pytest.approx(-found.agreed, abs=1e-6)
 
 
 def test_a_field_that_leads_borders_away_from_each_other_loses_agreement(smooth_image):
@@ -166,7 +168,9 @@ def test_a_field_that_leads_borders_away_from_each_other_loses_agreement(smooth_
     for moving in (fixed, 5 - 2 * fixed):
         gained, agreed, polarity = gains_of(fixed, moving, away)
         assert max(gained, agreed) < -0.1
-        assert gains_of(fixed, moving, torch.zeros_like(away), away)[:2] == pytest.approx((-gained, -agreed))
+        back, again, _ = gains_of(fixed, moving, torch.zeros_like(away), away)
+        assert back > 0.1
+        assert again == pytest.approx(-agreed)
         assert abs(polarity) < 1
 
 
