@@ -1,4 +1,4 @@
-"""Measures across contrasts: the moving image's intensities are mapped anew, and the same pair is registered again."""
+"""Measures across contrasts: one image's intensities are mapped anew, and the same pair is registered again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.rows import Row, add_row, read_rows
 from benchmarks.validation import refined
 from monai_lm.kernels.devices import find_device
 
-__all__ = ["CONTRASTS", "contrasts", "recolored"]
+__all__ = ["CONTRASTS", "KNOWN", "contrasts", "recolored"]
 
 CONTRASTS: dict[str, tuple[float, ...] | None] = {
     "same": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "inverted": (1.0, 0.8, 0.6, 0.4, 0.2, 0.0),
@@ -25,25 +25,32 @@ CONTRASTS: dict[str, tuple[float, ...] | None] = {
 ``like T2``: dark stays dark, what is a little brighter becomes the brightest, as fluid does, white gets darker than
 grey, and fat bright."""
 
+KNOWN = "known"
+"""LNCC of images that are both mapped: what is left to whoever knows the map."""
+
 
 def contrasts(
     sets: tuple[str, ...] = ("hippocampus", "brain", "cardiac", "abdomen"),
     pairs: int = 4,
-    similarities: tuple[str, ...] = ("lncc", "mi", "mind", "mse", "mapped_lncc", "auto"),
+    similarities: tuple[str, ...] = ("lncc", "mi", "mind", "mse", "mapped_lncc", "auto", KNOWN),
     kinds: tuple[str, ...] = tuple(CONTRASTS),
+    side: str = "moving",
     json_file: str | None = None,
     device: str = "cpu",
 ) -> None:
-    """Dice of every measure for every contrast of the moving image, and what it loses to LNCC on the pair as it was.
+    """Dice of every measure for every contrast of one image, and what it loses to LNCC on the pair as it was.
 
     Args:
         sets: of :data:`benchmarks.cases.SETS`; predictions are left aside.
         pairs: of each set, at most.
-        similarities: names of measures.
+        similarities: names of measures, or :data:`KNOWN`.
         kinds: of :data:`CONTRASTS`.
+        side: the image that is mapped, ``moving`` or ``fixed``.
         json_file: write one line per run here, as it goes; what stands in it is not run again.
         device: cpu, cuda, ...
     """
+    if side not in ("moving", "fixed"):
+        raise SystemExit(f"side must be moving or fixed, got {side!r}")
     where = find_device(device)
     done = {_key(row): row for row in read_rows(json_file)}
     names = ("same, lncc", *(f"{kind}, {measure}" for kind, measure in product(kinds, similarities)))
@@ -52,11 +59,14 @@ def contrasts(
         for number, case in enumerate(islice(SETS[name](), pairs)):
             for column in dict.fromkeys(names):
                 kind, measure = column.split(", ")
-                row: Row = {"set": name, "pair": number, "kind": kind, "similarity": measure}
+                row: Row = {"set": name, "pair": number, "side": side, "kind": kind, "similarity": measure}
                 if _key(row) not in done:
-                    moving = recolored(case.moving, kind, number).to(where)
-                    pair = case._replace(fixed=case.fixed.to(where), moving=moving)
-                    done[_key(row)] = row | refined(pair, None, {"similarity": measure})
+                    images = {"fixed": case.fixed, "moving": case.moving}
+                    for one in images if measure == KNOWN else (side,):
+                        images[one] = recolored(images[one], kind, number)
+                    pair = case._replace(fixed=images["fixed"].to(where), moving=images["moving"].to(where))
+                    found = refined(pair, None, {"similarity": "lncc" if measure == KNOWN else measure})
+                    done[_key(row)] = row | found
                     add_row(json_file, done[_key(row)])
                 shown.append(done[_key(row)])
         _print(name, shown)
@@ -72,7 +82,7 @@ def recolored(image: Tensor, kind: str, seed: int = 0) -> Tensor:
 
 
 def _key(row: Row) -> tuple[object, ...]:
-    return tuple(row[name] for name in ("set", "pair", "kind", "similarity"))
+    return tuple(row[name] for name in ("set", "pair", "side", "kind", "similarity"))
 
 
 def _print(name: str, rows: list[Row]) -> None:

@@ -41,6 +41,8 @@ def refine(
     moving_mask: str | None = None,
     fixed_lesion: str | None = None,
     moving_lesion: str | None = None,
+    fixed_soft_labels: str | None = None,
+    moving_soft_labels: str | None = None,
     overwrite: bool = False,
     json: bool = False,
     dry_run: bool = False,
@@ -67,6 +69,9 @@ def refine(
         fixed_lesion: labels on the fixed grid; where they are not zero, as in a tumour, images are not compared, and
             the field follows from around as smoothly as can be.
         moving_lesion: the same on the grid of the moving image, wherever the field leads there.
+        fixed_soft_labels: probabilities of labels in the fixed image, a 4D NIfTI of one volume for each, as the softmax
+            of a segmentation network; they guide, and are not measured.
+        moving_soft_labels: the same labels of the moving image.
         overwrite: replace outputs that exist.
         json: print the metrics as JSON.
         dry_run: read and check everything, print what would be done, and write nothing.
@@ -79,6 +84,7 @@ def refine(
     if sys.stderr.isatty():
         how["settings"]["progress"] = True
     labels, points = both("label", fixed_label, moving_label), both("points", fixed_points, moving_points)
+    soft_labels = both("soft_labels", fixed_soft_labels, moving_soft_labels)
     metrics = pairs.refine_pair(
         fixed,
         moving,
@@ -94,6 +100,7 @@ def refine(
         log_json=log_json,
         lesion=fixed_lesion,
         moving_lesion=moving_lesion,
+        soft_labels=soft_labels,
         **how,
     )
     show(metrics, json)
@@ -104,8 +111,8 @@ def cohort(pairs: str, output_dir: str, affine: str | None = None, overwrite: bo
 
     Args:
         pairs: .csv, .tsv or .json with fixed, moving and, where there are any, fixed_label, moving_label, fixed_points,
-            moving_points, fixed_mask, moving_mask, fixed_lesion, moving_lesion, ddf, affine, name. Relative paths start
-            from its folder.
+            moving_points, fixed_mask, moving_mask, fixed_lesion, moving_lesion, fixed_soft_labels, moving_soft_labels,
+            ddf, affine, name. Relative paths start from its folder.
         output_dir: gets a folder per pair, and metrics.csv.
         affine: auto, center, rigid or affine aligns the pairs first that have no affine of their own.
         overwrite: do pairs again that are complete, and replace what other files or settings left.
@@ -199,7 +206,7 @@ def _options(
         memory: auto, full or half.
         kernels: auto, native or reference (plain PyTorch).
         device: auto, cpu, cuda, cuda:1, ...
-        file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
+        file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg or freesurfer.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
         uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm, by the way back; not with symmetric.
@@ -210,8 +217,6 @@ def _options(
     guided = guide_labels is not None or guide_points
     if guide_weight is not None:
         check_number("guide_weight", guide_weight, 0, exclusive=True)
-        if not guided:
-            raise ValueError(f"guide_weight needs guide_labels or guide_points, got {guide_weight} alone")
     if guided and symmetric:
         raise ValueError("guide_labels and guide_points cannot be used together with symmetric")
     settings = {
@@ -226,7 +231,9 @@ def _options(
         "bundle": bundle, "ddf_format": ddf_format, "ddf_before_affine": ddf_before_affine,
         "device": device, "file_format": file_format, "report": report,
         "jacobian": jacobian, "uncertainty": uncertainty,
-        "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight or 1.0} if guided else None,
+        "guide": {"labels": guide_labels, "points": guide_points, "weight": guide_weight or 1.0}
+        if guided or guide_weight is not None
+        else None,
         "settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]]),
     }  # fmt: skip
 

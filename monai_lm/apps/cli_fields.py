@@ -30,7 +30,7 @@ def apply(
         moving: image that the field leads to, for points and voxel fields.
         label: the image is a label map: nearest neighbour.
         file_format: of the field: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg,
-            freesurfer, afni, ras, lps or positions.
+            freesurfer, m3z, afni, ras, lps or positions.
         device: auto, cpu, cuda, cuda:1, ...
         overwrite: replace an output that exists.
     """
@@ -131,11 +131,11 @@ def convert(
     Args:
         ddf: the field.
         output: the new file.
-        to: itk, itk_transform, metaimage, nrrd, fsl, voxel or learn2reg.
+        to: itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg or freesurfer.
         fixed: image on the field's grid, for formats that do not say where they lie.
         moving: image that the field leads to, if its grid is another one.
         file_format: of the input: auto, itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg, niftyreg,
-            freesurfer, afni, ras, lps or positions.
+            freesurfer, m3z, afni, ras, lps or positions.
         overwrite: replace an output that exists.
         resample: bring the field to the grid of ``fixed``, where it lies on another one; to or from voxel, fsl and
             learn2reg, which are in voxels of the moving image, moving must be given, too.

@@ -22,7 +22,9 @@ from monai_lm.solver.refinement import check_keywords
 __all__ = ["refine_cohort"]
 
 _COLUMNS = [*(path for path in PATHS if path not in ("image", "label")), "name"]
-_BOTH = [("fixed_label", "moving_label"), ("fixed_points", "moving_points")]
+_BOTH = [
+    ("fixed_label", "moving_label"), ("fixed_points", "moving_points"), ("fixed_soft_labels", "moving_soft_labels"),
+]  # fmt: skip
 
 
 def refine_cohort(
@@ -43,8 +45,8 @@ def refine_cohort(
     Args:
         pairs: a ``.csv`` or ``.json`` file, or dictionaries, with ``fixed``, ``moving`` and, where there are any,
             ``fixed_label``, ``moving_label``, ``fixed_points``, ``moving_points``, ``fixed_mask``, ``moving_mask``,
-            ``fixed_lesion``, ``moving_lesion``, ``ddf``, ``affine`` and ``name``. Relative paths
-            start from the folder of the file.
+            ``fixed_lesion``, ``moving_lesion``, ``fixed_soft_labels``, ``moving_soft_labels``, ``ddf``, ``affine`` and
+            ``name``. Relative paths start from the folder of the file.
         output_dir: gets a folder per pair, named ``name`` or ``<fixed>__<moving>``, and ``metrics.csv``, a row per
             complete pair of the list.
         overwrite: do all pairs again.
@@ -103,8 +105,8 @@ def _files_of(entry: Entry) -> dict[str, Any]:
     """The arguments of ``refine_pair`` that are files."""
     given = {key: entry.get(key) for key in ("fixed", "moving", "ddf", "affine", "moving_mask", "moving_lesion")}
     given |= {"mask": entry.get("fixed_mask"), "lesion": entry.get("fixed_lesion")}
-    labels, points = ((entry[a], entry[b]) if a in entry else None for a, b in _BOTH)
-    return {**given, "labels": labels, "points": points}
+    labels, points, soft = ((entry[a], entry[b]) if a in entry else None for a, b in _BOTH)
+    return {**given, "labels": labels, "points": points, "soft_labels": soft}
 
 
 def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any]) -> set[str]:

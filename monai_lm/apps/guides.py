@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 from monai_lm.fields.space import Grid, to_voxel
-from monai_lm.guidance import Guidance, Keypoints, Labels
-from monai_lm.io.images import Image, Pair
+from monai_lm.guidance import Guidance, Keypoints, Labels, SoftLabels
+from monai_lm.io.images import Image, Pair, Probabilities
 from monai_lm.solver.between import Between
 
 __all__ = ["beside_of", "check_guide", "guides_of"]
 
 
-def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any) -> None:
+def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any, soft_labels: Any) -> None:
     """Whether what shall guide is there; ValueError if not."""
     if guide is None:
         return
+    if not guide.get("labels") and not guide.get("points") and soft_labels is None:
+        raise ValueError(
+            "guide_weight needs guide_labels, guide_points or fixed_soft_labels and moving_soft_labels, got "
+            f"{guide.get('weight')} alone"
+        )
     chosen = guide.get("labels")
     if isinstance(chosen, str) and chosen != "all":
         raise ValueError(f"guide_labels must be a list of labels or 'all', got {chosen!r}")
@@ -36,14 +41,15 @@ def guides_of(
     """What guides a pair.
 
     Args:
-        pair: its images, labels and points.
+        pair: its images, labels, points and soft labels, which guide wherever they are given.
         guide: ``labels``, a list or ``"all"``, and ``points``, whether they do, with a ``weight``.
         device: where the images are.
         grids: of the fixed and of the moving image as they are compared, voxel by voxel, the moving one where the
             affine of the pair starts; ``None``: both are on the fixed grid.
     """
-    if guide is None:
+    if guide is None and pair.soft_labels is None:
         return None
+    guide = guide or {}
     out: list[Guidance] = []
     here, there = grids or (pair.fixed.grid, pair.fixed.grid)
     weight, chosen = float(guide.get("weight", 1.0)), guide.get("labels")
@@ -53,6 +59,12 @@ def guides_of(
             for image, grid, initial in zip(pair.labels, (here, there), (None, pair.initial), strict=True)
         )
         out.append(Labels(fixed_map, moving_map, weight, None if chosen == "all" else [int(v) for v in chosen]))
+    if pair.soft_labels:
+        fixed_soft, moving_soft = (
+            _brought(maps, grid, initial, device, "bilinear")
+            for maps, grid, initial in zip(pair.soft_labels, (here, there), (None, pair.initial), strict=True)
+        )
+        out.append(SoftLabels(fixed_soft, moving_soft, weight))
     if guide.get("points") and pair.points:
         affines = here.affine, there.affine if pair.initial is None else np.asarray(pair.initial) @ there.affine
         fixed, moving = (_voxels(p, a).to(device) for p, a in zip(pair.points, affines, strict=True))
@@ -76,9 +88,11 @@ def beside_of(
     return out
 
 
-def _brought(image: Image, grid: Grid, initial: np.ndarray | None, device: torch.device) -> Tensor:
-    """Labels on another grid, ``(1, 1, *S)``."""
-    return Between(grid, image.grid, initial).brought(image.data.to(device), None, "nearest", "zeros")
+def _brought(
+    image: Image | Probabilities, grid: Grid, initial: np.ndarray | None, device: torch.device, mode: str = "nearest"
+) -> Tensor:
+    """Labels on another grid, ``(1, K, *S)``."""
+    return Between(grid, image.grid, initial).brought(image.data.to(device), None, mode, "zeros")
 
 
 def _voxels(points: Tensor, affine: np.ndarray) -> Tensor:

@@ -17,6 +17,7 @@ from monai_lm.io.formats import is_of_two_grids, says
 from monai_lm.io.freesurfer import MGH_SUFFIXES, is_warp
 from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, applied_parts
+from monai_lm.io.m3z import MORPH_SUFFIXES
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES
 from monai_lm.io.volumes import load_volume
@@ -26,8 +27,8 @@ __all__ = ["describe_file"]
 _DIRECTION = "from points of the fixed image, on whose grid it lies, to points of the moving image"
 _MOST_LABELS = 20
 _AFFINES = (".mat", ".lta")
-_IMAGES = (".nii", ".gz", ".hdr", ".img", ".m3z", *MGH_SUFFIXES, *IMAGE_SUFFIXES)
-_OTHER_FIELDS = (".npz", ".head", ".brik")
+_IMAGES = (".nii", ".gz", ".hdr", ".img", *MGH_SUFFIXES, *IMAGE_SUFFIXES)
+_OTHER_FIELDS = (".npz", ".head", ".brik", *MORPH_SUFFIXES)
 
 
 def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]:

@@ -102,6 +102,7 @@ def refine_pair(
     ddf_before_affine: bool = False,
     lesion: str | Path | None = None,
     moving_lesion: str | Path | None = None,
+    soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> dict[str, Any]:
     """Refine or register two files.
 
@@ -143,6 +144,7 @@ def refine_pair(
         lesion: labels on the fixed grid: where they are not zero images are not compared, and the field follows from
             around; see :func:`monai_lm.refine`.
         moving_lesion: the same on the moving grid.
+        soft_labels: probability maps of both images, which guide; see :class:`monai_lm.io.images.Probabilities`.
 
     Returns:
         What ``metrics.json`` holds: the metrics, before (``…_before``) and after (``…_after``); the ``verdict`` of the
@@ -155,21 +157,25 @@ def refine_pair(
         ValueError: a file that cannot be used.
     """
     own = {"ddf": ddf, "fixed_mask": mask, "moving_mask": moving_mask}
-    guides = {"guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion}
+    guides: dict[str, Any] = {
+        "guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion,
+        "soft_labels": soft_labels,
+    }  # fmt: skip
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
-    check_guide(guide, labels, points)
+    check_guide(guide, labels, points, soft_labels)
     _check_together(bundle, own, guides, settings or {}, uncertainty, log_json)
     check_format("ddf_format", ddf_format)
     folder, mode = Path(output_dir), _mode(affine)
     report = report and report_possible()
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
     check_outputs(folder, names, overwrite)
-    pair = load_pair(fixed, moving, None if mode else affine, labels, points, mask, moving_mask, lesion, moving_lesion)
+    beside = labels, points, mask, moving_mask, lesion, moving_lesion, soft_labels
+    pair = load_pair(fixed, moving, None if mode else affine, *beside)
     _check_grids(pair, file_format)
     recipe = pair_recipe(
         fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
-        ddf_before_affine, lesion, moving_lesion,
+        ddf_before_affine, lesion, moving_lesion, soft_labels,
     )  # fmt: skip
     chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())

@@ -70,7 +70,8 @@ def _departures(pair: Pair, settings: Mapping[str, Any], guide: Mapping[str, Any
     """What is set otherwise than by default, as text."""
     usual = defaults() | {"spacing": pair.fixed.grid.spacing, "progress": settings.get("progress")}
     other = {name: describe(value) for name, value in settings.items() if value != usual[name]}
-    given = {"settings": other, "guide": describe(dict(guide or {}))}
+    soft = {} if pair.soft_labels is None else {"soft_labels": pair.soft_labels[0].data.shape[1]}
+    given = {"settings": other, "guide": describe(dict(guide or {}) | soft)}
     return {
         key: ", ".join(
             f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()

@@ -70,4 +70,5 @@ def read_afni_ddf(path: str | Path, moving_affine: np.ndarray | None = None) -> 
     check_afni_grid(str(path), Grid(data.shape[:3], affine))
     if data.ndim not in (4, 5) or data.shape[-1] < 3:
         raise ValueError(f"{path} must be (X, Y, Z, 1, 3) to be AFNI's, got shape {data.shape}")
-    return to_voxels(path, components_first(path, data[..., :3]), affine, moving_affine, LPS), affine
+    vectors, affine = components_first(path, data[..., :3], affine)
+    return to_voxels(path, vectors, affine, moving_affine, LPS), affine

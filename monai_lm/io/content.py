@@ -11,6 +11,7 @@ _BEGINNINGS = {
     b"\x1f\x8b": "a gzip file, cut off or of something else", b"NRRD": "NRRD", b"ObjectType": "MetaImage",
     b"#Insight": "an ITK transform in text",
     b"MATLAB": "a MATLAB file",
+    b"(Transform ": "elastix's parameters, of which transformix -def all makes a field that is read",
 }  # fmt: skip
 
 

@@ -22,7 +22,17 @@ __all__ = ["PARTS", "PATHS", "check_files", "draw_pairs", "named", "raise_all", 
 PARTS = ("train", "validation", "test", "predict")
 SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 FILES = ("image", "label", "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points")
-PATHS = (*FILES, "fixed_mask", "moving_mask", "fixed_lesion", "moving_lesion", "ddf", "affine")
+PATHS = (
+    *FILES,
+    "fixed_mask",
+    "moving_mask",
+    "fixed_lesion",
+    "moving_lesion",
+    "fixed_soft_labels",
+    "moving_soft_labels",
+    "ddf",
+    "affine",
+)
 
 Entry = dict[str, Any]
 

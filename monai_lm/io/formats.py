@@ -16,11 +16,18 @@ import numpy as np
 
 from monai_lm.fields.space import Grid
 from monai_lm.io.afni import check_afni_grid, is_afni, read_afni_ddf
-from monai_lm.io.freesurfer import MGH_SUFFIXES, read_freesurfer_ddf
+from monai_lm.io.freesurfer import (
+    MGH_SUFFIXES,
+    check_mgh_grid,
+    is_freesurfer,
+    read_freesurfer_ddf,
+    write_freesurfer_ddf,
+)
 from monai_lm.io.fsl import read_fsl_ddf, write_fsl_ddf
 from monai_lm.io.itk import ASK, check_itk_grid, read_itk_ddf, write_itk_ddf
 from monai_lm.io.itk_images import read_itk_image_ddf, write_itk_image_ddf
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, read_itk_transform, write_itk_transform
+from monai_lm.io.m3z import MORPH_SUFFIXES, read_m3z_ddf
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.niftyreg import is_niftyreg, read_niftyreg_ddf
 from monai_lm.io.vectors import read_millimetre_ddf
@@ -51,6 +58,7 @@ class Format:
         read: makes ``(n, *S)`` in voxels and the affine of its grid of a path and what it ``asks`` for.
         write: writes a field ``(n, *S)`` in voxels on the grid of an affine to a path; ``None``: it is read only.
         asks: which arguments of :func:`read_ddf` the functions take, as the files do not say it.
+        tells: which arguments of :func:`write_ddf` only the writer takes, as the files say it.
         suffixes: of its files; what is written gets the first.
         planes: whether it holds fields in 2D.
         has_affine: whether its files say where the fixed grid lies; else its functions know no affine.
@@ -62,6 +70,7 @@ class Format:
     read: Callable[..., Any]
     write: Callable[..., None] | None = None
     asks: tuple[str, ...] = ("moving_affine",)
+    tells: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = (".nii.gz", ".nii")
     planes: bool = True
     has_affine: bool = True
@@ -111,7 +120,16 @@ _TABLE = {
     "freesurfer": Format(
         "displacements or positions, RAS mm or voxels of its source, as the file says",
         read_freesurfer_ddf,
+        write_freesurfer_ddf,
+        tells=("moving_size",),
         suffixes=MGH_SUFFIXES,
+        planes=False,
+        check_grid=check_mgh_grid,
+    ),
+    "m3z": Format(
+        "positions, voxels of its source or RAS mm, as the file says",
+        read_m3z_ddf,
+        suffixes=MORPH_SUFFIXES,
         planes=False,
     ),
     "afni": Format(_LPS, read_afni_ddf, planes=False, check_grid=check_afni_grid),
@@ -126,17 +144,18 @@ FORMATS = tuple(name for name, found in _TABLE.items() if found.write)
 """What fields are written in."""
 
 READABLE = tuple(_TABLE)
-"""What fields are read from: besides, NiftyReg's, AFNI's, and millimetres that do not say what they are."""
+"""What fields are read from: besides, NiftyReg's, AFNI's, FreeSurfer's morphs, and millimetres of any kind."""
 
 
 def guess_format(path: str | Path) -> str:
     """Tell the format of a file of a field by what it says of itself.
 
-    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is NiftyReg's or in voxels if the
-    name of its intent says so, AFNI's if AFNI's extension names its volumes ``x_delta`` and so on, SPM's positions if
-    it has five dimensions and is described as a ``Deformation``, FSL's if it has one of FNIRT's intents, ITK's if it
-    has five dimensions and one of the vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)``
-    without an intent may be in voxels or in millimetres of any system.
+    ``.npz`` is Learn2Reg's, as any suffix but NIfTI's tells its format. A NIfTI file is FreeSurfer's if FreeSurfer's
+    extension says that it is a warp, NiftyReg's or in voxels if the name of its intent says so, AFNI's if AFNI's
+    extension names its volumes ``x_delta`` and so on, SPM's positions if it has five dimensions and is described as a
+    ``Deformation`` or has vectors named ``Mapping``, FSL's if it has one of FNIRT's intents, ITK's if it has five
+    dimensions and one of the vector intents (1006, 1007). All others need to be named: ``(X, Y, Z, 3)`` without an
+    intent may be in voxels or in millimetres of any system.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -147,13 +166,16 @@ def guess_format(path: str | Path) -> str:
         return by_suffix[end]
     image = open_nifti(path)
     shape, intent, name = image.shape, int(image.header["intent_code"]), image.header["intent_name"].item()
+    if is_freesurfer(image.header):
+        return "freesurfer"
     if is_niftyreg(image.header):
         return "niftyreg"
     if name == VOXELS.encode():
         return "voxel"
     if is_afni(image.header):
         return "afni"
-    if len(shape) == 5 and shape[-1] == 3 and intent == 0 and image.header["descrip"].item() == b"Deformation":
+    described = intent == 0 and image.header["descrip"].item() == b"Deformation"
+    if len(shape) == 5 and shape[-1] == 3 and (described or (intent == 1007 and name == b"Mapping")):
         return "positions"  # SPM's
     if intent in (1006, 1007) and len(shape) == 5:
         return "itk"
@@ -224,7 +246,7 @@ def write_ddf(
         affine: ``(4, 4)`` voxel-to-RAS affine of the fixed grid.
         file_format: one of ``FORMATS``.
         moving_affine: that of the moving grid, for files in millimetres; default: ``affine``.
-        moving_size: its voxel counts, for FSL's files; default: those of the field.
+        moving_size: its voxel counts, for FSL's and FreeSurfer's files; default: those of the field.
 
     Raises:
         ValueError: an unknown format, or a field that it cannot hold, see the writers.
@@ -233,7 +255,8 @@ def write_ddf(
     found = _TABLE[file_format]
     assert found.write is not None  # for mypy: it is one of FORMATS
     given = {"moving_affine": moving_affine, "moving_size": moving_size}
-    found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in found.asks})
+    taken = (*found.asks, *found.tells)
+    found.write(path, ddf, *[affine] * found.has_affine, **{k: v for k, v in given.items() if k in taken})
 
 
 def says(file_format: str) -> str:

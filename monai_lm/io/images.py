@@ -19,7 +19,7 @@ from monai_lm.similarity.weighted import continued
 from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_shown, checked_mask
 
-__all__ = ["Field", "Image", "Pair", "load_pair", "load_points"]
+__all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points"]
 
 
 class Image:
@@ -48,13 +48,51 @@ class Image:
         shape = values.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
-        thick = [axis for axis, s in enumerate(shape) if s > 1]
-        if len(shape) not in (2, 3) or len(thick) < 2:
+        if len(shape) not in (2, 3) or sum(s > 1 for s in shape) < 2:
             raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
-        order = [*thick, *(axis for axis in range(3) if axis not in thick), 3]
+        thick, affine = _axes(shape, affine)
         values = values.reshape([shape[axis] for axis in thick])
-        self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine[:, order])
+        self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine)
         self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
+
+
+class Probabilities:
+    """Probability maps from a file, as the softmax of a segmentation network.
+
+    Args:
+        path: file of ``(X, Y, Z, K)`` or ``(X, Y, Z, 1, K)``, a volume for each label, or ``(X, Y, Z)``, of one label.
+
+    Attributes:
+        path: where it came from.
+        data: ``(1, K, *S)`` float32 in [0, 1].
+        grid: voxel counts and voxel-to-RAS affine, as those of an :class:`Image`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, is cut off, is not finite, or holds no probabilities.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        values, affine = load_volume(path)
+        shape = values.shape
+        if not 2 <= len(shape) <= 5 or sum(s > 1 for s in shape[:3]) < 2 or (len(shape) == 5 and shape[3] != 1):
+            raise ValueError(f"{path} must hold probabilities (X, Y, Z, K), a volume for each label, got shape {shape}")
+        if values.min() < 0 or values.max() > 1.001:  # half precision may round beyond 1
+            raise ValueError(
+                f"{path} must hold probabilities in [0, 1], got {values.min():.4g} to {values.max():.4g}; a label map "
+                "is given as fixed_label or moving_label, logits need a softmax, percent a division"
+            )
+        thick, affine = _axes(shape[:3], affine)
+        size = tuple(shape[axis] for axis in thick)
+        maps = np.ascontiguousarray(np.moveaxis(values.reshape(*size, -1), -1, 0), dtype=np.float32)
+        self.path, self.grid = Path(path), Grid(size, affine)
+        self.data = torch.from_numpy(maps)[None]
+
+
+def _axes(shape: tuple[int, ...], affine: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The axes of a volume that are more than a voxel long, and its affine with them first."""
+    thick = [axis for axis, s in enumerate(shape) if s > 1]
+    return thick, affine[:, [*thick, *(axis for axis in range(3) if axis not in thick), 3]]
 
 
 def _labels(path: str | Path, values: np.ndarray) -> np.ndarray:
@@ -147,6 +185,7 @@ class Pair:
         moving_mask: the same on the moving grid.
         lesion: labels on the fixed grid; what is not zero is a lesion.
         moving_lesion: the same on the moving grid.
+        soft_labels: probability maps of as many labels in the space of the fixed and of the moving image.
     """
 
     fixed: Image
@@ -158,6 +197,7 @@ class Pair:
     moving_mask: Image | None = None
     lesion: Image | None = None
     moving_lesion: Image | None = None
+    soft_labels: tuple[Probabilities, Probabilities] | None = None
 
     @property
     def between(self) -> Between:
@@ -188,6 +228,7 @@ def load_pair(
     moving_mask: str | Path | None = None,
     lesion: str | Path | None = None,
     moving_lesion: str | Path | None = None,
+    soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> Pair:
     """Load a pair and what is known of it. Images are continued where they are not finite, under zeros of a mask.
 
@@ -220,7 +261,14 @@ def load_pair(
         counts = [len(p) for p in landmarks]
         raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
     initial = None if affine is None else read_affine(affine, n)
-    return Pair(f, m, initial, maps, landmarks, *weights, *lesions)
+    soft = (Probabilities(soft_labels[0]), Probabilities(soft_labels[1])) if soft_labels else None
+    found = [tuple(maps.data.shape[1:]) for maps in soft or ()]
+    if soft and (found[0][0] != found[1][0] or any(len(shape) != n + 1 for shape in found)):
+        raise ValueError(
+            f"{soft[0].path} and {soft[1].path} must hold as many labels each, in {n}D as the images, got (K, *S) "
+            f"{found[0]} and {found[1]}"
+        )
+    return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from monai_lm.fields.space import Grid, check_affine, is_sheared, out_of_plane, to_space
+from monai_lm.io.freesurfer import is_freesurfer
 from monai_lm.io.nifti import check_ddf, load_nifti, save_nifti
 from monai_lm.io.niftyreg import is_niftyreg
 from monai_lm.io.vectors import LPS, components_first, looks_like_positions, to_voxels
@@ -91,9 +92,11 @@ def read_itk_ddf(
     if vectors not in (None, "LPS", "RAS"):
         raise ValueError(f"vectors must be 'LPS', 'RAS' or None, got {vectors!r}")
     data, affine, header = load_nifti(path)
-    components = components_first(path, data)
+    components, affine = components_first(path, data, affine)
     intent = int(header["intent_code"])
     if vectors is None:
+        if is_freesurfer(header):
+            raise ValueError(f"{path} must be ITK's, got FreeSurfer's; say file_format='freesurfer'")
         if is_niftyreg(header):
             raise ValueError(f"{path} must be ITK's, got NiftyReg's; say file_format='niftyreg'")
         if intent not in (VECTOR, DISPLACEMENT_VECTOR):

@@ -71,7 +71,8 @@ def read_itk_image_ddf(path: str | Path, moving_affine: np.ndarray | None = None
     """
     data, affine = load_itk(path)
     _check_space(path)
-    return to_voxels(path, components_first(path, data), affine, moving_affine, LPS), affine
+    vectors, affine = components_first(path, data, affine)
+    return to_voxels(path, vectors, affine, moving_affine, LPS), affine
 
 
 def _check_space(path: str | Path) -> None:

@@ -111,8 +111,8 @@ def read_itk_transform(
     data = np.moveaxis(sitk.GetArrayFromImage(image), range(n), range(n)[::-1])
     if not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
-    vectors = components_first(path, data if n == 3 else np.expand_dims(data, 2))
-    return to_voxels(path, vectors, grid.affine, moving_affine, LPS), grid.affine
+    vectors, affine = components_first(path, data if n == 3 else np.expand_dims(data, 2), grid.affine)
+    return to_voxels(path, vectors, affine, moving_affine, LPS), affine
 
 
 def linear_matrix(path: str | Path, parts: list[Part]) -> tuple[np.ndarray, int]:

@@ -54,7 +54,7 @@ _OTHERS = {
     (".npz",): "Learn2Reg's, which is read as a field (file_format='learn2reg')",
     (".mgz", ".mgh"): "MGH, which is read as an image or, if it says that it is a warp, as a field "
     "(file_format='freesurfer')",
-    (".m3z",): "FreeSurfer's morph; mri_warp_convert --inm3z … --outras … makes a field for file_format='ras' of it",
+    (".m3z", ".m3d"): "FreeSurfer's morph, which is read as a field (file_format='m3z')",
     (".head", ".brik"): "AFNI's dataset; 3dcopy makes a NIfTI file of it",
 }
 """What is taken for a NIfTI file, by the suffix, and what to do with it."""
@@ -166,14 +166,14 @@ def open_nifti(path: str | Path) -> Any:
 def check_length(path: str | Path, image: Any) -> None:
     """ValueError for a file that cannot hold the data of its header, before memory is taken for them."""
     size = Path(path).stat().st_size
-    most = size if Path(path).suffix in (".nii", ".mgh") else _MOST_DEFLATED * size
+    most = size if Path(path).suffix.lower() in (".nii", ".mgh") else _MOST_DEFLATED * size
     if (claimed := math.prod(image.shape) * image.get_data_dtype().itemsize) > most:
         raise ValueError(f"a header of {claimed} bytes of data in a file of {size}")
 
 
 def _check_sum(path: str | Path) -> None:
     """An error of gzip or zlib for a compressed file whose check sum is wrong, which nibabel does not read up to."""
-    if Path(path).suffix == ".gz":
+    if Path(path).suffix.lower() == ".gz":
         with gzip.open(path) as file:
             while file.read(2**24):
                 pass

@@ -98,11 +98,12 @@ def pair_recipe(
     ddf_before_affine: bool = False,
     lesion: str | Path | None = None,
     moving_lesion: str | Path | None = None,
+    soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> Recipe:
     """Recipe of :func:`monai_lm.apps.pairs.refine_pair`, whose arguments these are."""
     given: dict[str, str | Path | None] = {"fixed": fixed, "moving": moving, "ddf": ddf}
     given["affine"] = None if affine in MODES else affine
-    for name, two in (("label", labels), ("points", points)):
+    for name, two in (("label", labels), ("points", points), ("soft_labels", soft_labels)):
         given |= {f"{role}_{name}": path for role, path in zip(("fixed", "moving"), two or (), strict=False)}
     given |= {"mask": mask, "moving_mask": moving_mask, "lesion": lesion, "moving_lesion": moving_lesion}
     given["bundle"] = bundle

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from monai_lm.fields.space import check_affine, from_space, to_world
 from monai_lm.io.nifti import load_nifti
 
 __all__ = [
     "LPS",
+    "as_nearest",
     "components_first",
     "flattened",
     "looks_like_positions",
@@ -25,8 +28,13 @@ __all__ = [
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def components_first(path: str | Path, data: np.ndarray) -> np.ndarray:
-    """The vectors of a file as ``(n, *S)``; of a plane with three components as ``(3, X, Y, 1)``.
+def components_first(
+    path: str | Path, data: np.ndarray, affine: np.ndarray, in_voxels: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a file as ``(n, *S)``, and the affine of their grid.
+
+    Three components of a plane are ``(3, X, Y, 1)``, whichever axis the file has one voxel along, as images in 2D have
+    it; those ``in_voxels`` are then in the order of these axes, too.
 
     Raises:
         ValueError: neither ``(X, Y, Z, 1, 3)``, ``(X, Y, 1, 1, 2)`` nor one of these without its fourth axis.
@@ -38,7 +46,12 @@ def components_first(path: str | Path, data: np.ndarray) -> np.ndarray:
             f"{path} must be (X, Y, Z, 1, 3) or (X, Y, 1, 1, 2), or these without the fourth axis, to hold vectors, "
             f"got shape {shape}"
         )
-    return np.moveaxis(data.reshape(*shape[:n], n), -1, 0)
+    vectors = np.moveaxis(data.reshape(*shape[:n], n), -1, 0)
+    if n == 3 and sorted(shape[:3])[:2].count(1) == 1:
+        order = sorted(range(3), key=lambda axis: shape[axis] == 1)
+        vectors, affine = vectors.transpose(0, *(1 + axis for axis in order)), affine[:, [*order, 3]]
+        vectors = vectors[order] if in_voxels else vectors
+    return vectors, affine
 
 
 def flattened(path: str | Path, ddf: np.ndarray) -> np.ndarray:
@@ -97,7 +110,8 @@ def read_millimetre_ddf(
         path: NIfTI file ``(X, Y, Z, 1, 3)`` or ``(X, Y, Z, 3)`` (2D: ``(X, Y, 1, 1, 2)`` or ``(X, Y, 1, 2)``) on the
             fixed grid; its intent is not looked at.
         kind: ``"ras"`` or ``"lps"``: displacements in that system (FreeSurfer and SynthMorph write RAS);
-            ``"positions"``: where the voxels are led, in RAS millimetres (SPM's ``y_`` files).
+            ``"positions"``: where the voxels are led, in RAS millimetres (SPM's ``y_`` files); voxels that are led
+            nowhere, NaN, are displaced as the nearest of the others.
         moving_affine: ``(4, 4)`` voxel-to-RAS affine of the moving grid; default: that of the file.
 
     Returns:
@@ -106,12 +120,37 @@ def read_millimetre_ddf(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no NIfTI file, is cut off, is not a vector field, is not finite, or an affine is singular.
+
+    Warns:
+        UserWarning: positions that are NaN.
     """
-    data, affine, _ = load_nifti(path)
-    vectors = components_first(path, data)
+    data, affine, _ = load_nifti(path, finite=kind != "positions")
+    vectors, affine = components_first(path, data, affine)
     if kind == "positions":
-        vectors = vectors - places(affine, vectors.shape[1:])
+        vectors = _known(path, vectors - places(affine, vectors.shape[1:]))
     return to_voxels(path, vectors, affine, moving_affine, LPS if kind == "lps" else np.eye(4)), affine
+
+
+def _known(path: str | Path, vectors: np.ndarray) -> np.ndarray:
+    """Displacements, those that are NaN as the nearest of the others, with a warning; ValueError for infinite ones."""
+    unknown = np.isnan(vectors).any(axis=0)
+    if np.isinf(vectors).any() or unknown.all():
+        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(vectors)).sum())} NaN or infinite values")
+    if unknown.any():
+        warnings.warn(
+            f"{path} leads {int(unknown.sum())} of {unknown.size} voxels nowhere (NaN): they are displaced as the "
+            "nearest of the others",
+            stacklevel=4,
+        )
+    return as_nearest(vectors, unknown)
+
+
+def as_nearest(vectors: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """Displacements ``(n, *S)`` with those of unknown voxels ``(*S)`` as the nearest of the others."""
+    if not unknown.any():
+        return vectors
+    nearest = distance_transform_edt(unknown, return_distances=False, return_indices=True)
+    return np.stack([axis[tuple(nearest)] for axis in vectors])
 
 
 def looks_like_positions(vectors: np.ndarray, affine: np.ndarray) -> bool:

@@ -55,7 +55,8 @@ def read_voxel_ddf(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is no NIfTI file, is cut off, has another shape, or is not finite.
     """
     data, affine, _ = load_nifti(path, any_unit=True)
-    return flattened(path, single(path, components_first(path, data))), affine
+    vectors, affine = components_first(path, data, affine, in_voxels=True)
+    return flattened(path, single(path, vectors)), affine
 
 
 def write_learn2reg_ddf(path: str | Path, ddf: np.ndarray, half: bool = False) -> None:

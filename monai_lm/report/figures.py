@@ -48,16 +48,24 @@ def _window_of(image: Tensor) -> tuple[float, float]:
 
 
 def _png(figure: Any, colours: int | None = None) -> bytes:
-    """A figure as PNG, with a palette of so many colours if given: half as large for fine outlines."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    if colours is None:
-        return buffer.getvalue()
+    """A figure as PNG, without alpha, grey where all of it is; with a palette of so many colours if given.
+
+    A palette makes fine outlines half as large. Harder compression takes many times as long for some percent.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # matplotlib needs it, too
 
-    small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(colours).save(small, "png", optimize=True)
-    return small.getvalue()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    if (pixels == pixels[..., :1]).all():
+        picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
+    else:
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        picture = picture if colours is None else picture.quantize(colours)
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", compress_level=4)
+    return buffer.getvalue()
 
 
 class _Panel:
@@ -167,6 +175,8 @@ class Volumes:
     warped: np.ndarray
     windows: tuple[tuple[float, float], tuple[float, float]]
     labels: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    jacobians: tuple[np.ndarray, np.ndarray]
+    folds: tuple[np.ndarray, np.ndarray]
     limit: float
 
     def difference(self, image: np.ndarray) -> np.ndarray:
@@ -176,13 +186,13 @@ class Volumes:
 
 
 def volumes_of(case: Case) -> Volumes:
-    """First channels, warped by the first and the last field; labels likewise; half-width of the Jacobian's scale."""
+    """First channels, warped by the first and the last field; labels, log Jacobian and folded cells likewise."""
     labels = None
     if case.labels is not None:
         moved = [case.warped_label(ddf) for ddf in (case.start, case.ddf)]
         labels = tuple(m[0, 0].numpy() for m in (case.labels[0], *moved) if m is not None)
-    spread = [_log2_jacobian(field) for field in (case.start, case.ddf)]
-    limit = max(float(np.percentile(np.abs(values), 99.5)) for values in spread)
+    jacobians = _log2_jacobian(case.start), _log2_jacobian(case.ddf)
+    limit = max(float(np.percentile(np.abs(values), 99.5)) for values in jacobians)
     return Volumes(
         case.fixed[0, 0].numpy(),
         case.moving[0, 0].numpy(),
@@ -190,6 +200,8 @@ def volumes_of(case: Case) -> Volumes:
         warp(case.moving, case.ddf)[0, 0].numpy(),
         (_window_of(case.fixed[0, 0]), _window_of(case.moving[0, 0])),
         labels,  # type: ignore[arg-type]
+        jacobians,
+        (folded_cells(case.start)[0].numpy(), folded_cells(case.ddf)[0].numpy()),
         min(max(float(np.ceil(limit * 2) / 2), 0.5), 3.0),
     )
 
@@ -225,9 +237,9 @@ def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> No
         assert case.uncertainty is not None  # for mypy
         _draw_image(axis, view, view.cut(case.uncertainty[0, 0].numpy()), "magma", 0, worst_of(case.uncertainty))
     else:
-        field = case.start if kind.endswith("before") else case.ddf
-        _draw_image(axis, view, view.cut(_log2_jacobian(field)), "RdBu_r", -volumes.limit, volumes.limit)
-        _draw_folds(axis, view, folded_cells(field)[0].numpy())
+        which = 0 if kind.endswith("before") else 1
+        _draw_image(axis, view, view.cut(volumes.jacobians[which]), "RdBu_r", -volumes.limit, volumes.limit)
+        _draw_folds(axis, view, volumes.folds[which])
 
 
 def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequence[str]) -> dict[str, list[bytes]]:

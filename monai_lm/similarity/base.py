@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from monai_lm.kernels.reference import over_voxels, ranged
 
 __all__ = [
     "KernelSimilarity",
+    "Matched",
     "Range",
     "Similarity",
     "contrast",
@@ -23,6 +25,20 @@ __all__ = [
 
 Range = tuple[Tensor, Tensor] | None
 """What is subtracted from an image and what the difference is multiplied by, ``(B, C)`` each; or nothing."""
+
+
+class Matched(NamedTuple):
+    """What a level compares, as two images teach it.
+
+    Attributes:
+        measure: of what is compared.
+        of_fixed: makes of the fixed image ``(B, C, *S)`` what is compared.
+        of_moving: the same of the moving image.
+    """
+
+    measure: Similarity
+    of_fixed: Callable[[Tensor], Tensor]
+    of_moving: Callable[[Tensor], Tensor]
 
 
 class Similarity(ABC):
@@ -65,20 +81,20 @@ class Similarity(ABC):
 
     def matched(
         self,
-        fixed: Tensor,
+        fixed: Tensor,  # noqa: ARG002
         warped: Tensor,  # noqa: ARG002
         weight: Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[Similarity, Tensor]:
-        """What is learned of two images that about lie on each other: the measure and the fixed image of a level.
+    ) -> Matched:
+        """What is learned of two images that about lie on each other, for a level.
 
-        The measure itself and the fixed image as it is, unless the measure ``learns``.
+        The measure itself and the images as they are, unless the measure ``learns``.
 
         Args:
             fixed: ``(B, C, *S)``.
             warped: ``(B, C, *S)``.
             weight: ``(B, 1, *S)``, at least 0: how much a voxel counts; ``None``: one.
         """
-        return self, fixed
+        return Matched(self, _as_it_is, _as_it_is)
 
     def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:  # noqa: ARG002
         """The measure that suits two images that about lie on each other: itself, unless it is ``undecided``.
@@ -193,6 +209,10 @@ class KernelSimilarity(Similarity):
     @abstractmethod
     def evaluate_into(self, warped: Tensor, reference: tuple[Any, ...], out: Tensor) -> Tensor:
         """Loss ``(B,)``, and its derivative in ``out``; see :class:`Similarity`."""
+
+
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
 
 
 def normalized(image: Tensor, range_: Range) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from monai_lm.fields.finite import check_number
-from monai_lm.similarity.base import Range, Similarity
+from monai_lm.similarity.base import Matched, Range, Similarity
 from monai_lm.similarity.lookup import get_similarity
 
 __all__ = ["Combined"]
@@ -71,10 +72,13 @@ class Combined(Similarity):
         return tuple(self._of([s[min(k, len(s) - 1)] for s in own]) for k in range(max(map(len, own))))
 
     @override
-    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
+    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Matched:
         groups = zip(self.measures, self._plain(fixed), self._plain(warped), strict=True)
-        measures, images = zip(*(measure.matched(f, w, weight) for measure, f, w in groups), strict=True)
-        return self._of(measures), torch.cat(images, 1)
+        measures, *sides = zip(*(measure.matched(f, w, weight) for measure, f, w in groups), strict=True)
+        return Matched(self._of(measures), *(partial(self._each, side) for side in sides))
+
+    def _each(self, maps: Sequence[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
+        return torch.cat([own(group) for own, group in zip(maps, self._plain(image), strict=True)], 1)
 
     @override
     def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:

@@ -1,4 +1,4 @@
-"""LNCC across contrasts: the fixed image's intensities are first mapped to the moving one's, as the images teach it."""
+"""LNCC across contrasts: the one image is first brought into the other one's contrast, as the images teach it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing_extensions import override
 
 from monai_lm.kernels.devices import widest_float
 from monai_lm.kernels.reference import over_voxels, spatial_gradient
-from monai_lm.similarity.base import Range, Similarity, standard_range
+from monai_lm.similarity.base import Matched, Range, Similarity, standard_range
 from monai_lm.similarity.lncc import LNCC
 from monai_lm.similarity.mi import MI
 from monai_lm.similarity.mind import MIND
 
-__all__ = ["IntensityMap", "MappedLNCC", "intensity_map", "monotony"]
+__all__ = ["IntensityMap", "MappedLNCC", "intensity_maps", "monotony"]
 
 _FLAT = 40.0
 """A voxel counts half where this many times its squared gradient is the usual one at borders."""
@@ -30,17 +30,18 @@ _SLAB = 2**20  # voxels that are looked at together
 
 
 class MappedLNCC(LNCC):
-    """LNCC of the moving image and the fixed one in the moving one's contrast, for images of any two contrasts.
+    """LNCC of two images of any two contrasts, of which one is brought into the other one's contrast.
 
-    An :func:`intensity_map` is learned at the start of every level, from the images on the finest grid as they lie on
-    each other by then, and held until the next; the iterations are those of :class:`~monai_lm.similarity.LNCC`. Coarser
+    The better of two :func:`intensity_maps`, of the fixed image's intensities and of the moving one's, is learned at
+    the start of every level, from the images on the finest grid as they lie on each other by then, and held until
+    the next; the iterations are those of :class:`~monai_lm.similarity.LNCC`. Coarser
     than half the resolution, before anything is known of the contrasts, :class:`~monai_lm.similarity.MIND` and
     :class:`~monai_lm.similarity.MI` lead, each on its own; the refinement goes on from where the images are less unlike
     by MIND, and has no history of what was before. As a loss on its own it learns the map from the two images that it
     is given, and the derivative is that of both.
 
-    The map is one function of intensity: tissues that are alike in the fixed image, and not in the moving one, become
-    their mean.
+    The map is one function of intensity: tissues that are alike in the image that is mapped, and not in the other one,
+    become their mean. So it is the image that tells more tissues apart that is mapped.
 
     Args:
         radius: as for LNCC.
@@ -68,15 +69,13 @@ class MappedLNCC(LNCC):
         return MIND(), MI()
 
     @override
-    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
-        return LNCC(self.radius, self.epsilon), self._mapped(fixed, warped, weight)
+    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Matched:
+        return Matched(LNCC(self.radius, self.epsilon), *intensity_maps(fixed, warped, weight, self.bins))
 
     @override
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
-        return self._mapped(fixed, moving), moving
-
-    def _mapped(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Tensor:
-        return intensity_map(fixed, warped, weight, self.bins)[0](fixed)
+        of_fixed, of_moving = intensity_maps(fixed, moving, None, self.bins)
+        return of_fixed(fixed), of_moving(moving)
 
     @override
     def ranges(self, fixed: Tensor, moving: Tensor) -> tuple[Range, Range]:
@@ -86,12 +85,12 @@ class MappedLNCC(LNCC):
     def loss_and_derivative(self, warped: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = warped.detach().requires_grad_()
-            mapped = self._mapped(fixed, leaf)
-        lncc, image = LNCC(self.radius, self.epsilon), mapped.detach()
-        loss, derivative = lncc.loss_and_derivative(warped, image)
-        if mapped.requires_grad:
-            _, of_map = lncc.loss_and_derivative(image, warped)  # either image may be the fixed one
-            derivative = derivative + torch.autograd.grad(mapped, leaf, of_map)[0]
+            mapped = self.described(fixed, leaf)
+        lncc, (reference, image) = LNCC(self.radius, self.epsilon), (one.detach() for one in mapped)
+        loss, of_image = lncc.loss_and_derivative(image, reference)
+        _, of_reference = lncc.loss_and_derivative(reference, image)  # either image may be the fixed one
+        learned = [(one, d) for one, d in zip(mapped, (of_reference, of_image), strict=True) if one.requires_grad]
+        (derivative,) = torch.autograd.grad([one for one, _ in learned], leaf, [d for _, d in learned])
         return loss, derivative
 
 
@@ -103,41 +102,59 @@ class IntensityMap:
         low: ``(B, C)`` where the first piece starts.
         width: ``(B, C)`` from there to the end of the last one; beyond, the function is constant.
         values: ``(B, C, bins)`` at the ends of the pieces, in [0, 1]: 0 is the least intensity of the other image.
+        shares: ``(B, C, bins)`` of the voxels that it was learned from at the ends of the pieces.
+        better: ``(B, C)``, images that it is for: it explains more of the other one than that one's map of it does.
     """
 
     low: Tensor
     width: Tensor
     values: Tensor
+    shares: Tensor
+    better: Tensor
+
+    @property
+    def monotony(self) -> Tensor:
+        """Rise over all its ups and downs, 1 if it only rises or only falls, ``(B, C)``.
+
+        A piece counts with the root of the share of voxels that it is of, or the commonest tissue alone would decide.
+        """
+        rises = self.values.diff(dim=2) * (self.shares[..., 1:] + self.shares[..., :-1]).sqrt()
+        return rises.sum(2).abs() / rises.abs().sum(2).clamp(min=torch.finfo(rises.dtype).tiny)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The image ``(B, C, *S)``, mapped, in its precision."""
+        """The image ``(B, C, *S)`` in its precision, mapped where the map is the better one."""
+        if not bool(self.better.any()):
+            return image
         bins, mapped = self.values.shape[2], []
+        better = self.better.view(*self.better.shape, *(1 for _ in image.shape[2:]))
         for first, count in _slabs(image):
             slab = image.narrow(2, first, count)
             cell, beyond = _cells(slab, self.low, self.width, bins)
             lower, upper = (self.values.gather(2, cell + k) for k in (0, 1))
-            mapped.append((lower + beyond * (upper - lower)).to(image.dtype).view(slab.shape))
+            found = (lower + beyond * (upper - lower)).to(image.dtype).view(slab.shape)
+            mapped.append(torch.where(better, found, slab))
         return torch.cat(mapped, 2)
 
 
-def intensity_map(
+def intensity_maps(
     fixed: Tensor, warped: Tensor, weight: Tensor | None = None, bins: int = 48
-) -> tuple[IntensityMap, Tensor]:
-    """Which intensity of the warped image an intensity of the fixed one corresponds to.
+) -> tuple[IntensityMap, IntensityMap]:
+    """Which intensity of the warped image an intensity of the fixed one corresponds to, and the other way round.
 
     It is the mean of the warped intensities in the joint histogram ``p`` at the intensity ``f``, each with the weight
     ``max(0, p(f, w) - p(f) p(w))² / (p(f) p(w))``, its part of χ²: so what comes together by chance, since the images
     do not lie on each other yet, does not draw the map to the mean, and rare intensities count like common ones.
-    Voxels count where both images are flat: there, a small misalignment changes nothing.
+    Voxels count where both images are flat: there, a small misalignment changes nothing. The better of the two maps
+    explains more of the variance of what it leads to, with the same weights.
 
     Args:
         fixed: ``(B, C, *S)``.
-        warped: ``(B, C, *S)``; the map may be differentiated with respect to it.
+        warped: ``(B, C, *S)``; the maps may be differentiated with respect to it.
         weight: ``(B, 1, *S)``, at least 0, of voxels; ``None``: one.
         bins: of each image.
 
     Returns:
-        The map, and the share ``(B, C, bins)`` of the counted voxels that lie at its ends of pieces.
+        The map of the fixed image and that of the moving one.
     """
     (low, width), (other_low, other_width) = (_extent(image) for image in (fixed, warped))
     flat = _flatness(fixed) * _flatness(warped)
@@ -154,35 +171,58 @@ def intensity_map(
                 part = share * along_rows * along_columns
                 joint = joint.index_add(0, (cell + down * bins + right).flatten(), part.flatten())
     joint = joint.view(*low.shape, bins, bins)
-    shares = joint.detach().sum(3)
-    shares = shares / shares.sum(2, keepdim=True).clamp(min=torch.finfo(exact).tiny)
-    return IntensityMap(low, width, _expected(joint)), shares
+    beyond = _beyond_chance(joint)
+    values, other_values = (_expected(one) for one in (beyond, beyond.mT))
+    better = _explained(beyond.detach(), values.detach()) >= _explained(beyond.detach().mT, other_values.detach())
+    shares, other_shares = (_share(joint.detach().sum(axis)) for axis in (3, 2))
+    return (
+        IntensityMap(low, width, values, shares, better),
+        IntensityMap(other_low, other_width, other_values, other_shares, ~better),
+    )
 
 
 def monotony(fixed: Tensor, warped: Tensor, weight: Tensor | None = None, bins: int = 48) -> Tensor:
-    """Rise of the :func:`intensity_map` over all its ups and downs, 1 if it only rises or only falls, ``(B, C)``.
-
-    A piece of the map counts with the root of the share of voxels that it is of, or the commonest tissue alone would
-    decide. The arguments are those of the map.
-    """
-    known, shares = intensity_map(fixed, warped, weight, bins)
-    rises = known.values.diff(dim=2) * (shares[..., 1:] + shares[..., :-1]).sqrt()
-    return rises.sum(2).abs() / rises.abs().sum(2).clamp(min=torch.finfo(rises.dtype).tiny)
+    """That of the better of the :func:`intensity_maps`, ``(B, C)``; the arguments are theirs."""
+    of_fixed, of_moving = intensity_maps(fixed, warped, weight, bins)
+    return torch.where(of_fixed.better, of_fixed.monotony, of_moving.monotony)
 
 
-def _expected(joint: Tensor) -> Tensor:
-    """Where in [0, 1] the columns of a joint histogram ``(B, C, bins, bins)`` lie that belong to a row."""
-    bins = joint.shape[2]
-    at = torch.arange(bins, dtype=joint.dtype, device=joint.device)
-    narrow, wide = (torch.exp(-0.5 * ((at[:, None] - at) / sigma).square()) for sigma in (_NARROW, _WIDE))
-    tiny = torch.finfo(joint.dtype).tiny
-    p = narrow @ joint @ (narrow / narrow.sum(0))
-    p = p / p.sum((2, 3), keepdim=True).clamp(min=tiny)
+def _beyond_chance(joint: Tensor) -> Tensor:
+    """What comes together more often than by chance: each cell's part of χ², ``(B, C, bins, bins)``."""
+    narrow = _gaussian(joint, _NARROW)
+    narrow = narrow / narrow.sum(0)
+    p = narrow @ joint @ narrow.mT
+    p = p / p.sum((2, 3), keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)
     chance = p.sum(3, keepdim=True) * p.sum(2, keepdim=True)
-    beyond = (p - chance).clamp(min=0).square() / (chance + _CHANCE)
-    total, moment = beyond.sum(3), beyond @ at / (bins - 1)
-    total, moment = (values + _LITTLE * (values @ wide) for values in (total, moment))
-    return moment / total.clamp(min=tiny)
+    return (p - chance).clamp(min=0).square() / (chance + _CHANCE)
+
+
+def _expected(beyond: Tensor) -> Tensor:
+    """Where in [0, 1] the columns that belong to a row lie, ``(B, C, bins)``."""
+    at = torch.linspace(0, 1, beyond.shape[2], dtype=beyond.dtype, device=beyond.device)
+    wide = _gaussian(beyond, _WIDE)
+    total, moment = (values + _LITTLE * (values @ wide) for values in (beyond.sum(3), beyond @ at))
+    return moment / total.clamp(min=torch.finfo(beyond.dtype).tiny)
+
+
+def _explained(beyond: Tensor, values: Tensor) -> Tensor:
+    """The part of the columns' variance that ``values`` of the rows explain, at most 1, ``(B, C)``."""
+    at = torch.linspace(0, 1, beyond.shape[2], dtype=beyond.dtype, device=beyond.device)
+    share = _share(beyond.flatten(2)).view_as(beyond)
+    mean = (share.sum(2) @ at)[..., None, None]
+    left, whole = ((share * (at - center).square()).sum((2, 3)) for center in (values[..., None], mean))
+    return 1 - left * _inverse(whole)
+
+
+def _gaussian(histogram: Tensor, sigma: float) -> Tensor:
+    """Of the distances of two bins, ``(bins, bins)``."""
+    at = torch.arange(histogram.shape[2], dtype=histogram.dtype, device=histogram.device)
+    return torch.exp(-0.5 * ((at[:, None] - at) / sigma).square())
+
+
+def _share(counts: Tensor) -> Tensor:
+    """Of their sum over the last axis."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
 
 
 def _extent(image: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from monai_lm.similarity.base import Range, Similarity
+from monai_lm.similarity.base import Matched, Range, Similarity
 
 __all__ = ["Weighted", "continued", "counted", "shown", "with_moving_weight", "with_weight"]
 
@@ -63,10 +63,18 @@ class Weighted(Similarity):
         return tuple(self._of(measure) for measure in self.measure.starts)
 
     @override
-    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> tuple[Similarity, Tensor]:
-        image, shown, weight = self._apart(fixed, warped, weight)
-        measure, image = self.measure.matched(image, shown, weight)
-        return self._of(measure), torch.cat([image, fixed[:, image.shape[1] :]], 1)
+    def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Matched:
+        measure, of_fixed, of_moving = self.measure.matched(*self._apart(fixed, warped, weight))
+        last, first = int(self.weighs_fixed), int(self.weighs_moving)
+
+        def fixed_beside(image: Tensor) -> Tensor:
+            parts = image.split([image.shape[1] - last, last], 1)
+            return torch.cat([of_fixed(parts[0]), parts[1]], 1)
+
+        def moving_beside(image: Tensor) -> Tensor:
+            return torch.cat([image[:, :first], of_moving(image[:, first:])], 1)
+
+        return Matched(self._of(measure), fixed_beside, moving_beside)
 
     @override
     def decided(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Similarity:
@@ -86,8 +94,8 @@ class Weighted(Similarity):
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """As the measure describes the images; the weights stay as they are."""
         if self.learns:  # what does not count must not teach
-            measure, fixed = self.matched(fixed, moving)
-            return measure.described(fixed, moving)
+            measure, map_fixed, map_moving = self.matched(fixed, moving)
+            return measure.described(map_fixed(fixed), map_moving(moving))
         image, own = (fixed[:, :-1], fixed[:, -1:]) if self.weighs_fixed else (fixed, fixed[:, :0])
         first = int(self.weighs_moving)
         shown = moving[:, first:]

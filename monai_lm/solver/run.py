@@ -87,8 +87,8 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         repair_in_place(prediction)
     if residual is None:
         residual = Residual(len(problem.fixed), level, problem.fixed.device, dtype)
-    measure, fixed = _compared(stage, finest, problem, residual)
-    fixed, moving = (shrink(image, level) for image in (fixed, problem.moving))
+    measure, fixed, moving = _compared(stage, finest, problem, residual)
+    fixed, moving = (shrink(image, level) for image in (fixed, moving))
     residual.move_to(level, dtype, prediction)
     return (SymmetricEngine if settings.symmetric else Engine)(
         fixed=fixed,
@@ -113,12 +113,13 @@ def _lesion(stage: Stage, problem: Problem, prediction: Tensor | None) -> Lesion
     return Lesion((fixed, moving), prediction, stage.level.unit)
 
 
-def _compared(stage: Stage, finest: Stage, problem: Problem, residual: Residual) -> tuple[Similarity, Tensor]:
-    """The measure of a stage to come, and the fixed image on the finest grid as it is compared there."""
-    measure = stage.similarity
+def _compared(stage: Stage, finest: Stage, problem: Problem, residual: Residual) -> tuple[Similarity, Tensor, Tensor]:
+    """The measure of a stage to come, and both images on the finest grid as they are compared there."""
+    measure, fixed, moving = stage.similarity, problem.fixed, problem.moving
     if not measure.learns:
-        return measure, problem.fixed
-    return measure.matched(problem.fixed, warped_by(residual, finest, problem))
+        return measure, fixed, moving
+    measure, of_fixed, of_moving = measure.matched(fixed, warped_by(residual, finest, problem))
+    return measure, of_fixed(fixed), of_moving(moving)
 
 
 def warped_by(residual: Residual | None, finest: Stage, problem: Problem) -> Tensor:

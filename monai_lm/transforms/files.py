@@ -35,9 +35,9 @@ class LoadDDF(Transform):
 
     Args:
         file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"``,
-            ``"learn2reg"``, ``"niftyreg"``, ``"freesurfer"``, ``"afni"``, or ``"ras"``, ``"lps"`` and ``"positions"``
-            for millimetres, see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file says, see
-            :func:`monai_lm.io.guess_format`.
+            ``"learn2reg"``, ``"niftyreg"``, ``"freesurfer"``, ``"m3z"``, ``"afni"``, or ``"ras"``, ``"lps"`` and
+            ``"positions"`` for millimetres, see :func:`monai_lm.io.read_millimetre_ddf`; ``"auto"``: what the file
+            says, see :func:`monai_lm.io.guess_format`.
         relative: for FSL's files: displacements, or positions; default: guessed from the values.
     """
 
@@ -102,7 +102,7 @@ class SaveDDF(Transform):
         output_dir: folder, made if missing.
         output_postfix: the file is ``<name>_<postfix>.nii.gz``, for Learn2Reg ``.npz``.
         file_format: ``"itk"`` (also ANTs, SimpleITK, Slicer), ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``,
-            ``"fsl"`` (relative), ``"voxel"`` or ``"learn2reg"`` (full resolution).
+            ``"fsl"`` (relative), ``"voxel"``, ``"learn2reg"`` (full resolution) or ``"freesurfer"``.
     """
 
     backend = [TransformBackends.NUMPY]  # noqa: RUF012 (MONAI's class attribute)
@@ -187,8 +187,8 @@ class SaveDDFd(MapTransform):
             calls of all workers of a data loader.
         affine_key: image on the fixed grid whose affine the field gets if it has none of its own.
         allow_missing_keys: do not raise for missing ``keys``.
-        file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"`` or
-            ``"learn2reg"``.
+        file_format: ``"itk"``, ``"itk_transform"``, ``"metaimage"``, ``"nrrd"``, ``"fsl"``, ``"voxel"``,
+            ``"learn2reg"`` or ``"freesurfer"``.
     """
 
     backend = SaveDDF.backend

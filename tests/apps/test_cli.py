@@ -150,7 +150,10 @@ def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
     [
         ("--regularizer bending --regularizer_weight -1", "regularizer_weight must be at least 0, got -1.0"),
         ("--guide_points --guide_weight -1", "guide_weight must be greater than 0, got -1.0"),
-        ("--guide_weight 2", "guide_weight needs guide_labels or guide_points, got 2.0 alone"),
+        (
+            "--guide_weight 2",
+            "guide_weight needs guide_labels, guide_points or fixed_soft_labels and moving_soft_labels, got 2.0",
+        ),
         ("--guide_points --symmetric", "guide_labels and guide_points cannot be used together with symmetric"),
         ("--ddf_format foo", r"ddf_format must be one of \('auto', 'itk', .*got 'foo'"),
         ("--bundle B --fixed_mask M", "fixed_mask cannot be used together with bundle"),

@@ -20,17 +20,17 @@ SETTINGS = {"iterations": 5, "scales": (1,)}
 
 @pytest.fixture
 def cohort(tmp_path):
-    """A list of three pairs: labels and a name of its own, two masks, nothing."""
+    """A list of three pairs: labels and a name of its own, two masks and soft labels, nothing."""
     image = gaussian_smooth(torch.randn(1, 1, 18, 16, 14, generator=torch.Generator().manual_seed(0)), 2.0)[0, 0]
     for number in range(3):
         values = image[number : number + 16].numpy()
         nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"i{number}.nii.gz")
         nib.save(nib.Nifti1Image((values > 0).astype(np.uint8), np.eye(4)), tmp_path / f"l{number}.nii.gz")
     rows = [
-        "fixed,moving,fixed_label,moving_label,fixed_mask,moving_mask,name",
-        "i0.nii.gz,i1.nii.gz,l0.nii.gz,l1.nii.gz,,,first",
-        "i1.nii.gz,i2.nii.gz,,,l1.nii.gz,l2.nii.gz,",
-        "i2.nii.gz,i0.nii.gz,,,,,",
+        "fixed,moving,fixed_label,moving_label,fixed_mask,moving_mask,name,fixed_soft_labels,moving_soft_labels",
+        "i0.nii.gz,i1.nii.gz,l0.nii.gz,l1.nii.gz,,,first,,",
+        "i1.nii.gz,i2.nii.gz,,,l1.nii.gz,l2.nii.gz,,l1.nii.gz,l2.nii.gz",
+        "i2.nii.gz,i0.nii.gz,,,,,,,",
     ]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "pairs.csv"
@@ -52,7 +52,8 @@ def test_every_pair_is_what_refining_it_alone_gives(cohort, tmp_path):
     here = cohort.parent
     alone = refine_pair(
         here / "i1.nii.gz", here / "i2.nii.gz", tmp_path / "alone", mask=here / "l1.nii.gz",
-        moving_mask=here / "l2.nii.gz", report=False, settings=SETTINGS,
+        moving_mask=here / "l2.nii.gz", soft_labels=(here / "l1.nii.gz", here / "l2.nii.gz"),
+        report=False, settings=SETTINGS,
     )  # fmt: skip
     own = ("name", "fixed", "moving", "remarks", "seconds")
     assert {k: v for k, v in rows[1].items() if k not in own} == {

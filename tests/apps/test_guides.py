@@ -52,8 +52,50 @@ def test_labels_and_points_of_files_are_brought_together(files, tmp_path):
         assert metrics["provenance"]["settings"]["guidance"] == guide
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_soft_labels_of_files_guide(files, tmp_path, shape):
+    """A ball as a probability, in a file of one, or as one volume of several, on a grid of its own."""
+    soft, volumes = [], 1 if shape else 2
+    for role in ("fixed", "moving"):
+        ball = nib.load(files[role + "_label"])
+        data = ball.get_fdata(dtype=np.float32)[:-1]  # of another size than the image
+        maps = [0.9 * data, 0.1 * data[::-1]][:volumes]
+        values = maps[0].reshape(*data.shape, *shape) if shape else np.stack(maps, -1)
+        soft.append(tmp_path / f"{role}_soft{len(shape)}.nii.gz")
+        nib.save(nib.Nifti1Image(values.astype(np.float32), ball.affine), soft[-1])
+    labels = files["fixed_label"], files["moving_label"]
+    how = {"labels": labels, "report": False, "settings": QUICK, "device": "cpu", "guide": {"weight": 50}}
+    metrics = refine_pair(files["fixed"], files["moving"], tmp_path / "out", soft_labels=soft, **how)
+    before = next(k for k in metrics if k.startswith("dice") and k.endswith("_before"))
+    assert metrics[before.replace("before", "after")] > 1.05 * metrics[before]
+    assert {"fixed_soft_labels", "moving_soft_labels"} <= set(metrics["provenance"]["inputs"])
+
+
+def test_soft_labels_that_are_none_are_named(files, tmp_path):
+    images = files["fixed"], files["moving"]
+    for name, values in (
+        ("one", np.zeros((5, 5, 5, 1))),
+        ("two", np.zeros((5, 5, 5, 2))),
+        ("logits", np.ones((5, 5, 5)) * 3),
+    ):
+        nib.save(nib.Nifti1Image(values.astype(np.float32), FIXED), tmp_path / f"{name}.nii")
+    one, two, logits = (tmp_path / f"{name}.nii" for name in ("one", "two", "logits"))
+    with pytest.raises(
+        ValueError, match=r"one.nii and .*two.nii must hold as many labels each, .* \(1, 5, 5, 5\) and \(2"
+    ):
+        refine_pair(*images, tmp_path / "no", soft_labels=(one, two))
+    with pytest.raises(ValueError, match=r"logits.nii must hold probabilities in \[0, 1\], got 3 to 3; a label map"):
+        refine_pair(*images, tmp_path / "no", soft_labels=(one, logits))
+    with pytest.raises(ValueError, match="fixed and moving must have a label in common"):
+        refine_pair(*images, tmp_path / "no", soft_labels=(one, one), report=False)
+    with pytest.raises(ValueError, match="uncertainty cannot be told together with soft_labels"):
+        refine_pair(*images, tmp_path / "no", soft_labels=(one, one), uncertainty=True)
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_command_line_says_what_guides(files, tmp_path, monkeypatch, capsys):
     roles = [f"--{role}={path}" for role, path in files.items()]
+    roles += [f"--{role}_soft_labels={files[role + '_label']}" for role in ("fixed", "moving")]
     options = [
         "--guide_labels=[1]",
         "--guide_points=true",
@@ -65,6 +107,7 @@ def test_the_command_line_says_what_guides(files, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["monai-lm", "refine", *roles, f"--output_dir={tmp_path / 'out'}", *options])
     cli.main()
     found = json.loads(capsys.readouterr().out)
+    assert {"fixed_soft_labels", "moving_soft_labels"} <= set(found["provenance"]["inputs"])
     assert found["provenance"]["settings"]["guidance"] == {"labels": [1], "points": True, "weight": 2.0}
 
 

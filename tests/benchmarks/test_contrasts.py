@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import contrasts as module
 from benchmarks.cases import Case
-from benchmarks.contrasts import CONTRASTS, contrasts, recolored
+from benchmarks.contrasts import CONTRASTS, KNOWN, contrasts, recolored
 
 
 def test_intensities_are_mapped_as_the_table_says():
@@ -21,17 +21,20 @@ def test_intensities_are_mapped_as_the_table_says():
     assert not torch.equal(recolored(ramp, "random", 0), recolored(ramp, "random", 1))
 
 
-def test_every_measure_is_run_once_and_compared_with_lncc(smooth_image, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("side", ["moving", "fixed"])
+def test_every_measure_is_run_once_and_compared_with_lncc(side, smooth_image, monkeypatch, tmp_path, capsys):
     image, label = smooth_image((1, 1, 24, 22), 1.5, 0, torch.float32), torch.zeros(1, 1, 24, 22)
     label[..., 8:16, 8:14] = 1
     case = Case(image.roll(2, 2), image, (label.roll(2, 2), label))
     monkeypatch.setattr(module, "SETS", {"squares": lambda: iter([case, case])})
     file = tmp_path / "rows.jsonl"
     for _ in range(2):
-        contrasts(("squares",), 2, ("lncc", "mse"), ("same", "inverted"), str(file))
+        contrasts(("squares",), 2, ("lncc", "mse", KNOWN), ("same", "inverted"), side, str(file))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 6
+    assert {row["side"] for row in rows} == {side}
     dice = {(row["kind"], row["similarity"]): row["dice_after"] for row in rows}
     assert dice["same", "lncc"] == pytest.approx(dice["inverted", "lncc"], abs=0.02)
+    assert dice["same", "lncc"] == pytest.approx(dice["inverted", KNOWN], abs=0.02)
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| inverted, mse")]
     assert float(table[0][4].split()[0]) == pytest.approx(dice["inverted", "mse"] - dice["same", "lncc"], abs=6e-4)

@@ -16,6 +16,14 @@ MATRIX = np.array([[1.1, 0.1, -0.05], [-0.2, 0.9, 0.02], [0.03, 0.04, 1.2]])
 VERSOR = (0.1, -0.2, 0.3, np.sqrt(0.86))
 
 
+def test_parameters_of_elastix_are_told(tmp_path):
+    (tmp_path / "TransformParameters.0.txt").write_text('(Transform "AffineTransform")\n(TransformParameters 1 0)\n')
+    with pytest.raises(
+        ValueError, match=r"TransformParameters.0.txt must be .*, got elastix's parameters, of which transf"
+    ):
+        read_affine(tmp_path / "TransformParameters.0.txt")
+
+
 def affine(n: int):
     transform = sitk.AffineTransform(n)
     transform.SetMatrix(MATRIX[:n, :n].ravel().tolist())

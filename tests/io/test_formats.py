@@ -65,14 +65,15 @@ def homogeneous(ddf, position):
     return out
 
 
-def store_warp(path, vectors, grid):
-    """FreeSurfer's: the version says that it is a warp, a tag that it holds displacements in RAS."""
-    nib.save(nib.MGHImage(vectors.reshape(*vectors.shape[:3], 3).astype(np.float32), grid), path.with_suffix(".mgh"))
-    content = bytearray(path.with_suffix(".mgh").read_bytes())
-    path.with_suffix(".mgh").unlink()
-    content[:4] = (3 << 8 | 1).to_bytes(4, "big")
-    content += struct.pack(">iqiif", 13, 12, 3, 1, 0.0)
-    path.write_bytes(gzip.compress(content))
+def store_morph(path, led, size, grid):
+    """FreeSurfer's: nodes at places in RAS, and tags that say so and where the atlas lies."""
+    nodes = np.zeros(size, [("numbers", ">f4", 6), ("node", ">i4", 3)])
+    nodes["numbers"][..., 3:] = led[:3].T.reshape(*size, 3)
+    edges = np.linalg.norm(grid[:3, :3], axis=0)
+    centre = grid[:3, :3] @ (np.array(size) / 2) + grid[:3, 3]
+    geometry = struct.pack(">4i15f512x", 1, *size, *edges, *(grid[:3, :3] / edges).T.ravel(), *centre)
+    tags = struct.pack(">i", 10) + 2 * geometry + struct.pack(">ii", 11, 1)
+    path.write_bytes(gzip.compress(struct.pack(">f4if", 1.0, *size, 1, 20.0) + nodes.tobytes() + tags))
 
 
 def store(path, name, ddf, grid, moving_affine=None, moving_size=None, components=None):
@@ -85,12 +86,12 @@ def store(path, name, ddf, grid, moving_affine=None, moving_size=None, component
         write_ddf(path, ddf, grid, name, moving_affine=moving_affine, moving_size=moving_size)
         return
     led = (grid if moving_affine is None else moving_affine) @ homogeneous(ddf, 1)
+    if name == "m3z":
+        store_morph(path, led, ddf.shape[1:], grid)
+        return
     vectors = (led if name == "positions" else led - grid @ homogeneous(ddf, 0))[:3]
     vectors *= np.array([[-1], [-1], [1]]) if name in ("lps", "afni") else 1
     vectors = vectors[: components or len(ddf)].T.reshape(*ddf.shape[1:], *[1] * (4 - len(ddf)), -1)
-    if name == "freesurfer":
-        store_warp(path, vectors, grid)
-        return
     image = nib.Nifti1Image(vectors.astype(np.float32), grid)
     if name == "niftyreg":
         image.header["intent_code"], image.header["intent_p1"], image.header["intent_name"] = 1007, 1, b"NREG_TRANS"

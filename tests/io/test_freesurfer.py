@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from monai_lm.apps.info import describe_file
 from monai_lm.fields import warp
-from monai_lm.io import guess_format, read_ddf, read_freesurfer_ddf
+from monai_lm.io import guess_format, read_ddf, read_freesurfer_ddf, write_ddf
 from monai_lm.io.volumes import load_volume
 
 SIZE, OTHER = (10, 9, 8), (12, 11, 13)
@@ -59,10 +60,11 @@ def written(tmp_path):
 
 
 @EVERY_GRID
+@pytest.mark.parametrize("suffix", [".mgz", ".nii.gz"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_known_shift_is_recovered_between_any_grids(written, grid, kind):
+def test_a_known_shift_is_recovered_between_any_grids(written, grid, suffix, kind):
     shift = np.array([1.25, -2.5, 0.75])
-    path, _ = written(np.broadcast_to(shift, (*SIZE, 3)), grid, kind)
+    path, _ = written(np.broadcast_to(shift, (*SIZE, 3)), grid, kind, suffix)
     assert guess_format(path) == "freesurfer"
     ddf, affine = read_ddf(path, moving_affine=MOVING)
     np.testing.assert_allclose(affine, grid, atol=1e-4)
@@ -87,6 +89,60 @@ def test_surfa_warps_an_image_alike(written, grid, kind):
     inside = np.all([(p > 0.05) & (p < s - 1.05) for p, s in zip(led, OTHER, strict=True)], axis=0)
     assert inside.mean() > 0.2
     np.testing.assert_allclose(ours[inside], np.asarray(theirs.data).squeeze()[inside], atol=1e-3 * np.abs(image).max())
+
+
+@EVERY_GRID
+def test_what_is_written_says_all_that_freesurfer_asks(tmp_path, grid):
+    """Positions in voxels by the tags alone, as ``mri_warp_convert`` has them: four frames, or every second voxel."""
+    noise = np.random.default_rng(0).normal(size=(3, *SIZE))
+    ddf = 3 * np.stack([gaussian_filter(one, 2) for one in noise]).astype(np.float32)
+    write_ddf(tmp_path / "w.mgh", ddf, grid, "freesurfer", moving_affine=MOVING, moving_size=OTHER)
+    np.testing.assert_allclose(read_ddf(tmp_path / "w.mgh", moving_affine=MOVING)[0], ddf, atol=1e-4)
+    content = (tmp_path / "w.mgh").read_bytes()
+    tags = content[284 + 12 * int(np.prod(SIZE)) :]
+    for step in (1, 2):
+        voxels = np.stack(np.meshgrid(*[np.arange(s) for s in SIZE], indexing="ij"))
+        frames = np.concatenate([voxels + ddf, np.zeros((1, *SIZE))]).astype(np.float32)
+        image = nib.MGHImage(np.moveaxis(frames, 0, -1), grid).to_bytes()[: 284 + 16 * int(np.prod(SIZE))]
+        kind = struct.pack(">iqiif", 13, 12, 0, step, 0.0)
+        (tmp_path / "v.mgh").write_bytes(content[:4] + image[4:] + tags[:-24] + kind)
+        back, affine = read_ddf(tmp_path / "v.mgh", moving_affine=MOVING)
+        np.testing.assert_allclose(back, ddf, atol=1e-4)
+        np.testing.assert_allclose(affine, grid @ np.diag([step, step, step, 1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+def test_a_warp_in_nifti_is_told_by_its_extension(tmp_path, frames):
+    """Its intent, 1006, would make displacements of RAS millimetres of voxels of the source."""
+    ddf = np.random.default_rng(0).normal(size=(3, *SIZE)).astype(np.float32)
+    values = np.zeros((*SIZE, 1, frames), np.float32)
+    values[:, :, :, 0, :3] = np.moveaxis(ddf, 0, -1)
+    edges = np.linalg.norm(MOVING[:3, :3], axis=0)
+    centre = MOVING @ [*(np.array(OTHER) / 2), 1]
+    source = struct.pack(">4i15f", 1, *OTHER, *edges, *(MOVING[:3, :3] / edges).T.ravel(), *centre[:3])
+    geometry = source + struct.pack(">i", 5) + b"a.mgz" + source + struct.pack(">i", 0)
+    tags = struct.pack(">iq", 10, len(geometry)) + geometry + struct.pack(">iqiif", 13, 12, 1, 1, 0)
+    for name, content, intent in (
+        ("u", b">\0\3\1" + tags + struct.pack(">iqc", -1, 1, b"*"), 1006),
+        ("broken", b">\0\3\1" + tags[:60], 1006),
+        ("image", b">\0\0\1" + tags, 1007),
+    ):
+        image = nib.Nifti1Image(values, FIXED["LIA"])
+        image.header["intent_code"] = intent
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(14, content))
+        nib.save(image, tmp_path / f"{name}.nii")
+    assert guess_format(tmp_path / "u.nii") == describe_file(tmp_path / "u.nii")["format"] == "freesurfer"
+    back, affine = read_ddf(tmp_path / "u.nii", moving_affine=MOVING)
+    np.testing.assert_allclose(back, ddf, atol=1e-4)
+    np.testing.assert_allclose(affine, FIXED["LIA"], atol=1e-5)
+    assert guess_format(tmp_path / "image.nii") == "itk"
+    for name, said, message in (
+        ("u", "itk", r"must be (ITK's, got FreeSurfer's; say file_format='freesurfer'|\(X, Y, Z, 1, 3\) or)"),
+        ("broken", "auto", r"must be a whole NIfTI file of a warp, got .*the tag 10 of 165 bytes"),
+        ("image", "freesurfer", "must have FreeSurfer's extension of a warp"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}.nii {message}"):
+            read_ddf(tmp_path / f"{name}.nii", said)
 
 
 def test_what_is_no_warp_or_broken_is_named(written, tmp_path):

@@ -50,6 +50,28 @@ def freesurfer(path):
     path.write_bytes(content + struct.pack(">iqiif", 13, 12, 3, 1, 0.0))
 
 
+def freesurfer_nifti(path):
+    """The same in NIfTI, where an extension says so."""
+    vectors = np.einsum("ij,j...->...i", GRID[:3, :3], field())[..., None, :]
+    image = nib.Nifti1Image(vectors.astype(np.float32), GRID)
+    tags = b">\0\3\1" + struct.pack(">iqiif", 13, 12, 3, 1, 0.0) + struct.pack(">iqc", -1, 1, b"*")
+    image.header["intent_code"] = 1006
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(14, tags))
+    nib.save(image, path)
+
+
+def morph(path):
+    """Nodes at places in RAS, as a tag says, on an atlas that the tag before tells."""
+    led = np.einsum("ij,j...->...i", GRID[:3, :3], field() + np.indices(SIZE)) + GRID[:3, 3]
+    nodes = np.zeros(SIZE, [("before", ">f4", 3), ("place", ">f4", 3), ("node", ">i4", 3)])
+    nodes["before"], nodes["place"] = 1, led
+    edges = np.linalg.norm(GRID[:3, :3], axis=0)
+    centre = GRID[:3, :3] @ (np.array(SIZE) / 2) + GRID[:3, 3]
+    place = struct.pack(">4i15f512x", 1, *SIZE, *edges, *(GRID[:3, :3] / edges).T.ravel(), *centre)
+    tags = struct.pack(">i", 10) + 2 * place + struct.pack(">ii", 11, 1)
+    path.write_bytes(struct.pack(">f4if", 1.0, *SIZE, 1, 20.0) + nodes.tobytes() + tags)
+
+
 def transform(path):
     write_ddf(path, field(), GRID, "itk_transform")
 
@@ -118,6 +140,25 @@ def check_warp(path, name, result):  # noqa: ARG001
         size = max(1.0, np.abs(vectors).max(), *np.abs(affine).ravel())
         led = affine[:3, :3] @ ddf.reshape(3, -1).astype(np.float64)
         np.testing.assert_allclose(led.T, vectors, rtol=1e-3, atol=1e-5 * size)
+
+
+def check_nifti_warp(path, name, result):
+    """As :func:`check_field`, where the tag still says that they are displacements in RAS of every voxel."""
+    if path.read_bytes()[364:384] == struct.pack(">iqii", 13, 12, 3, 1):
+        check_field(path, name, result)
+
+
+def check_morph(path, name, result):  # noqa: ARG001
+    """Where the header and the last tag are as they were, nodes are led to the places of the file."""
+    content, (ddf, affine) = path.read_bytes(), result
+    assert ddf.dtype == np.float32
+    assert np.isfinite(ddf).all()
+    if content[:20] == struct.pack(">f4i", 1.0, *SIZE, 1) and content[-8:] == struct.pack(">ii", 11, 1):
+        numbers = np.frombuffer(content, ">f4", 9 * 60, 24).reshape(60, 9).astype(np.float64)
+        known = (numbers[:, :6] != 0).any(1)
+        led = affine[:3, :3] @ (ddf + np.indices(SIZE)).reshape(3, -1).astype(np.float64) + affine[:3, 3:]
+        size = max(1.0, np.abs(numbers[:, 3:6]).max(), *np.abs(affine).ravel())
+        np.testing.assert_allclose(led.T[known], numbers[known, 3:6], rtol=1e-3, atol=1e-5 * size)
 
 
 def check_fsl(path, name, result):  # noqa: ARG001
@@ -213,6 +254,8 @@ CASES = {
     "afni": ("u.nii", afni, read_ddf, check_field, 460),
     "niftyreg": ("u.nii", niftyreg, read_ddf, check_field, 352),
     "freesurfer": ("u.mgh", freesurfer, read_ddf, check_warp, 1 << 20),
+    "freesurfer nii": ("u.nii", freesurfer_nifti, read_ddf, check_nifti_warp, 412),
+    "m3z": ("u.m3d", morph, read_ddf, check_morph, 1 << 20),
     "metaimage": ("u.mha", written("metaimage"), read_ddf, check_field, 330),
     "nrrd": ("u.nrrd", written("nrrd"), read_ddf, check_field, 330),
     "itk_transform": ("u.tfm", transform, read_ddf, check_transform, 6000),
@@ -241,7 +284,7 @@ def fuzzed(rng, whole, header, is_text):
 def try_headers(path, case, count):
     """Fuzz; returns how many files were still read."""
     name, (_, save, read, check, header) = case, CASES[case]
-    if save not in (afni, niftyreg, freesurfer, image) and name not in ("itk", "voxel", "fsl"):
+    if save not in (afni, niftyreg, freesurfer, freesurfer_nifti, morph, image) and name not in ("itk", "voxel", "fsl"):
         pytest.importorskip("SimpleITK")
     if path.suffix == ".h5":
         pytest.importorskip("pyfive")

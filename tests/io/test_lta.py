@@ -48,7 +48,10 @@ def test_it_leads_from_the_fixed_to_the_moving_image(tmp_path):
 def test_others_are_refused(tmp_path):
     pytest.importorskip("nitransforms")
     whole = lta(1, MATRIX)
-    for content in ("", "a letter", whole[:100], whole[:400], whole.replace("1.0", "one")):
+    (tmp_path / "x.lta").write_text("")
+    with pytest.raises(ValueError, match=r"x.lta must hold a linear transform, got an empty file"):
+        read_affine(tmp_path / "x.lta")
+    for content in ("a letter", whole[:100], whole[:400], whole.replace("1.0", "one")):
         (tmp_path / "x.lta").write_text(content)
         with pytest.raises(ValueError, match=r"x.lta must be (an LTA of one transform, got|an invertible)"):
             read_affine(tmp_path / "x.lta")

@@ -26,11 +26,12 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path):
         (tmp_path / "other").read_text()
 
 
-def test_a_compressed_file_with_a_wrong_check_sum_is_refused(tmp_path):
-    path = tmp_path / "image.nii.gz"
+@pytest.mark.parametrize("name", ["image.nii.gz", "image.NII.GZ"])
+def test_a_compressed_file_with_a_wrong_check_sum_is_refused(tmp_path, name):
+    path = tmp_path / name
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.diag([1.0, 2.0, 3.0, 1.0])), path)
     content = bytearray(path.read_bytes())
     content[-8] ^= 1  # as after a flip of any bit of what is compressed
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"image\.nii\.gz must be a whole NIfTI file, got a gzip file, cut off"):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole NIfTI file, got a gzip file, cut off"):
         load_nifti(path)

@@ -1,6 +1,6 @@
 """Files against the programs they are for: what SimpleITK, ANTs, fslpy and greedy make of them, we make of the field.
 
-ANTs (antspyx), fslpy and greedy run in environments of their own, ``$MONAI_LM_PEERS/ants``, ``/fslpy`` and ``/greedy``
+ANTs (antspyx), fslpy, greedy and surfa run in environments of their own, ``$MONAI_LM_PEERS/ants``, ``/fslpy`` and so on
 (default: the user's cache, where the benchmarks put theirs); without one, its tests skip.
 """
 
@@ -22,6 +22,7 @@ from monai_lm.io import (
     read_ddf,
     read_fsl_ddf,
     read_itk_ddf,
+    write_ddf,
     write_fsl_ddf,
     write_itk_ddf,
     write_itk_image_ddf,
@@ -387,3 +388,24 @@ def test_nitransforms_leads_points_as_the_positions_of_spm_that_are_read(tmp_pat
     theirs = nonlinear.DenseFieldTransform(nib.load(tmp_path / "y_spm.nii"), is_deltas=False)
     start = np.moveaxis(coordinates(found, SHAPE), 0, -1).reshape(-1, 3)
     np.testing.assert_allclose(led_by(ddf, found).reshape(-1, 3), theirs.map(start), atol=1e-3)
+
+
+SURFA = """
+import sys, numpy, surfa
+warp = surfa.load_warp(sys.argv[1])
+numpy.save(sys.argv[2], numpy.asarray(warp.convert(surfa.Warp.Format.abs_crs).data))
+"""
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (20, -35, 50)])
+def test_surfa_reads_a_warp_in_voxels_of_its_source(tmp_path, degrees):
+    """It makes positions in voxels of the source of our displacements in RAS, by the geometries behind the data."""
+    turn = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+    fixed, moving, size = np.eye(4), np.eye(4), (10, 9, 8)
+    fixed[:3, :3], fixed[:3, 3] = turn @ np.diag([-1.5, 2.0, 3.0]), (7, -20, 30)
+    moving[:3, :3], moving[:3, 3] = turn.T @ np.diag([1.4, -1.2, 2.0]), (-3, 5, 10)
+    ddf = np.random.default_rng(0).normal(scale=3, size=(3, *size)).astype(np.float32)
+    write_ddf(tmp_path / "w.mgz", ddf, fixed, "freesurfer", moving_affine=moving, moving_size=(12, 11, 13))
+    run_peer("surfa", SURFA, str(tmp_path / "w.mgz"), str(tmp_path / "led.npy"))
+    voxels = np.stack(np.meshgrid(*[np.arange(s) for s in size], indexing="ij"))
+    np.testing.assert_allclose(np.moveaxis(np.load(tmp_path / "led.npy"), -1, 0), voxels + ddf, atol=1e-3)

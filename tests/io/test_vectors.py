@@ -114,7 +114,64 @@ def test_a_plane_with_a_third_component_is_a_field_in_2d_if_that_is_zero(tmp_pat
 
 
 @pytest.mark.parametrize("said", ["itk", "voxel", "ras"])
-def test_a_field_of_one_voxel_along_another_axis_is_refused(tmp_path, said):
-    save(tmp_path / "u.nii", np.zeros((1, 6, 7, 1, 3)), OBLIQUE, 1007)
-    with pytest.raises(ValueError, match=r"at least 2 voxels along every axis, got \(1, 6, 7\)"):
+def test_a_field_of_one_voxel_along_two_axes_is_refused(tmp_path, said):
+    save(tmp_path / "u.nii", np.zeros((1, 6, 1, 1, 3)), OBLIQUE, 1007)
+    with pytest.raises(ValueError, match=r"at least 2 voxels along every axis, got \(1, 6\)"):
         read_ddf(tmp_path / "u.nii", said)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", ["itk", "lps", "ras", "voxel", "positions", "niftyreg"])
+def test_a_plane_of_any_axis_is_one_of_its_image(tmp_path, name, axis):
+    """A sagittal slice as DICOM has it is one voxel long along its first axis: image and field are in 2D alike."""
+    affine = np.array([[0, 0, -2.5, 40], [1.5, 0.2, 0, -5], [-0.2, 1.5, 0, 7], [0, 0, 0, 1.0]])
+    affine = np.insert(np.delete(affine, 2, 1), axis, affine[:, 2], axis=1)
+    size = np.insert([9, 8], axis, 1)
+    rng = np.random.default_rng(0)
+    ddf = np.insert(rng.normal(size=(*size, 2)), axis, 0, axis=-1)
+    vectors = ddf if name == "voxel" else ddf @ affine[:3, :3].T
+    vectors = vectors * [-1, -1, 1] if name in ("itk", "lps") else vectors
+    if name == "positions":
+        vectors = vectors + np.moveaxis(np.indices(size), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+    file = nib.Nifti1Image(vectors[..., None, :], affine)
+    if name in ("itk", "niftyreg"):
+        file.header["intent_code"] = 1007
+    if name == "niftyreg":
+        file.header["intent_name"], file.header["intent_p1"] = b"NREG_TRANS", 1
+    nib.save(file, tmp_path / "u.nii")
+    nib.save(nib.Nifti1Image(rng.normal(size=size), affine), tmp_path / "i.nii")
+    image = Image(tmp_path / "i.nii")
+    field = Field(tmp_path / "u.nii", image, image, file_format=name)
+    assert field.ddf.shape == (1, 2, 9, 8)
+    np.testing.assert_allclose(field.ddf[0], np.moveaxis(np.delete(ddf, axis, -1), -1, 0).reshape(2, 9, 8), atol=1e-5)
+
+
+def test_positions_that_are_nan_are_displaced_as_the_nearest_others(tmp_path):
+    """As SPM has it outside of an image."""
+    affine = np.diag([-2.0, 2, 3, 1])
+    places = np.moveaxis(np.indices((6, 5, 4)), 0, -1) @ affine[:3, :3].T + [4.0, 2, 6]
+    places[..., 0] += np.arange(6)[:, None, None]
+    places[:2], places[5, 2, 2, 1] = np.nan, np.nan
+    file = nib.Nifti1Image(places[..., None, :].astype(np.float32), affine)
+    file.header["descrip"] = b"Deformation"
+    nib.save(file, tmp_path / "y.nii")
+    with pytest.warns(UserWarning, match=r"y.nii leads 41 of 120 voxels nowhere \(NaN\): they"):
+        ddf = read_ddf(tmp_path / "y.nii")[0]
+    np.testing.assert_allclose(ddf[0, :3], -3, atol=1e-5)  # 2 + 4 millimetres
+    assert ddf[0, 5, 2, 2] in (-4.5, -4.0)
+    places[:] = np.nan
+    nib.save(nib.Nifti1Image(places[..., None, :], affine), tmp_path / "y.nii")
+    with pytest.raises(ValueError, match=r"y.nii must be finite, got 360 NaN"):
+        read_ddf(tmp_path / "y.nii", "positions")
+
+
+def test_what_spms_deformations_saves_is_told(tmp_path):
+    """Vectors named Mapping, positions in millimetres; by the intent alone they would be ITK's displacements."""
+    path = save(tmp_path / "y.nii", (places(OBLIQUE, SIZE) + shift_of())[:, :, :, None], OBLIQUE)
+    ddf = read_ddf(path, "positions")[0]
+    image = nib.load(path)
+    image.header.set_intent("vector", name="Mapping")
+    image.header["descrip"] = b"Deformation field"
+    nib.save(nib.Nifti1Image(image.get_fdata(), OBLIQUE, image.header), tmp_path / "m.nii")
+    assert guess_format(tmp_path / "m.nii") == "positions"
+    np.testing.assert_allclose(read_ddf(tmp_path / "m.nii")[0], ddf, atol=1e-4)

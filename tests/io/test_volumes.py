@@ -34,7 +34,7 @@ def test_broken_mgh_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("u.m3z", r"FreeSurfer's morph; mri_warp_convert --inm3z"),
+        ("u.m3z", r"FreeSurfer's morph, which is read as a field"),
         ("u.HEAD", "AFNI's dataset; 3dcopy makes a NIfTI file of it"),
         ("u.lta", "a linear transform, which is read as an affine"),
         ("u.h5", "an ITK transform, which is read as a field"),

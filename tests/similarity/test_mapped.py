@@ -1,5 +1,7 @@
 """The map of intensities that two images teach, LNCC behind it, and the choice between the two."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from monai_lm import refine
 from monai_lm.fields import warp
 from monai_lm.similarity import LNCC, MIND, MSE, Combined, MappedLNCC
 from monai_lm.similarity.auto import Auto
-from monai_lm.similarity.mapped import intensity_map, monotony
+from monai_lm.similarity.mapped import intensity_maps, monotony
 from monai_lm.similarity.weighted import Weighted, with_moving_weight, with_weight
 
 PLANE, VOLUME = (72, 66), (36, 34, 32)
@@ -41,7 +43,9 @@ def test_any_map_is_learned_and_then_costs_little(remap, smooth_image):
     image = smooth_image((1, 1, *PLANE), 3.0, 0)
     other = remap(image)
     low, high = other.amin(), other.amax()
-    mapped = intensity_map(image, other)[0](image)
+    of_fixed, of_moving = intensity_maps(image, other)
+    assert bool(of_fixed.better.all()) != bool(of_moving.better.all())
+    mapped = replace(of_fixed, better=torch.ones_like(of_fixed.better))(image)
     assert (mapped - (other - low) / (high - low)).abs().mean() < 0.015
     assert float(MappedLNCC()(other, image)) < 0.04 * image.numel()
     if remap is folded:
@@ -53,11 +57,11 @@ def test_what_comes_together_by_chance_does_not_draw_it_to_the_mean(random_tenso
     image = (smooth_image((1, 1, 90, 80), 3.0, 0) > 0).double() + 0.02 * random_tensor((1, 1, 90, 80), 1)
     other = -image
     other[..., ::2] = other[..., ::2].flip(2)
-    known, shares = intensity_map(image, other)
-    common = shares[0, 0] > 0.01
+    known, _ = intensity_maps(image, other)
+    common = known.shares[0, 0] > 0.01
     ends = known.values[0, 0, common]
     assert float(ends.amax() - ends.amin()) > 0.75
-    assert float(shares.sum()) == pytest.approx(1)
+    assert float(known.shares.sum()) == pytest.approx(1)
 
 
 def test_monotony_tells_contrasts_apart(smooth_image):
@@ -72,14 +76,15 @@ def test_voxels_that_do_not_count_do_not_teach(smooth_image, random_tensor):
     other, weight = folded(image), torch.ones_like(image)
     weight[..., :30, :] = 0
     spoiled = torch.where(weight > 0, other, other.amin() + random_tensor(image.shape, 3).sigmoid())
-    clean, other_map = (intensity_map(image, x, weight)[0].values for x in (other.clamp(max=1), spoiled.clamp(max=1)))
+    clean, other_map = (intensity_maps(image, x, weight)[0].values for x in (other.clamp(max=1), spoiled.clamp(max=1)))
     assert (clean - other_map).abs().max() < 0.05
-    measure, compared = Weighted(MappedLNCC(), moving=True).matched(
-        with_weight(image, weight), with_moving_weight(other, weight)
-    )
+    pair = with_weight(image, weight), with_moving_weight(other, weight)
+    measure, *maps = Weighted(MappedLNCC(), moving=True).matched(*pair)
+    of_fixed, of_moving = (own(one) for own, one in zip(maps, pair, strict=True))
     assert isinstance(measure.measure, LNCC)
-    assert torch.equal(compared[:, 1:], with_weight(image, weight)[:, 1:])
-    torch.testing.assert_close(compared[:, :1], intensity_map(image, other, weight)[0](image), rtol=0, atol=1e-6)
+    assert torch.equal(of_fixed[:, 1:], pair[0][:, 1:])
+    assert torch.equal(of_moving, pair[1])
+    torch.testing.assert_close(of_fixed[:, :1], intensity_maps(image, other, weight)[0](image), rtol=0, atol=1e-6)
 
 
 def test_groups_of_a_combination_learn_on_their_own(smooth_image):
@@ -91,15 +96,34 @@ def test_groups_of_a_combination_learn_on_their_own(smooth_image):
     assert [type(m) for m in both.unaligned.measures] == [MIND, MSE]
     assert [type(m) for m in both.decided(images, other).measures] == [MappedLNCC, MSE]
     assert [type(m) for m in both.decided(images, images).measures] == [LNCC, MSE]
-    measure, compared = both.matched(images, other)
+    measure, of_fixed, of_moving = both.matched(images, other)
     assert [type(m) for m in measure.measures] == [LNCC, MSE]
-    assert torch.equal(compared[:, 1:], images[:, 1:])
+    assert torch.equal(of_fixed(images)[:, 1:], images[:, 1:])
+    assert not torch.equal(of_fixed(images)[:, :1], images[:, :1])
+    assert torch.equal(of_moving(other), other)
 
 
+def test_the_image_that_tells_more_apart_is_mapped(smooth_image):
+    image = smooth_image((2, 1, *PLANE), 3.0, 0)
+    other = folded(image)
+    for pair, maps in (((image, other), (True, False)), ((other, image), (False, True))):
+        found = intensity_maps(*pair)
+        assert [bool(one.better.all()) for one in found] == list(maps)
+        assert bool((monotony(*pair) < 0.75).all())
+        mapped, kept = (own(one) for own, one in zip(found[:: 1 if maps[0] else -1], (image, other), strict=True))
+        assert kept is other
+        low, high = (limit((2, 3), keepdim=True) for limit in (other.amin, other.amax))
+        assert (mapped - (other - low) / (high - low)).abs().mean() < 0.02
+    one, both = torch.cat([image[:1], other[:1]]), torch.cat([other[:1], image[:1]])
+    assert [one.better.flatten().tolist() for one in intensity_maps(one, both)] == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("side", ["moving", "fixed"])
 @pytest.mark.parametrize("shape", [PLANE, VOLUME])
-def test_a_warp_is_recovered_where_lncc_fails(shape, smooth_image, smooth_field):
+def test_a_warp_is_recovered_where_lncc_fails(shape, side, smooth_image, smooth_field):
     moving, fixed, truth = blobs(shape, smooth_image, smooth_field)
-    found = {name: refine(fixed, folded(moving), similarity=name) for name in ("lncc", "auto")}
+    images = (fixed, folded(moving)) if side == "moving" else (folded(fixed), moving)
+    found = {name: refine(*images, similarity=name) for name in ("lncc", "auto")}
     start = away(0 * truth, truth)
     assert away(found["auto"].ddf, truth) < 0.5 * start
     assert away(found["lncc"].ddf, truth) > 0.7 * start
