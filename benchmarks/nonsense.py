@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases import SETS, Case
 from benchmarks.contrasts import recolored
+from monai_lm import refine
 from monai_lm.fields import gaussian_smooth, warp
 
 __all__ = ["KINDS", "UNFIT", "Trial", "trial"]
@@ -20,13 +21,15 @@ KINDS: tuple[str, ...] = (
     "real, lncc", "real, mi", "real, mind", "inverted, lncc", "like T2, mi", "random, mi", "known 1 .06, lncc",
     "known 3 .06, lncc", "shifted .1, lncc", "shifted .2, lncc", "shifted .3, lncc", "shifted .4, lncc",
     "shifted .2, mi", "like T2, lncc", "random, lncc", "inverted, mse", "known 0 .06, lncc", "known 0 .15, lncc",
-    "noise 0, lncc", "noise 1, lncc", "noise 2, lncc", "noise 4, lncc", "noise 1, mi", "noise 4, mi",
-    "mirrored 0, lncc", "mirrored 1, lncc", "mirrored 2, lncc", "mirrored 0, mi", "mirrored 1, mi", "mirrored 2, mi",
-    "other organ, lncc", "other organ, mi",
+    "like T2, mind", "like T2, mapped_lncc", "random, mind", "random, mapped_lncc", "known 3 .06, mi",
+    "known 3 .06, mind", "known 0 .06, mi", "begun, mi", "begun, mind", "begun random, mi", "begun random, mind",
+    "begun random, mapped_lncc", "noise 0, lncc", "noise 1, lncc", "noise 2, lncc", "noise 4, lncc", "noise 1, mi",
+    "noise 4, mi", "mirrored 0, lncc", "mirrored 1, lncc", "mirrored 2, lncc", "mirrored 0, mi", "mirrored 1, mi",
+    "mirrored 2, mi", "other organ, lncc", "other organ, mi",
 )  # fmt: skip
 """The moving image and the measure. ``known``: a smooth field of so many voxels on average, and noise of such a part of
 the range on both images; 0 is a pair that lies exactly already. ``shifted``: by such a part of the image along an axis.
-``noise``: smoothed by so many voxels."""
+``begun``: from what LNCC found between the images of one contrast. ``noise``: smoothed by so many voxels."""
 
 
 UNFIT = ("like T2, lncc", "random, lncc", "inverted, mse")
@@ -41,22 +44,28 @@ class Trial(NamedTuple):
         similarity: name of the measure.
         nonsense: whether no field can be right.
         truth: ``(1, n, *S)`` voxels, the true field, or None.
+        start: ``(1, n, *S)`` voxels, the field to start from, or None.
     """
 
     case: Case
     similarity: str
     nonsense: bool = False
     truth: Tensor | None = None
+    start: Tensor | None = None
 
 
 def trial(case: Case, kind: str, seed: int, name: str) -> Trial | None:
     """A trial of :data:`KINDS` made of a case of the set ``name``; None for an axis that it does not have."""
     what, similarity = kind.split(", ")
-    what, *values = what.rsplit(" ") if what not in ("like T2", "other organ") else (what,)
+    what, *values = what.split(" ") if what not in ("like T2", "other organ") else (what,)
     n = case.fixed.dim() - 2
     generator = torch.Generator().manual_seed(seed)
     if what in ("inverted", "like T2", "random"):
         return Trial(case._replace(moving=recolored(case.moving, what, seed)), similarity)
+    if what == "begun":
+        start = refine(case.fixed, case.moving, spacing=case.spacing).ddf
+        moving = recolored(case.moving, values[0], seed) if values else case.moving
+        return Trial(case._replace(moving=moving), similarity, start=start)
     if what == "known":
         return _known(case, float(values[0]), float(values[1]), generator, similarity)
     if what == "shifted":

@@ -42,10 +42,10 @@ def verdict(
 ) -> None:
     """Register real pairs of the validation sets, other contrasts and nonsense, and count what the verdict doubts.
 
-    A field is *bad* if it lowered Dice, of pairs with a known field raised the mean error, or is of nonsense: noise,
-    another organ, a mirror image. Pairs that were moved far off and end with .1 Dice less than where they were have
-    *not arrived*. Brains whose left and right are exchanged are counted by themselves: no image tells them. All others
-    are *good*. Pairs are of two halves of the subjects, A and B: bounds were chosen on A.
+    A field is *bad* if it lowered Dice from where it started, of pairs with a known field raised the mean error, or is
+    of nonsense: noise, another organ, a mirror image. Pairs that were moved far off and end with .1 Dice less than
+    where they were have *not arrived*. Brains whose left and right are exchanged are counted by themselves: no image
+    tells them. All others are *good*. Pairs are of two halves of the subjects, A and B: bounds were chosen on A.
 
     Args:
         sets: of :data:`benchmarks.halves.HALVES`.
@@ -95,20 +95,21 @@ def _measured(made: Trial, device: torch.device) -> Row:
     """Register a trial, and what the verdict says of it, which sees neither labels nor the true field."""
     case = made.case
     fixed, moving = case.fixed.to(device), case.moving.to(device)
+    start = torch.zeros(1, fixed.dim() - 2, *fixed.shape[2:]) if made.start is None else made.start
+    prediction = None if made.start is None else start.to(device)
     settings = {"similarity": made.similarity}
-    result = monai_lm.refine(fixed, moving, spacing=case.spacing, similarity=made.similarity)
+    result = monai_lm.refine(fixed, moving, prediction, spacing=case.spacing, similarity=made.similarity)
     affine = np.diag([*(case.spacing or (1.0,) * (fixed.dim() - 2)), *[1.0] * (6 - fixed.dim())])
-    found = assess(checked_case(fixed, moving, result, affine=affine, settings=settings))
+    found = assess(checked_case(fixed, moving, result, prediction, affine=affine, settings=settings))
     ddf = result.ddf.cpu()
     out: Row = {"nonsense": made.nonsense, "verdict": found.state, "outcome": found.outcome}
     out |= {"remarks": list(found.remarks), "seconds": result.seconds, **dataclasses.asdict(found.evidence)}
     out |= {"loss_before": float(result.initial_loss), "loss_after": float(result.final_loss)}
-    moved = warp(case.labels[1], ddf, mode="nearest")
-    dice = [float(compare_labels(label, case.labels[0])["dice"]) for label in (case.labels[1], moved)]
-    out |= {"dice_before": dice[0], "dice_after": dice[1]}
-    if made.truth is not None:
-        inside = (case.fixed > case.fixed.mean()).to(ddf)
-        for when, field in (("before", torch.zeros_like(ddf)), ("after", ddf)):
+    inside = (case.fixed > case.fixed.mean()).to(ddf)
+    for when, field in (("before", start), ("after", ddf)):
+        moved = warp(case.labels[1], field, mode="nearest")
+        out[f"dice_{when}"] = float(compare_labels(moved, case.labels[0])["dice"])
+        if made.truth is not None:
             away = (field - made.truth).square().sum(1, keepdim=True).sqrt()
             out[f"error_{when}"] = float((away * inside).sum() / inside.sum())
     return out

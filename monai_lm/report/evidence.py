@@ -23,6 +23,7 @@ from monai_lm.similarity.lookup import MEASURES
 __all__ = [
     "AGREEMENT",
     "EXTREMES",
+    "HARDLY",
     "LOSS",
     "MIRROR",
     "MIRRORS",
@@ -35,6 +36,7 @@ __all__ = [
     "doubts_of",
     "evidence_of",
     "extremes",
+    "gains_of",
     "information",
     "local_fit",
 ]
@@ -49,8 +51,9 @@ POLARITY = 0.96
 """A field of LNCC, NCC or MSE under which less of the local covariance is of one sign is doubted: 'brighter here is
 brighter there' holds in some places, and its opposite in others."""
 
-LOSS = -0.005
-"""A field that costs more :func:`information` of the smoothed images than this is doubted."""
+LOSS, HARDLY = {"information": -0.005, "agreement": -0.01}, 0.01
+"""A field that costs smoothed images more :func:`information` than this is doubted, and one that costs them more
+:func:`agreement`, if information rises by less than the second."""
 
 TOLD = 0.3
 """Below this :func:`information` a field of MI or MIND is doubted, of which no local fit can be asked."""
@@ -58,20 +61,21 @@ TOLD = 0.3
 ROUGHNESS = 0.82
 """A field whose log Jacobian varies more than this is doubted."""
 
-EXTREMES = 0.15
+EXTREMES = 0.2
 """A field that changes the volume of more than this share of the voxels more than four-fold is doubted."""
 
 MIRROR = {"lncc": -0.015, "mind": -0.15}
 """Images of which a mirror image matches better by this share are doubted, by what they were compared with; see
 :class:`~monai_lm.report.rivals.Rivals`. Brains, nearly the same in the mirror, come to -.006 and -.07."""
 
-MIRRORS = {"lncc": 0.03, "mind": 0.06}
+MIRRORS = {"lncc": 0.03, "mind": 0.045}
 """So are those whose mirror images match on average worse by less than this."""
 
 _RADIUS, _EPSILON, _ROWS = 2, 2e-3, 16
 
-_SMOOTH = 2.0
-"""Voxels by which images are smoothed where noise must not count: a field that follows it fits them no better."""
+_LITTLE, _SMOOTH = 1.0, 2.0
+"""Voxels by which images are smoothed where noise must not count: a field that follows it fits them no better. Much
+noise needs the second; where contrasts differ, it takes the borders' contrast away, too."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Evidence:
         polarity: see :func:`local_fit`, of smoothed images; its absolute value where a measure does not care for the
             sign; NaN where it does not ask for one contrast everywhere, or nobody knows.
         information: see :func:`information`.
-        gained: by how much that rose with the field, of smoothed images.
+        gained: by how much that rose with the field; see :func:`gains_of`.
+        agreed: by how much the agreement did.
         mirror: :attr:`~monai_lm.report.rivals.Rivals.best` of the mirror images; NaN where they tell nothing.
         mirrors: :attr:`~monai_lm.report.rivals.Rivals.mean` of them.
         centred: :attr:`~monai_lm.report.rivals.Rivals.centred`.
@@ -99,6 +104,7 @@ class Evidence:
     polarity: float = float("nan")
     information: float = float("nan")
     gained: float = float("nan")
+    agreed: float = float("nan")
     mirror: float = float("nan")
     mirrors: float = float("nan")
     centred: float = float("nan")
@@ -132,10 +138,7 @@ def evidence_of(
     measure = MEASURES.get(similarity)
     warped = warp(moving, ddf)
     began = moving if start is None else warp(moving, start)
-    still, smooth = gaussian_smooth(fixed, _SMOOTH), gaussian_smooth(moving, _SMOOTH)
-    started, ended = smooth if start is None else warp(smooth, start), warp(smooth, ddf)
-    polarity = local_fit(still, ended, mask)[1]
-    gained = information(still, ended, mask) - information(still, started, mask)
+    gained, agreed, polarity = gains_of(fixed, moving, ddf, start, mask)
     where = fixed.device if device is None else torch.device(device)
     witness = "lncc" if measure in (LNCC, NCC, MSE) else "mind"
     shown = None if mask is None else mask.to(where)
@@ -147,12 +150,38 @@ def evidence_of(
         polarity=polarity if measure is MSE else abs(polarity) if measure in (LNCC, NCC) else float("nan"),
         information=information(fixed, warped, mask),
         gained=gained,
+        agreed=agreed,
         mirror=rivals.best,
         mirrors=rivals.mean,
         centred=rivals.centred,
         any_contrast=measure in (MI, MIND, MappedLNCC),
         witness=witness,
     )
+
+
+def gains_of(
+    fixed: Tensor, moving: Tensor, ddf: Tensor, start: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[float, float, float]:
+    """What the field brings images that are smoothed first, which no measure has optimised.
+
+    Args:
+        fixed: ``(1, 1, *S)``.
+        moving: ``(1, 1, *S)``.
+        ddf: ``(1, n, *S)`` in voxels.
+        start: ``(1, n, *S)`` the field to compare with; default: none.
+        mask: ``(1, 1, *S)`` weights, or None.
+
+    Returns:
+        By how much :func:`information` rose, the lesser of images smoothed by a voxel and by two; by how much
+        :func:`agreement` did of the latter; and the polarity of these, see :func:`local_fit`.
+    """
+    rises = []
+    for sigma in (_LITTLE, _SMOOTH):
+        still, smooth = gaussian_smooth(fixed, sigma), gaussian_smooth(moving, sigma)
+        before, after = smooth if start is None else warp(smooth, start), warp(smooth, ddf)
+        rises.append(information(still, after, mask) - information(still, before, mask))
+    (fitted, _), (fits, polarity) = (local_fit(still, warped, mask) for warped in (before, after))
+    return min(rises), fits - fitted, polarity
 
 
 def information(fixed: Tensor, warped: Tensor, mask: Tensor | None = None) -> float:
@@ -252,11 +281,12 @@ def doubts_of(evidence: Evidence) -> dict[str, str]:
             f"The images tell little of each other: {evidence.information:.2f} of the warped one's intensities follow "
             f"from the fixed one's, less than {TOLD:g}."
         )
-    if evidence.gained < LOSS:
+    uninformed = evidence.gained < HARDLY and evidence.agreed < LOSS["agreement"]
+    if evidence.gained < LOSS["information"] or uninformed:
         found["noise"] = (
-            f"Seen smoothed by {_SMOOTH:g} voxels, without noise, the images match less than before (mutual "
-            f"information {evidence.gained:+.3f}): the field follows noise, or the measure is wrong. Keep the field it "
-            "started from, raise smooth_residual, or take another similarity."
+            f"Seen smoothed, without noise, the images match less than before (mutual information "
+            f"{evidence.gained:+.3f}, agreement {evidence.agreed:+.3f}): the field follows noise, or the measure is "
+            "wrong. Keep the field it started from, raise smooth_residual, or take another similarity."
         )
     better = evidence.mirror < MIRROR[evidence.witness]
     if better or evidence.mirrors < MIRRORS[evidence.witness]:

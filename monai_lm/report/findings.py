@@ -47,7 +47,8 @@ LARGE_MISALIGNMENT = 0.1
 
 CENTRED, STRAINED = {"lncc": -0.05, "mind": -0.2}, 0.47
 """Images that were far apart have not come together if, with their centres on each other, they match better by this
-share (:attr:`~monai_lm.report.rivals.Rivals.centred`), or if the field's SDlogJ is above the second."""
+share (:attr:`~monai_lm.report.rivals.Rivals.centred`), or if a field between images of one contrast has an SDlogJ above
+the second. Across contrasts fields vary more, and centres of mass differ anyway."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Assessment:
             "agreement_before": self.agreement_before, "agreement_after": self.evidence.agreement,
             "extremes_after": self.evidence.extremes, "polarity_after": self.evidence.polarity,
             "information_after": self.evidence.information, "information_gained": self.evidence.gained,
+            "agreement_gained": self.evidence.agreed,
             "mirror": self.evidence.mirror, "mirrors": self.evidence.mirrors, "centred": self.evidence.centred,
             "verdict": self.state, "outcome": self.outcome, "headline": self.headline, "remarks": self.remarks,
         }  # fmt: skip
@@ -183,7 +185,8 @@ def _misalignment(case: Case) -> tuple[float, float]:
 def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
     """A remark on images that were far apart, unless all speaks for it that the field brought them together."""
     distance, longest = _misalignment(case)
-    missed = doubted or evidence.centred < CENTRED[evidence.witness] or evidence.sdlogj > STRAINED
+    strained = evidence.witness == "lncc" and evidence.sdlogj > STRAINED
+    missed = doubted or strained or evidence.centred < CENTRED[evidence.witness]
     if not (distance > LARGE_MISALIGNMENT * longest and missed):
         return {}
     return {

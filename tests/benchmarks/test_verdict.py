@@ -56,6 +56,7 @@ def test_every_kind_can_be_made(random_tensor, planar):
         assert made.similarity == kind.rsplit(", ")[1]
         assert made.nonsense is kind.startswith(("noise", "mirrored"))
         assert made.case.moving.shape == made.case.labels[1].shape == size
+        assert (made.start is None) is not kind.startswith("begun")
         if made.truth is not None and kind.startswith("known 3"):
             assert float(made.truth.square().sum(1).sqrt().mean()) == pytest.approx(3, rel=0.01)
             assert torch.equal(made.case.labels[0], warp(label.flip(2), made.truth, mode="nearest"))

@@ -12,6 +12,7 @@ from monai_lm.report.evidence import (
     doubts_of,
     evidence_of,
     extremes,
+    gains_of,
     information,
     local_fit,
 )
@@ -75,14 +76,15 @@ def test_doubts_name_the_bound_that_is_crossed():
         Evidence(0.95, 0.3, 0.01, 0.99, 0.9, 0.01),
         Evidence(0.95, 0.3, 0.01, 1.0, 0.4, 0.1),
     ]
-    good.append(Evidence(0.3, 0.3, 0.01, information=0.6, gained=0.2, any_contrast=True))
+    good.append(Evidence(0.3, 0.3, 0.01, information=0.6, gained=0.2, agreed=-0.1, any_contrast=True))
     assert [doubts_of(evidence) for evidence in good] == [{}] * 4
     for evidence, name, text in (
         (Evidence(0.3, 0.3, 0.01), "agreement", "explains only 0.30 of the fixed one's local variance"),
         (Evidence(0.95, 1.29, 0.01), "rough", "varies by 1.29 (SDlogJ)"),
-        (Evidence(0.95, 0.3, 0.2), "extreme", "the volume of 20.0 % of the voxels more than four-fold"),
+        (Evidence(0.95, 0.3, 0.25), "extreme", "the volume of 25.0 % of the voxels more than four-fold"),
         (Evidence(0.95, 0.3, 0.01, 0.47), "contrast", "(polarity 0.47, same or inverted contrast keeps to 0.96)"),
-        (Evidence(0.95, 0.3, 0.01, 0.99, 0.8, -0.12), "noise", "match less than before (mutual information -0.120)"),
+        (Evidence(0.95, 0.3, 0.01, gained=-0.12, agreed=0.03), "noise", "(mutual information -0.120, agreement +0.030"),
+        (Evidence(0.95, 0.3, 0.01, gained=0.005, agreed=-0.02), "noise", "+0.005, agreement -0.020)"),
         (Evidence(0.2, 0.3, 0.01, information=0.03, gained=0.05, any_contrast=True), "information", "0.03 of"),
         (Evidence(0.95, 0.3, 0.01, mirror=-0.1, mirrors=0.2), "mirror", "matches 10 % better than the image as it is"),
         (Evidence(0.95, 0.3, 0.01, mirror=0.0, mirrors=0.01), "mirror", "on average but 1 % worse"),
@@ -153,8 +155,23 @@ def test_a_field_that_follows_noise_loses_what_smoothed_images_tell(smooth_image
     found = evidence_of(fixed, moving, ddf, similarity="lncc")
     assert found.information > information(fixed, moving)  # as if it had gained something
     assert "noise" in doubts_of(found)
-    assert evidence_of(fixed, moving, still).gained == 0
-    assert evidence_of(fixed, moving, still, start=ddf).gained == pytest.approx(-found.gained, abs=1e-6)
+    assert gains_of(fixed, moving, still)[:2] == (0, 0)
+    gained, agreed, _ = gains_of(fixed, moving, still, ddf)
+    assert found.gained < gained
+    assert agreed == pytest.approx(-found.agreed, abs=1e-6)
+
+
+def test_a_field_that_leads_borders_away_from_each_other_loses_agreement(smooth_image):
+    """Whatever the contrasts: a map of intensities in windows, either way, is all that it asks for."""
+    fixed = smooth_image((1, 1, 64, 60), seed=1).float()
+    away = torch.full((1, 2, 64, 60), 3.0)
+    for moving in (fixed, 5 - 2 * fixed):
+        gained, agreed, polarity = gains_of(fixed, moving, away)
+        assert max(gained, agreed) < -0.1
+        back, again, _ = gains_of(fixed, moving, torch.zeros_like(away), away)
+        assert back > 0.1
+        assert again == pytest.approx(-agreed)
+        assert abs(polarity) < 1
 
 
 def test_images_in_another_order_of_memory_take_the_kernels_too(smooth_image, monkeypatch):

@@ -85,4 +85,5 @@ def test_images_far_apart_are_told_only_if_they_did_not_come_together(shifted):
     assert _far_apart(shifted, replace(together, sdlogj=0.9), doubted=True) == {}
     for evidence, doubted in ((replace(together, centred=-0.2), False), (replace(together, sdlogj=0.6), False)):
         assert "--affine auto" in _far_apart(far, evidence, doubted)["misaligned"]
+    assert _far_apart(far, replace(together, sdlogj=0.6, witness="mind"), doubted=False) == {}
     assert "misaligned" in _far_apart(far, together, doubted=True)
