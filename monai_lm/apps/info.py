@@ -18,6 +18,7 @@ from monai_lm.io.freesurfer import MGH_SUFFIXES, is_warp
 from monai_lm.io.itk_hdf5 import is_hdf5
 from monai_lm.io.itk_transform import TRANSFORM_SUFFIXES, applied_parts
 from monai_lm.io.m3z import MORPH_SUFFIXES
+from monai_lm.io.pictures import PICTURE_SUFFIXES
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES
 from monai_lm.io.volumes import load_volume
@@ -55,10 +56,12 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
         return _points(path)
     if suffix in _AFFINES:
         return _affine(path)
+    if suffix in PICTURE_SUFFIXES:
+        return _volume(path)
     if suffix in TRANSFORM_SUFFIXES:
         return _transform(path)
     if suffix not in _IMAGES + _OTHER_FIELDS:
-        ends = sorted({*_IMAGES, *_OTHER_FIELDS, *TRANSFORM_SUFFIXES, *POINT_SUFFIXES, *_AFFINES})
+        ends = sorted({*_IMAGES, *PICTURE_SUFFIXES, *_OTHER_FIELDS, *TRANSFORM_SUFFIXES, *POINT_SUFFIXES, *_AFFINES})
         raise ValueError(
             f"{path} must be a field, an affine, points, an image or a label map, got {look_of(path)}; what is read "
             f"ends in {' '.join(ends)}"

@@ -26,8 +26,8 @@ class Image:
     """A 2D or 3D image or label map from a file.
 
     Args:
-        path: NIfTI, MGH, MetaImage or NRRD file of one volume. A volume of one voxel along one axis, whichever, is an
-            image in 2D of the other two.
+        path: NIfTI, MGH, MetaImage or NRRD file of one volume, or a picture. A volume of one voxel along one axis,
+            whichever, is an image in 2D of the other two.
         label: it must hold labels, whole numbers of at least 0.
         finite: it must be finite.
 

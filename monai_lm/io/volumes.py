@@ -1,4 +1,4 @@
-"""Images from any file that holds them: NIfTI, FreeSurfer's ``.mgz``, and what SimpleITK reads."""
+"""Images from any file that holds them: NIfTI, FreeSurfer's ``.mgz``, pictures, and what SimpleITK reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from monai_lm.fields.space import check_affine
 from monai_lm.io.freesurfer import MGH_SUFFIXES, open_mgh
 from monai_lm.io.nifti import errors_of, load_nifti
+from monai_lm.io.pictures import PICTURE_SUFFIXES, load_picture
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
 
 __all__ = ["load_volume"]
@@ -33,6 +34,8 @@ def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.n
         return load_itk(path, finite)
     if suffix in MGH_SUFFIXES:
         return _load_mgh(path, finite)
+    if suffix in PICTURE_SUFFIXES:
+        return load_picture(path)
     return load_nifti(path, any_unit=True, finite=finite)[:2]
 
 

@@ -1,0 +1,76 @@
+"""Pictures in two dimensions, as of stained tissue: PNG, TIFF, JPEG; through Pillow, which comes with matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monai_lm.io.content import check_file
+
+__all__ = ["PICTURE_SUFFIXES", "load_picture"]
+
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+
+_GREY = (0.299, 0.587, 0.114)
+"""What red, green and blue add to the grey of a colour, by ITU-R BT.601."""
+
+_RESOLUTION = 282
+"""TIFF's tag; Pillow has one per inch where it is missing."""
+
+_COLORED = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+def load_picture(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a picture, colours as grey, where ITK, and so ANTs and Slicer, have it: the first pixel at 0.
+
+    A pixel is a millimetre wide, but where a TIFF or JPEG file says how many are an inch or a centimetre.
+
+    Args:
+        path: PNG, TIFF or JPEG.
+
+    Returns:
+        The data ``(columns, rows, 1)``, float32, and the ``(4, 4)`` pixel-to-RAS affine in millimetres.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: Pillow is missing, it is no such picture, is broken, or holds several.
+    """
+    check_file(path)
+    image = _opened(path)
+    if image.mode in _COLORED:
+        values = np.asarray(image.convert("RGB"), np.float32) @ np.array(_GREY, np.float32)
+    else:
+        values = np.asarray(image.convert("L") if image.mode in ("1", "LA") else image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(values)).sum())} NaN or infinite values")
+    width, height = _edges(image)
+    return np.ascontiguousarray(values.T)[:, :, None], np.diag([-width, -height, 1.0, 1.0])
+
+
+def _edges(image: Any) -> tuple[float, float]:
+    """Of a pixel, in millimetres, as ITK has them."""
+    per_inch = (0, 0)
+    if image.format == "TIFF" and _RESOLUTION in image.tag_v2:
+        per_inch = image.info.get("dpi", per_inch)
+    elif image.format == "JPEG" and image.info.get("jfif_unit") == 1:
+        per_inch = image.info["jfif_density"]
+    width, height = (25.4 / float(count) if float(count) > 0 else 1.0 for count in per_inch)
+    return width, height
+
+
+def _opened(path: str | Path) -> Any:
+    """A picture of Pillow's, read to its end."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ValueError(f"{path} must be read with Pillow: pip install Pillow") from error
+    try:
+        with Image.open(path, formats=("PNG", "TIFF", "JPEG")) as image:
+            if (count := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"{path} must hold one picture, got {count}")
+            image.load()
+            return image
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{path} must be a whole PNG, TIFF or JPEG picture, got {error}") from error
