@@ -168,7 +168,7 @@ def assess(case: Case) -> Assessment:
             "mask what is brightest or darkest."
         )
     if start > ALIKE and set(remarks) == {"similarity"}:
-        text = f"The images matched already: they explain {start:.2f} of each other, and nothing was left to refine."
+        text = f"The images matched already, they explain {start:.2f} of each other. {_kept(case)}"
         return Assessment(before, after, evidence, start, {}, "good", "no improvement", text)
     return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
 
@@ -225,11 +225,8 @@ def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[s
             f"The refined field still folds in {after.folds} cells. This must never happen: do not use the field, and "
             "report it as a defect of monai_lm."
         )
-    initial, final = float(case.result.initial_loss[0]), float(case.result.final_loss[0])
-    if not final < initial:
-        found["similarity"] = (
-            f"Similarity did not improve: the dissimilarity was {initial:.4g} before and is {final:.4g} after."
-        )
+    if case.result.unimproved:
+        found["similarity"] = f"{_kept(case)} The dissimilarity is {float(case.result.initial_loss[0]):.4g}, as before."
     if case.result.unused:
         found["unused"] = (
             "The prediction was not used: it folds in most of its cells, or makes the images less alike than no field "
@@ -258,6 +255,11 @@ def _worse(before: FieldMetrics, after: FieldMetrics) -> dict[str, str]:
     return found
 
 
+def _kept(case: Case) -> str:
+    """What a field is that nothing better was found than."""
+    return f"Nothing better was found; this is the start ({case.result.start(0)})."
+
+
 def verdict(case: Case, warnings: Mapping[str, str]) -> tuple[str, str, str]:
     """State, outcome and headline of an :class:`Assessment`."""
     if "folds" in warnings:
@@ -265,7 +267,7 @@ def verdict(case: Case, warnings: Mapping[str, str]) -> tuple[str, str, str]:
     initial, final = float(case.result.initial_loss[0]), float(case.result.final_loss[0])
     free = "The field has no folds"
     if "similarity" in warnings:
-        return "check", "no improvement", f"{free}, but the refinement did not make the images more similar."
+        return "check", "no improvement", _kept(case)
     worse = [name for key, name in (("dice", "labels"), ("tre", "landmarks")) if key in warnings]
     if worse:
         told = f"but the {' and the '.join(worse)} fit worse than before"

@@ -142,8 +142,19 @@ class RefinementResult:
         """Pairs whose prediction was not used."""
         return [] if self.prediction_used is None else (~self.prediction_used).nonzero().flatten().tolist()
 
+    @property
+    def unimproved(self) -> list[int]:
+        """Pairs that nothing better was found for: their field is the start, see :meth:`start`."""
+        return (~(self.final_loss < self.initial_loss)).nonzero().flatten().tolist()
+
+    def start(self, pair: int) -> str:
+        """What the refinement of a pair started from: the prediction, without its folds, or the identity."""
+        if self.prediction_used is None or pair in self.unused:
+            return "the identity"
+        return "the prediction, without its folds" if self.predicted_folds[pair] > 0 else "the prediction"
+
     def __repr__(self) -> str:
-        """Size, measure, seconds; losses, folds before and after, mean and largest displacement of every pair."""
+        """Size, measure, seconds; of every pair losses, folds before and after, mean and largest displacement."""
         moved = lengths(self.ddf).flatten(1)
         folds = fold_count(self.ddf).tolist()
         size = tuple(self.ddf.shape)
@@ -151,9 +162,10 @@ class RefinementResult:
         for k, (before, after) in enumerate(zip(self.initial_loss.tolist(), self.final_loss.tolist(), strict=True)):
             came = "" if self.prediction_used is None else f" (predicted {int(self.predicted_folds[k])})"
             unused = ", prediction not used" if k in self.unused else ""
+            kept = f"; nothing better was found, this is the start ({self.start(k)})" if k in self.unimproved else ""
             lines.append(
                 f"  pair {k}: loss {before:.4f} to {after:.4f}, {folds[k]} folds{came}, moved by "
-                f"{float(moved[k].mean()):.2f} voxels, at most {float(moved[k].max()):.2f}{unused}"
+                f"{float(moved[k].mean()):.2f} voxels, at most {float(moved[k].max()):.2f}{unused}{kept}"
             )
         return "\n".join(lines)
 

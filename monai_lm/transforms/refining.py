@@ -101,8 +101,9 @@ class RefineDDF(Transform):
             ``(n, *S)`` refined displacement, from voxels of the fixed to voxels of the moving image, with the affine of
             the fixed image. ``meta["moving_affine"]`` and ``meta["moving_size"]`` say, where it is known, which grid it
             leads to, for :class:`WarpImage`, :class:`InvertDDF` and :class:`SaveDDF`; ``meta["refinement"]`` holds
-            the dissimilarity before and after, the folds of the prediction and, if there was one, whether it was used,
-            and the seconds it took, and ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
+            the dissimilarity before and after, whether anything better than the start was found (``improved``), the
+            folds of the prediction and, if there was one, whether it was used, and the seconds it took, and
+            ``meta["filename_or_obj"]`` the file of the fixed image if it has one.
 
         Raises:
             TypeError: images to be compared in space that are not ``MetaTensor``.
@@ -235,6 +236,7 @@ def _described(result: RefinementResult, fixed: Any, moving: Any, between: Betwe
         "final_loss": float(result.final_loss[0]),
         "predicted_folds": int(result.predicted_folds[0]),
         "similarity": result.similarity,
+        "improved": not result.unimproved,
         "seconds": result.seconds,
     }
     if result.prediction_used is not None:  # MONAI collates no None

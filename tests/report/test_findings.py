@@ -67,7 +67,7 @@ def test_outcomes_in_plain_words(shifted):
     for warnings, state, outcome, words in (
         ({}, "good", "improved", "the images match better than before"),
         ({"repaired": ""}, "check", "improved", "see the remarks below"),
-        ({"similarity": ""}, "check", "no improvement", "did not make the images more similar"),
+        ({"similarity": ""}, "check", "no improvement", "Nothing better was found; this is the start (the identity)."),
         ({"mirror": "", "misaligned": ""}, "check", "suspicious", "a mirror image fits as well or better, the images"),
         ({"iterations": ""}, "check", "suspicious", "the iterations ran out"),
         ({"folds": "", "mirror": ""}, "bad", "folded", "Do not use this field"),

@@ -213,6 +213,7 @@ def test_an_image_and_itself_match_already(written):
     metrics = pairs.refine_pair(written / "fixed.nii.gz", written / "fixed.nii.gz", folder, report=False)
     assert (metrics["verdict"], metrics["remarks"]) == ("good", {})
     assert metrics["headline"].startswith("The images matched already")
+    assert metrics["headline"].endswith("Nothing better was found; this is the start (the identity).")
 
 
 def test_composing_says_where_the_second_field_does_not_reach(written):

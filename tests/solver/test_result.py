@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from monai_lm import RefinementResult
+from monai_lm import RefinementResult, refine
 from monai_lm.fields import compose, gaussian_smooth
 from monai_lm.kernels.devices import Stopwatch
 from monai_lm.solver.result import Iteration, Record
@@ -103,13 +103,35 @@ def test_a_result_says_in_a_few_lines_what_it_is():
     ddf = torch.zeros(2, 2, 8, 8)
     ddf[1, 0] = 3.0
     result = RefinementResult(
-        ddf, [[], []], torch.tensor([0.5, 0.4]), torch.tensor([0.25, 0.4]), torch.tensor([7, 0]), torch.zeros(2), 1.5,
+        ddf, [[], []], torch.tensor([0.5, 0.4]), torch.tensor([0.25, 0.3]), torch.tensor([7, 0]), torch.zeros(2), 1.5,
         torch.tensor([True, False]),
     )  # fmt: skip
+    assert result.unimproved == []
     assert str(result).splitlines() == [
         "RefinementResult(ddf=(2, 2, 8, 8), similarity=lncc, 1.50 s)",
         "  pair 0: loss 0.5000 to 0.2500, 0 folds (predicted 7), moved by 0.00 voxels, at most 0.00",
-        "  pair 1: loss 0.4000 to 0.4000, 0 folds (predicted 0), moved by 3.00 voxels, at most 3.00, "
+        "  pair 1: loss 0.4000 to 0.3000, 0 folds (predicted 0), moved by 3.00 voxels, at most 3.00, "
         "prediction not used",
     ]
     assert repr(result) == str(result)
+
+
+def test_a_result_says_that_nothing_better_was_found_and_what_it_is_then():
+    image = gaussian_smooth(torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)), 1.0)
+    moving = torch.cat([image[:2], image[2:].roll(2, 2)])
+    folded = torch.zeros(3, 2, 16, 16)
+    folded[2, 0] = 2.0
+    folded[2, 0, 8, 8] = 5.0
+    predicted = refine(image, moving, folded, iterations=0)
+    assert [predicted.start(k) for k in range(3)] == [
+        "the prediction",
+        "the prediction",
+        "the prediction, without its folds",
+    ]
+    assert predicted.unimproved == [0, 1, 2]
+    alone = refine(image, moving, iterations=2)
+    assert alone.unimproved == [0, 1]
+    assert not alone.ddf[:2].any()
+    lines = str(alone).splitlines()[1:]
+    assert lines[0].endswith("at most 0.00; nothing better was found, this is the start (the identity)")
+    assert "nothing better" not in lines[2]

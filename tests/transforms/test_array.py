@@ -119,6 +119,9 @@ def test_the_metadata_tells_how_it_went():
     assert record["initial_loss"] == pytest.approx(float(expected.initial_loss))
     assert record["final_loss"] == pytest.approx(float(expected.final_loss))
     assert record["final_loss"] < record["initial_loss"]
+    assert record["improved"]
+    still = RefineDDF(**SETTINGS)(moving, moving).meta["refinement"]
+    assert not still["improved"]
     assert record["predicted_folds"] == int(fold_count(ddf[None])) > 0
     assert 0 < record["seconds"] < 60
     assert json.loads(json.dumps(record)) == record
