@@ -29,7 +29,7 @@ FULL: dict[str, Any] = {"scales": (4, 2, 1), "iterations": (100, 50, 25)}
 def brain_bundle(
     part: str = "test",
     pairs: int = 6,
-    invented: bool = False,
+    invented: int = 0,
     schedules: dict[str, dict[str, Any]] | None = None,
     device: str = "cpu",
     json_file: str | None = None,
@@ -41,7 +41,8 @@ def brain_bundle(
     Args:
         part: of the bundle's split by subject: ``test`` to report, ``validation`` to tune.
         pairs: how many of the ordered pairs of the part.
-        invented: give the moving image a contrast that is invented from its label map, another one for every pair.
+        invented: how many contrasts to invent from the moving image's label map for every pair, all different; 0 takes
+            the images as they are.
         schedules: what to refine with, by name, keyword arguments of :func:`monai_lm.refine` over the bundle's own.
         device: cpu, cuda, ...
         json_file: write one line per pair and method here, as it goes.
@@ -49,7 +50,7 @@ def brain_bundle(
     bundle = RegistrationBundle(BRAIN_BUNDLE, find_device(device))
     schedules = {"network + LM": {}} if schedules is None else schedules
     subjects = json.loads((BRAIN_BUNDLE / "configs" / "split.json").read_text())[part]
-    chosen = list(permutations(subjects, 2))[:pairs]
+    chosen = list(permutations(subjects, 2))[:pairs] * (invented or 1)
     print(f"brain bundle, {part}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"match: {bundle.inferer.match}; refine: {bundle.inferer.refine}; {schedules}", flush=True)
     rows: list[dict[str, Any]] = []
