@@ -12,8 +12,8 @@ from monai_lm.similarity.mapped import MappedLNCC, monotony
 __all__ = ["Auto"]
 
 _MONOTONE = 0.87
-"""Least :func:`~monai_lm.similarity.mapped.monotony` of images that LNCC is taken for. On pairs of four anatomies,
-aligned coarsely, .93 and more where the contrasts are the same or inverted, .79 and less elsewhere."""
+"""Least :func:`~monai_lm.similarity.mapped.monotony` of images that LNCC is taken for. On pairs of four anatomies it
+tells contrasts that are the same or inverted from all others (``python -m benchmarks contrasts``)."""
 
 
 class Auto(MappedLNCC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,8 @@ class MappedLNCC(LNCC):
 
     @override
     def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Matched:
-        return Matched(LNCC(self.radius, self.epsilon), *intensity_maps(fixed, warped, weight, self.bins))
+        of_fixed, of_moving = intensity_maps(fixed, warped, weight, self.bins)
+        return Matched(LNCC(self.radius, self.epsilon), of_fixed, of_moving)
 
     @override
     def described(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +158,25 @@ def intensity_maps(
     Returns:
         The map of the fixed image and that of the moving one.
     """
+    weights = [None] * len(fixed) if weight is None else weight.split(1)
+    pairs = [_maps(*pair, bins) for pair in zip(fixed.split(1), warped.split(1), weights, strict=True)]
+    of_fixed, of_moving = zip(*pairs, strict=True)
+    return _joined(of_fixed), _joined(of_moving)
+
+
+def _joined(maps: Sequence[IntensityMap]) -> IntensityMap:
+    """The maps of the pairs of a batch as one."""
+    return IntensityMap(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in maps), strict=True)))
+
+
+def monotony(fixed: Tensor, warped: Tensor, weight: Tensor | None = None, bins: int = 48) -> Tensor:
+    """That of the better of the :func:`intensity_maps`, ``(B, C)``; the arguments are theirs."""
+    of_fixed, of_moving = intensity_maps(fixed, warped, weight, bins)
+    return torch.where(of_fixed.better, of_fixed.monotony, of_moving.monotony)
+
+
+def _maps(fixed: Tensor, warped: Tensor, weight: Tensor | None, bins: int) -> tuple[IntensityMap, IntensityMap]:
+    """The maps of one pair: sums must not depend on what else is in a batch."""
     (low, width), (other_low, other_width) = (_extent(image) for image in (fixed, warped))
     flat = _flatness(fixed) * _flatness(warped)
     flat = flat if weight is None else flat * weight
@@ -179,12 +200,6 @@ def intensity_maps(
         IntensityMap(low, width, values, shares, better),
         IntensityMap(other_low, other_width, other_values, other_shares, ~better),
     )
-
-
-def monotony(fixed: Tensor, warped: Tensor, weight: Tensor | None = None, bins: int = 48) -> Tensor:
-    """That of the better of the :func:`intensity_maps`, ``(B, C)``; the arguments are theirs."""
-    of_fixed, of_moving = intensity_maps(fixed, warped, weight, bins)
-    return torch.where(of_fixed.better, of_fixed.monotony, of_moving.monotony)
 
 
 def _beyond_chance(joint: Tensor) -> Tensor:

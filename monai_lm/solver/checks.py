@@ -32,7 +32,10 @@ _DIGITS = 256
 
 
 def plain(name: str, value: Any, half: bool = False) -> Tensor:
-    """Detached float32 (or, where allowed, half precision) tensor without metadata; TypeError for no real tensor."""
+    """Detached float32 (or, where allowed, half precision) tensor without metadata; TypeError for no real tensor.
+
+    Every pair is contiguous, as the kernels want it and files in Fortran's order are not.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex():
@@ -40,7 +43,8 @@ def plain(name: str, value: Any, half: bool = False) -> Tensor:
     if hasattr(value, "as_tensor"):  # a MetaTensor; MONAI takes seconds to import, and need not be here
         value = value.as_tensor()
     keep = half and value.dtype in (torch.float16, torch.bfloat16)
-    return value.detach() if keep else value.detach().to(torch.float32)
+    value = value.detach() if keep else value.detach().to(torch.float32)
+    return value if value.dim() == 0 or not len(value) or value[0].is_contiguous() else value.contiguous()
 
 
 def plain_images(fixed: Any, moving: Any, half: bool = False) -> tuple[Tensor, Tensor]:

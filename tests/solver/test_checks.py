@@ -46,6 +46,16 @@ def test_plain_does_not_copy_float32():
     assert plain("fixed", image).data_ptr() == image.data_ptr()
 
 
+def test_plain_makes_pairs_contiguous_and_leaves_an_expanded_batch_alone():
+    turned = torch.randn(2, 6, 5, 4, 1).permute(0, 4, 3, 2, 1)
+    for value in (turned, turned.half()):
+        made = plain("fixed", value, half=True)
+        assert made.is_contiguous()
+        assert torch.equal(made, value)
+    one = torch.randn(1, 1, 4, 5, 6).expand(3, -1, -1, -1, -1)
+    assert plain("fixed", one).data_ptr() == one.data_ptr()
+
+
 def test_plain_refuses_what_is_no_tensor():
     with refusal(TypeError, "fixed must be a torch.Tensor, got ndarray"):
         plain("fixed", np.zeros((1, 1, 4, 4)))
