@@ -125,7 +125,8 @@ def refine(
         similarity: ``"lncc"``, ``"mapped_lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss
             module called as ``(warped, fixed)``. ``"auto"`` is the first or the second of them, see
             :class:`~monai_lm.similarity.auto.Auto`. Or a sequence of them, coarse to fine: the last one for the finest
-            level, the one before for the next, the first one for all that are coarser. Losses of the result, and
+            level, the one before for the next, the first one for all that are coarser. Of more measures than levels
+            the first ones are left out with automatic ``scales``, and refused with others. Losses of the result, and
             whether a prediction is used, are by the last one; those of the history by that of their level.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
