@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -26,11 +26,12 @@ from monai_lm.solver.checks import (
     check_guidance,
     check_images,
     check_spacing,
+    check_together,
     plain,
     plain_images,
 )
 from monai_lm.solver.choice import begun
-from monai_lm.solver.damping import Damping
+from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.images import Masks, constant_pairs, normal, refined_images, weighted
@@ -208,20 +209,18 @@ def refine(
     check_number("tolerance", tolerance, 0)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if symmetric and guidance is not None:
-        raise ValueError("guidance must be None with symmetric=True: it is of the fixed image's points")
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be None or a function, got {type(callback).__name__}")
     deadline = float("inf") if seconds is None else started + seconds
-    guides = check_guidance(guidance, fixed, method.damping.needs_promise)
+    guides = check_guidance(guidance, fixed)
     lesions = (
         checked_lesion(lesion, fixed, "lesion", "fixed"),
         checked_lesion(moving_lesion, moving, "moving_lesion", "moving"),
     )
-    if symmetric and lesions != (None, None):
-        raise ValueError("lesion and moving_lesion must be None with symmetric=True, whose two fields both give way")
+    promised, holed = method.damping.needs_promise, lesions != (None, None)
+    check_together(symmetric, promised, bool(guides), holed, regularizer is not None)
     masks = outside(mask, lesions[0], "mask"), outside(moving_mask, lesions[1], "moving_mask")
     measures, masks = weighted([s.similarity for s in stages], (fixed, moving), masks, symmetric)
     stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
@@ -229,7 +228,7 @@ def refine(
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline, symmetric=symmetric,
-        regularizer=make_regularizer(regularizer, method.damping.needs_promise),
+        regularizer=make_regularizer(regularizer),
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     with (
@@ -257,11 +256,27 @@ def defaults() -> dict[str, Any]:
     return {p.name: p.default for p in keywords if p.name not in _OF_PAIR}
 
 
-def check_keywords(owner: str, names: Iterable[str]) -> None:
-    """Settings of :func:`refine` that its callers keep until they call it; TypeError for any other name."""
-    known = list(defaults())
-    if unknown := sorted(set(names) - set(known)):
-        raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
+def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False, lesions: bool = False) -> None:
+    """Settings of :func:`refine` that its callers keep until they call it.
+
+    Args:
+        owner: who keeps them.
+        settings: keyword arguments.
+        guided: whether something guides that is not in the settings.
+        lesions: whether there are lesions.
+
+    Raises:
+        TypeError: a name that :func:`refine` does not know, or that belongs to a pair.
+        ValueError: what :func:`refine` refuses together.
+    """
+    usual = defaults()
+    if unknown := sorted(set(settings) - set(usual)):
+        raise TypeError(f"{owner} takes the keyword arguments {list(usual)} of monai_lm.refine, got {unknown}")
+    how = usual | dict(settings)
+    control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
+    promised = isinstance(control, Damping) and control.needs_promise
+    guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
+    check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
 
 
 def _as_memory_allows(
