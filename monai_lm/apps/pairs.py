@@ -158,8 +158,8 @@ def refine_pair(
     """
     own = {"ddf": ddf, "fixed_mask": mask, "moving_mask": moving_mask}
     guides: dict[str, Any] = {
-        "guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion,
-        "soft_labels": soft_labels,
+        "guide_labels or guide_points": guide, "fixed_lesion": lesion, "moving_lesion": moving_lesion,
+        "fixed_soft_labels and moving_soft_labels": soft_labels,
     }  # fmt: skip
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
@@ -223,9 +223,14 @@ def _check_together(
     uncertainty: bool,
     log_json: str | Path | None,
 ) -> None:
-    """ValueError for what excludes each other: a bundle and its ``own``, uncertainty and ``guides``, or two logs."""
+    """ValueError for what excludes each other.
+
+    That is a bundle and its ``own``, ``guides`` and symmetric settings, any of these and uncertainty, or two logs.
+    """
     if bundle is not None and (given := [name for name, value in own.items() if value is not None]):
         raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    if settings.get("symmetric") and (given := [name for name, value in guides.items() if value is not None]):
+        raise ValueError(f"{' and '.join(given)} cannot be used together with symmetric")
     others = {"bundle": bundle, **guides, "symmetric": settings.get("symmetric") or None}
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
