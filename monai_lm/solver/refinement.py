@@ -182,6 +182,7 @@ def refine(
 
     Warns:
         UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
+            An image so far from zero that its type has few values for it.
             A prediction that is not used.
             A GPU that ran out of memory, before the leaner try.
     """
@@ -190,6 +191,7 @@ def refine(
         raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
     if kernels not in kernels_.CHOICES:
         raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
+    images = fixed, moving
     fixed, moving = plain_images(fixed, moving, memory == "half")
     check_images(fixed, moving)
     if kernels == "native" and (reason := kernels_.missing(fixed.device)) is not None:
@@ -231,6 +233,7 @@ def refine(
         regularizer=make_regularizer(regularizer),
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
+    constant = constant_pairs((fixed, moving), masks, [image.dtype for image in images])
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -245,7 +248,7 @@ def refine(
             problem = Problem(fixed, moving, ddf, edges, guides, lesions)
             if kernels != "reference":
                 rehearse(problem, any(m is not None for m in masks), stages, how)
-            return _coarse_to_fine(problem, masks, stages, finest, how, record, bar)
+            return _coarse_to_fine(problem, masks, stages, finest, how, record, bar, constant)
 
         return _as_memory_allows(run, settings, fixed)
 
@@ -305,10 +308,13 @@ def _coarse_to_fine(
     settings: Settings,
     record: Record,
     bar: tqdm,
+    constant: Tensor,
 ) -> RefinementResult:
-    """Run the stages, and end on the finest one, which has the grid of the images."""
+    """Run the stages, and end on the finest one, which has the grid of the images.
+
+    Pairs that are ``constant``, ``(B,)``, keep their prediction.
+    """
     ddf = None if problem.prediction is None else normal(problem.prediction)
-    constant = constant_pairs((problem.fixed, problem.moving), masks)
     idle = torch.cat([constant, constant]) if settings.symmetric else constant
     fixed, moving = refined_images(problem, masks, settings, [stage.similarity for stage in stages])
     repaired = used = None
