@@ -209,7 +209,8 @@ def _options(
         file_format: of the fields written: itk, itk_transform, metaimage, nrrd, fsl, voxel, learn2reg or freesurfer.
         report: write report.html and .png, if matplotlib is there (pip install 'monai_lm[report]').
         jacobian: write jacobian.nii.gz, the Jacobian determinant of the field that is written, initial affine included.
-        uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm, by the way back; not with symmetric.
+        uncertainty: write uncertainty.nii.gz, how far the field may be off, in mm, by the way back; not with
+            symmetric, bundle, guides or lesions.
         guide_labels: labels of fixed_label and moving_label that guide the refinement: a list, as 1,3, or all.
         guide_points: whether fixed_points and moving_points guide the refinement.
         guide_weight: how hard they pull, relative to the images; default 1.

@@ -1,4 +1,4 @@
-"""What guides the refinement of files: their labels and landmarks, on the grids of the images that are compared."""
+"""What belongs to a pair of files beside its images, on the grids where those are compared: what guides, and masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from monai_lm.guidance import Guidance, Keypoints, Labels, SoftLabels
 from monai_lm.io.images import Image, Pair, Probabilities
 from monai_lm.solver.between import Between
 
-__all__ = ["beside_of", "check_guide", "guides_of"]
+__all__ = ["beside_of", "check_guide", "guides_of", "masks_of"]
 
 
 def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any, soft_labels: Any) -> None:
@@ -88,10 +88,26 @@ def beside_of(
     return out
 
 
+def masks_of(pair: Pair, device: torch.device, grids: tuple[Grid, Grid]) -> dict[str, Tensor]:
+    """The masks of a pair, as keyword arguments of :func:`monai_lm.refine`; zero where a grid is larger than they are.
+
+    ValueError for one that shows nothing of its grid. The arguments are those of :func:`guides_of`.
+    """
+    out = {}
+    for name, image, grid, initial in zip(
+        ("mask", "moving_mask"), (pair.mask, pair.moving_mask), grids, (None, pair.initial), strict=True
+    ):
+        if image is not None:
+            out[name] = _brought(image, grid, initial, device, "bilinear").clamp_(0, 1)  # rounding may exceed 1
+            if not bool(out[name].any()):
+                raise ValueError(f"{image.path} must show something of what the bundle looks at, it is zero there")
+    return out
+
+
 def _brought(
     image: Image | Probabilities, grid: Grid, initial: np.ndarray | None, device: torch.device, mode: str = "nearest"
 ) -> Tensor:
-    """Labels on another grid, ``(1, K, *S)``."""
+    """Labels, probabilities or a mask on another grid, ``(1, K, *S)``."""
     return Between(grid, image.grid, initial).brought(image.data.to(device), None, mode, "zeros")
 
 

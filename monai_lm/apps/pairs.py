@@ -15,17 +15,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from monai_lm.alignment import MODES, Alignment, align
 from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.apps.commands import landmark_error, write_field
-from monai_lm.apps.guides import beside_of, check_guide
+from monai_lm.apps.guides import beside_of, check_guide, masks_of
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.apps.plan import live_log, plan_of
 from monai_lm.fields.inverses import invert_between
-from monai_lm.fields.space import resample_moving, through_affine
+from monai_lm.fields.space import Grid, resample_moving, through_affine
 from monai_lm.io import file_suffix, write_affine
 from monai_lm.io.formats import check_format, check_grid
 from monai_lm.io.images import Field, Pair, load_pair
@@ -43,6 +44,7 @@ from monai_lm.kernels.devices import find_device
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
+from monai_lm.similarity.weighted import filled
 from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.result import RefinementResult
@@ -126,8 +128,9 @@ def refine_pair(
         report: write the report; left out with a warning where matplotlib is missing.
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
-            :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``, without masks. With an
-            ``affine``, the identity included, it gets the moving image on the fixed grid, else both files as they are.
+            :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``. With an ``affine``, the
+            identity included, it gets the moving image on the fixed grid, and of an image with a mask what that shows,
+            its holes filled from around; else the files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
         command: recorded as what was called.
         jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
@@ -156,15 +159,14 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
-    own = {"ddf": ddf, "fixed_mask": mask, "moving_mask": moving_mask}
     guides: dict[str, Any] = {
-        "guide_labels or guide_points": guide, "lesion": lesion, "moving_lesion": moving_lesion,
-        "soft_labels": soft_labels,
+        "guide_labels or guide_points": guide, "fixed_lesion": lesion, "moving_lesion": moving_lesion,
+        "fixed_soft_labels and moving_soft_labels": soft_labels,
     }  # fmt: skip
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
     check_guide(guide, labels, points, soft_labels)
-    _check_together(bundle, own, guides, settings or {}, uncertainty, log_json)
+    _check_together(bundle, ddf, guides, settings or {}, uncertainty, log_json)
     check_format("ddf_format", ddf_format)
     folder, mode = Path(output_dir), _mode(affine)
     report = report and report_possible()
@@ -217,15 +219,20 @@ def refine_pair(
 
 def _check_together(
     bundle: str | Path | None,
-    own: Mapping[str, Any],
+    ddf: str | Path | None,
     guides: Mapping[str, Any],
     settings: Mapping[str, Any],
     uncertainty: bool,
     log_json: str | Path | None,
 ) -> None:
-    """ValueError for what excludes each other: a bundle and its ``own``, uncertainty and ``guides``, or two logs."""
-    if bundle is not None and (given := [name for name, value in own.items() if value is not None]):
-        raise ValueError(f"{' and '.join(given)} cannot be used together with bundle, which predicts by itself")
+    """ValueError for what excludes each other.
+
+    That is a bundle and a field, ``guides`` and symmetric settings, any of these and uncertainty, or two logs.
+    """
+    if bundle is not None and ddf is not None:
+        raise ValueError("ddf cannot be used together with bundle, which predicts by itself")
+    if settings.get("symmetric") and (given := [name for name, value in guides.items() if value is not None]):
+        raise ValueError(f"{' and '.join(given)} cannot be used together with symmetric")
     others = {"bundle": bundle, **guides, "symmetric": settings.get("symmetric") or None}
     if uncertainty and (given := [name for name, value in others.items() if value is not None]):
         raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
@@ -324,20 +331,37 @@ def _registered(
     registration, f = RegistrationBundle(bundle, onto.device, settings), pair.fixed.grid
     if registration.inferer.refine is None:
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
+
+    def beside(*grids: Grid) -> dict[str, Any]:
+        both = grids[0], grids[1]
+        return beside_of(pair, guide, onto.device, both) | masks_of(pair, onto.device, both)
+
     with TemporaryDirectory() as folder:
-        moving: str | Path = pair.moving.path
-        if pair.initial is not None:
-            moving = Path(folder) / f"{Path(moving).name.split('.')[0]}.nii.gz"
-            still, m = torch.zeros(1, len(f.size), *f.size), pair.moving
-            brought = resample_moving(m.data, still, f.affine, m.grid.affine, pair.initial, padding_mode="zeros")
-            save_nifti(moving, brought[0, 0].numpy(), f.affine, "none")
-        predicted, result = registration.register(
-            pair.fixed.path, moving, f, lambda *grids: beside_of(pair, guide, onto.device, grids)
-        )
+        fixed, moving = pair.fixed.path, pair.moving.path
+        if pair.mask is not None:
+            fixed = _written(Path(folder) / "fixed", fixed, filled(pair.fixed.data, pair.mask.data), f.affine)
+        if pair.initial is not None or pair.moving_mask is not None:
+            data, grid = pair.moving.data, pair.moving.grid
+            if pair.moving_mask is not None:
+                data = filled(data, pair.moving_mask.data)
+            if pair.initial is not None:
+                still = torch.zeros(1, len(f.size), *f.size)
+                data = resample_moving(data, still, f.affine, grid.affine, pair.initial, padding_mode="zeros")
+                grid = f
+            moving = _written(Path(folder) / "moving", moving, data, grid.affine)
+        predicted, result = registration.register(fixed, moving, f, beside)
     assert result is not None  # for mypy
     chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
     used = {"bundle": str(bundle), **describe(chosen)} | ({} if guide is None else {"guidance": describe(guide)})
     return _Found(onto, predicted, result, used)
+
+
+def _written(folder: Path, path: Path, data: Tensor, affine: np.ndarray) -> Path:
+    """A file in a new folder, of the name of another one, of an image ``(1, 1, *S)``."""
+    folder.mkdir()
+    file = folder / f"{path.name.split('.')[0]}.nii.gz"
+    save_nifti(file, data[0, 0].numpy(), affine, "none")
+    return file
 
 
 def _figures(found: _Found, aligned: Alignment | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from monai_lm.similarity.base import Matched, Range, Similarity
 
-__all__ = ["Weighted", "continued", "counted", "shown", "with_moving_weight", "with_weight"]
+__all__ = ["Weighted", "continued", "counted", "filled", "shown", "with_moving_weight", "with_weight"]
 
 COUNTED = 1
 """Voxels beyond the outer border of a mask that count as it does. On validation pairs, masks that end at the border of
@@ -221,6 +221,14 @@ def shown(image: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
             beside.narrow(axis, 1, size).logical_or_(before.narrow(axis, 0, size))
     seen = (counts | (beside & _outside(counts))) & torch.isfinite(image).all(1, keepdim=True)
     return continued(image, seen if hidden is None else seen & (hidden == 0))
+
+
+def filled(image: Tensor, mask: Tensor) -> Tensor:
+    """An image ``(B, C, *S)`` :func:`continued` into the holes of a mask ``(B, 1, *S)``, and as it is outside of it.
+
+    For what looks at whole images, and knows what is around an organ, as a network does.
+    """
+    return continued(image, (mask > 0) | _outside(mask > 0))
 
 
 def _outside(counts: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "check_images",
     "check_shown",
     "check_spacing",
+    "check_together",
     "checked_mask",
     "plain",
 ]
@@ -147,18 +148,37 @@ def checked_mask(mask: Any, image: Tensor, name: str = "mask", of: str = "fixed"
     return mask
 
 
-def check_guidance(guidance: Any, fixed: Tensor, promised: bool) -> tuple[Guidance, ...]:
-    """What guides, as a tuple, each fit for the images; not for a damping that asks what a step promises."""
+def check_guidance(guidance: Any, fixed: Tensor) -> tuple[Guidance, ...]:
+    """What guides, as a tuple, each fit for the images."""
     if guidance is None:
         return ()
     guides = (guidance,) if isinstance(guidance, Guidance) else guidance
     if not isinstance(guides, Sequence) or not all(isinstance(one, Guidance) for one in guides):
         raise TypeError(f"guidance must be a Guidance, a sequence of them, or None, got {guidance!r}")
-    if guides and promised:
-        raise ValueError("guidance must be None with a control that compares what a step promised, as 'trust_region'")
     for one in guides:
         one.check(fixed)
     return tuple(guides)
+
+
+def check_together(symmetric: bool, promised: bool, guided: bool, lesions: bool, regularized: bool) -> None:
+    """ValueError for what excludes each other of the arguments of :func:`monai_lm.refine`.
+
+    Args:
+        symmetric: whether both images move.
+        promised: whether the damping asks what a step promises, which guidance and regulariser are no part of.
+        guided: whether something guides.
+        lesions: whether there are lesions.
+        regularized: whether there is a regulariser.
+    """
+    if symmetric and guided:
+        raise ValueError("guidance must be None with symmetric=True: it is of the fixed image's points")
+    if symmetric and lesions:
+        raise ValueError("lesion and moving_lesion must be None with symmetric=True, whose two fields both give way")
+    for name, given in (("guidance", guided), ("regularizer", regularized)):
+        if promised and given:
+            raise ValueError(
+                f"{name} must be None with a control that compares what a step promised, as 'trust_region'"
+            )
 
 
 def check_spacing(spacing: Sequence[float] | None, n: int) -> tuple[float, ...]:

@@ -20,6 +20,9 @@ __all__ = ["Masks", "constant_pairs", "normal", "refined_images", "weighted"]
 Masks = tuple[Tensor | None, Tensor | None]
 """Of the fixed and of the moving image, ``(B, 1, *S)``."""
 
+_STEPS = 64
+"""Values from the smallest to the largest that an image should have; bfloat16 has 128 from zero."""
+
 
 def weighted(
     measures: Sequence[Similarity], images: tuple[Tensor, Tensor], masks: Masks, symmetric: bool
@@ -77,17 +80,31 @@ def normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def constant_pairs(images: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
-    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning."""
-    same = []
-    for image, mask in zip(images, masks, strict=True):
+def constant_pairs(images: tuple[Tensor, Tensor], masks: Masks, kinds: Sequence[torch.dtype]) -> Tensor:
+    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning.
+
+    Another one names images of few values, because they lie too far from zero for the types ``kinds`` they came in.
+    """
+    found = []
+    for image, mask, kind in zip(images, masks, kinds, strict=True):
         upper, lower = (image if mask is None else image.masked_fill(mask == 0, s * float("inf")) for s in (-1, 1))
-        same.append(upper.flatten(1).amax(1) == lower.flatten(1).amin(1))
-    for name, pairs, mask in zip(("fixed", "moving"), torch.stack(same).tolist(), masks, strict=True):
-        if any(pairs):
-            numbers = [number for number, constant in enumerate(pairs) if constant]
-            where = "" if mask is None else " inside its mask"
+        high, low = upper.flatten(2).amax(2).float(), lower.flatten(2).amin(2).float()
+        least = _STEPS * torch.finfo(kind).eps if kind.is_floating_point else 0.0
+        far = (high > low) & (high - low < least * torch.maximum(high.abs(), low.abs()))
+        found.append((high.amax(1) == low.amin(1), far, low))
+    told = torch.stack([row for same, far, _ in found for row in (same, far.any(1))]).tolist()
+    for k, (name, mask, kind) in enumerate(zip(("fixed", "moving"), masks, kinds, strict=True)):
+        where = "" if mask is None else " inside its mask"
+        still, coarse = ([number for number, yes in enumerate(row) if yes] for row in told[2 * k : 2 * k + 2])
+        if still:
             warnings.warn(
-                f"{name} is constant{where} in pairs {numbers}; their field is returned unchanged", stacklevel=6
+                f"{name} is constant{where} in pairs {still}; their field is returned unchanged", stacklevel=3
             )
-    return same[0] | same[1]
+        if coarse:
+            offset = float(found[k][2][found[k][1]][0])
+            warnings.warn(
+                f"{name} has fewer than {_STEPS} values{where} in pairs {coarse}, as {kind} tells no more apart so far "
+                f"from zero; subtract the offset, {offset:.9g}, before they become {kind}",
+                stacklevel=3,
+            )
+    return found[0][0] | found[1][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -26,11 +26,12 @@ from monai_lm.solver.checks import (
     check_guidance,
     check_images,
     check_spacing,
+    check_together,
     plain,
     plain_images,
 )
 from monai_lm.solver.choice import begun
-from monai_lm.solver.damping import Damping
+from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.images import Masks, constant_pairs, normal, refined_images, weighted
@@ -125,7 +126,8 @@ def refine(
         similarity: ``"lncc"``, ``"mapped_lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"``, a measure, or any loss
             module called as ``(warped, fixed)``. ``"auto"`` is the first or the second of them, see
             :class:`~monai_lm.similarity.auto.Auto`. Or a sequence of them, coarse to fine: the last one for the finest
-            level, the one before for the next, the first one for all that are coarser. Losses of the result, and
+            level, the one before for the next, the first one for all that are coarser. Of more measures than levels
+            the first ones are left out with automatic ``scales``, and refused with others. Losses of the result, and
             whether a prediction is used, are by the last one; those of the history by that of their level.
         scales: reduction per level, coarse to fine, e.g. ``(4, 2, 1)``; ``"auto"`` looks at the image size and at
             whether there is a prediction.
@@ -180,6 +182,7 @@ def refine(
 
     Warns:
         UserWarning: a constant image, or a similarity that is not finite at the prediction; the pair keeps its field.
+            An image so far from zero that its type has few values for it.
             A prediction that is not used.
             A GPU that ran out of memory, before the leaner try.
     """
@@ -188,6 +191,7 @@ def refine(
         raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
     if kernels not in kernels_.CHOICES:
         raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
+    images = fixed, moving
     fixed, moving = plain_images(fixed, moving, memory == "half")
     check_images(fixed, moving)
     if kernels == "native" and (reason := kernels_.missing(fixed.device)) is not None:
@@ -207,20 +211,18 @@ def refine(
     check_number("tolerance", tolerance, 0)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if symmetric and guidance is not None:
-        raise ValueError("guidance must be None with symmetric=True: it is of the fixed image's points")
     if seconds is not None:
         check_number("seconds", seconds, 0, exclusive=True)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be None or a function, got {type(callback).__name__}")
     deadline = float("inf") if seconds is None else started + seconds
-    guides = check_guidance(guidance, fixed, method.damping.needs_promise)
+    guides = check_guidance(guidance, fixed)
     lesions = (
         checked_lesion(lesion, fixed, "lesion", "fixed"),
         checked_lesion(moving_lesion, moving, "moving_lesion", "moving"),
     )
-    if symmetric and lesions != (None, None):
-        raise ValueError("lesion and moving_lesion must be None with symmetric=True, whose two fields both give way")
+    promised, holed = method.damping.needs_promise, lesions != (None, None)
+    check_together(symmetric, promised, bool(guides), holed, regularizer is not None)
     masks = outside(mask, lesions[0], "mask"), outside(moving_mask, lesions[1], "moving_mask")
     measures, masks = weighted([s.similarity for s in stages], (fixed, moving), masks, symmetric)
     stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
@@ -228,9 +230,10 @@ def refine(
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline, symmetric=symmetric,
-        regularizer=make_regularizer(regularizer, method.damping.needs_promise),
+        regularizer=make_regularizer(regularizer),
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
+    constant = constant_pairs((fixed, moving), masks, [image.dtype for image in images])
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -245,7 +248,7 @@ def refine(
             problem = Problem(fixed, moving, ddf, edges, guides, lesions)
             if kernels != "reference":
                 rehearse(problem, any(m is not None for m in masks), stages, how)
-            return _coarse_to_fine(problem, masks, stages, finest, how, record, bar)
+            return _coarse_to_fine(problem, masks, stages, finest, how, record, bar, constant)
 
         return _as_memory_allows(run, settings, fixed)
 
@@ -256,11 +259,27 @@ def defaults() -> dict[str, Any]:
     return {p.name: p.default for p in keywords if p.name not in _OF_PAIR}
 
 
-def check_keywords(owner: str, names: Iterable[str]) -> None:
-    """Settings of :func:`refine` that its callers keep until they call it; TypeError for any other name."""
-    known = list(defaults())
-    if unknown := sorted(set(names) - set(known)):
-        raise TypeError(f"{owner} takes the keyword arguments {known} of monai_lm.refine, got {unknown}")
+def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False, lesions: bool = False) -> None:
+    """Settings of :func:`refine` that its callers keep until they call it.
+
+    Args:
+        owner: who keeps them.
+        settings: keyword arguments.
+        guided: whether something guides that is not in the settings.
+        lesions: whether there are lesions.
+
+    Raises:
+        TypeError: a name that :func:`refine` does not know, or that belongs to a pair.
+        ValueError: what :func:`refine` refuses together.
+    """
+    usual = defaults()
+    if unknown := sorted(set(settings) - set(usual)):
+        raise TypeError(f"{owner} takes the keyword arguments {list(usual)} of monai_lm.refine, got {unknown}")
+    how = usual | dict(settings)
+    control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
+    promised = isinstance(control, Damping) and control.needs_promise
+    guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
+    check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
 
 
 def _as_memory_allows(
@@ -289,10 +308,13 @@ def _coarse_to_fine(
     settings: Settings,
     record: Record,
     bar: tqdm,
+    constant: Tensor,
 ) -> RefinementResult:
-    """Run the stages, and end on the finest one, which has the grid of the images."""
+    """Run the stages, and end on the finest one, which has the grid of the images.
+
+    Pairs that are ``constant``, ``(B,)``, keep their prediction.
+    """
     ddf = None if problem.prediction is None else normal(problem.prediction)
-    constant = constant_pairs((problem.fixed, problem.moving), masks)
     idle = torch.cat([constant, constant]) if settings.symmetric else constant
     fixed, moving = refined_images(problem, masks, settings, [stage.similarity for stage in stages])
     repaired = used = None

@@ -228,17 +228,8 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {"diffusion": Diffusion, "
 """The ``regularizer`` argument of :func:`monai_lm.refine`; every one may be made with a weight."""
 
 
-def make_regularizer(value: Any, promised: bool) -> Regularizer | None:
-    """A regulariser of its name, or itself; ValueError for anything else but ``None``.
-
-    Args:
-        value: as for :func:`monai_lm.refine`.
-        promised: whether the damping asks what a step promises, which the regulariser is no part of.
-    """
-    if value is not None and promised:
-        raise ValueError(
-            "regularizer must be None with a control that compares what a step promised, as 'trust_region'"
-        )
+def make_regularizer(value: Any) -> Regularizer | None:
+    """A regulariser of its name, or itself; ValueError for anything else but ``None``."""
     if value is None or isinstance(value, Regularizer):
         return value
     if not isinstance(value, str) or value not in REGULARIZERS:

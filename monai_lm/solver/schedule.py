@@ -65,13 +65,13 @@ def make_schedule(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a value out of range, or fewer values than levels.
+        ValueError: a value out of range, fewer values than levels, or more measures than levels that were given.
     """
     levels = _levels(scales, size, spacing, predicted)
     counts = _iterations(iterations, [level.scale for level in levels])
     dampings = _per_level("damping", damping, len(levels), 0, exclusive=True)
     sigmas = _per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
-    measures = _measures(similarity, len(levels))
+    measures = _measures(similarity, [level.scale for level in levels], cut=isinstance(scales, str))
     return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
 
 
@@ -86,13 +86,18 @@ def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: b
     return tuple(scales)
 
 
-def _measures(similarity: Measure | Sequence[Measure], levels: int) -> list[Similarity]:
-    """The measure of every level: the fine end of a longer sequence, the first of a shorter one for all coarser."""
+def _measures(similarity: Measure | Sequence[Measure], scales: list[float], cut: bool) -> list[Similarity]:
+    """The measure of every level: the first of a shorter sequence for all coarser, the fine end of one that is cut."""
+    levels = len(scales)
     if isinstance(similarity, str | Similarity | nn.Module) or not isinstance(similarity, Sequence):
         return [get_similarity(similarity)] * levels
     measures = [get_similarity(measure) for measure in similarity]
     if not measures:
         raise ValueError(f"similarity must be a measure or a sequence of at least one, got {similarity!r}")
+    if len(measures) > levels and not cut:
+        raise ValueError(
+            f"similarity must have at most one measure per level, {levels} for scales {scales}, got {len(measures)}"
+        )
     return [*[measures[0]] * (levels - len(measures)), *measures][-levels:]
 
 

@@ -43,6 +43,10 @@ class RefineDDF(Transform):
         kwargs: keyword arguments of :func:`monai_lm.refine`. ``spacing`` defaults to that of the fixed image if it is
             a ``MetaTensor``, else to one.
 
+    Raises:
+        TypeError: keyword arguments that :func:`monai_lm.refine` does not know.
+        ValueError: those that it refuses together.
+
     Example::
 
         refined = RefineDDF(iterations=(50, 25), scales=(2, 1))(fixed, moving, ddf)
@@ -267,6 +271,10 @@ class RefineDDFd(MapTransform):
         moving_lesion_key: the same on the moving grid.
         kwargs: ``guide_values``, ``guide_weight`` and ``world`` of :class:`RefineDDF`, and keyword arguments of
             :func:`monai_lm.refine`.
+
+    Raises:
+        TypeError: keyword arguments that :func:`monai_lm.refine` does not know.
+        ValueError: keys and keyword arguments that it refuses together, as ``lesion_key`` and ``symmetric``.
     """
 
     backend = RefineDDF.backend
@@ -297,6 +305,8 @@ class RefineDDFd(MapTransform):
         self.affine_key, self.lesion_key, self.moving_lesion_key = affine_key, lesion_key, moving_lesion_key
         self.output_key = output_key or ddf_key or "ddf"
         self.refine = RefineDDF(device, **kwargs)
+        guided, lesions = label_keys is not None or point_keys is not None, {lesion_key, moving_lesion_key} != {None}
+        check_keywords("RefineDDFd", self.refine.kwargs, guided, lesions)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Refine ``data[ddf_key]``.

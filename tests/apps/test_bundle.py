@@ -40,6 +40,7 @@ PLAIN = [
     {"_target_": "EnsureChannelFirstd", "keys": KEYS},
     {"_target_": "ConcatItemsd", "keys": KEYS[::-1], "name": "image"},
 ]
+CROP = {"_target_": "CenterSpatialCropd", "keys": KEYS, "roi_size": 8}
 
 
 def image(path: Path, size, affine, seed):
@@ -175,17 +176,57 @@ def test_labels_and_points_guide_a_bundle_on_its_grid(bundle, pair, marked, tmp_
         assert metrics["provenance"]["refine"]["guidance"] == metrics["provenance"]["settings"]["guidance"] == guide
 
 
-def test_lesions_reach_a_bundle_on_the_grids_it_compares(bundle, pair, marked, tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [("lesion", "moving_lesion"), ("mask", "moving_mask")])
+def test_lesions_and_masks_reach_a_bundle_on_the_grids_it_compares(bundle, pair, marked, tmp_path, monkeypatch, names):
     given, refined = {}, RegistrationInferer.refined
     monkeypatch.setattr(
         RegistrationInferer, "refined", lambda *args, **kwargs: given.update(kwargs) or refined(*args, **kwargs)
     )
     how = {"bundle": bundle, "report": False, "output_dir": tmp_path / "out"}
-    pairs.refine_pair(**pair, **how, lesion=marked[0][0], moving_lesion=marked[0][1])
-    for name, path in zip(("lesion", "moving_lesion"), marked[0], strict=True):
+    pairs.refine_pair(**pair, **how, **dict(zip(names, marked[0], strict=True)))
+    for name, path in zip(names, marked[0], strict=True):
         expected = np.pad(nib.load(path).get_fdata(), 2)
         np.testing.assert_array_equal(given[name][0, 0].numpy(), expected)
     assert given["guidance"] is None
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_what_lies_in_holes_of_masks_does_not_reach_a_bundle(bundle, pair, marked, tmp_path, affine):
+    """Not the network, nor what resamples before it, nor the refinement; what is around a mask does."""
+    spacing = {"_target_": "Spacingd", "keys": KEYS, "pixdim": 1.1}
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": [*PLAIN[:2], spacing, CROP, PLAIN[2]]})
+    script = bundle / "scripts" / "network.py"
+    script.write_text(NETWORK.replace("self.shift.view", "(images.mean() * self.shift).view"))
+    change(bundle, refine={"iterations": 3, "scales": [1]})
+    how = {"bundle": bundle, "report": False, "mask": tmp_path / "a.nii.gz", "moving_mask": tmp_path / "b.nii.gz"}
+    if affine:
+        np.savetxt(tmp_path / "affine.txt", np.eye(4) + 0.5 * np.eye(4, k=3))
+        how["affine"] = tmp_path / "affine.txt"
+    holes = [nib.load(path).get_fdata() > 0 for path in marked[0]]
+    for hole, file, space in zip(holes, (how["mask"], how["moving_mask"]), (FIXED, MOVING), strict=True):
+        counts = 1.0 - hole
+        counts[:2] = 0
+        nib.save(nib.Nifti1Image(counts.astype(np.float32), space), file)
+    fields = []
+    for k, (inside, around) in enumerate(((0.0, 0.0), (np.nan, 0.0), (0.0, 9.0))):
+        for role, hole, space in zip(KEYS, holes, (FIXED, MOVING), strict=True):
+            values = np.where(hole, inside, nib.load(pair[role]).get_fdata(dtype=np.float32))
+            values[:2] = around
+            nib.save(nib.Nifti1Image(values.astype(np.float32), space), pair[role])
+        pairs.refine_pair(**pair, **how, output_dir=tmp_path / str(k))
+        fields.append(nib.load(tmp_path / str(k) / "ddf.nii.gz").get_fdata())
+    np.testing.assert_array_equal(fields[1], fields[0])
+    assert np.abs(fields[2] - fields[0]).max() > 0.1
+
+
+def test_a_mask_of_what_a_bundle_does_not_look_at_is_refused(bundle, pair, tmp_path):
+    counts = np.zeros((14, 13, 12), np.uint8)
+    counts[:2] = 1
+    nib.save(nib.Nifti1Image(counts, FIXED), tmp_path / "mask.nii.gz")
+    change(bundle, preprocessing={"_target_": "Compose", "transforms": [*PLAIN[:2], CROP, PLAIN[2]]})
+    with pytest.raises(ValueError, match=r"mask.nii.gz must show something of what the bundle looks at, it is zero"):
+        pairs.refine_pair(**pair, bundle=bundle, mask=tmp_path / "mask.nii.gz", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("trusted")
@@ -272,10 +313,8 @@ def test_what_is_missing_or_wrong_is_named(bundle, pair, tmp_path):
             pairs.refine_pair(**pair, output_dir=tmp_path / "out", bundle=bundle, report=False)
         assert not (tmp_path / "out").exists()
 
-    with pytest.raises(ValueError, match="mask cannot be used together with bundle"):
-        pairs.refine_pair(**pair, output_dir=tmp_path / "out", mask=pair["fixed"], bundle=bundle)
-    with pytest.raises(ValueError, match="moving_mask cannot be used together with bundle"):
-        pairs.refine_pair(**pair, output_dir=tmp_path / "out", moving_mask=pair["moving"], bundle=bundle)
+    with pytest.raises(ValueError, match="ddf cannot be used together with bundle"):
+        pairs.refine_pair(**pair, output_dir=tmp_path / "out", ddf=pair["fixed"], bundle=bundle)
     weights = bundle / "models" / "model.pt"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:100])

@@ -155,8 +155,13 @@ def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
             "guide_weight needs guide_labels, guide_points or fixed_soft_labels and moving_soft_labels, got 2.0",
         ),
         ("--guide_points --symmetric", "guide_labels and guide_points cannot be used together with symmetric"),
+        ("--fixed_lesion L --symmetric", "fixed_lesion cannot be used together with symmetric"),
+        (
+            "--fixed_soft_labels L --moving_soft_labels M --symmetric",
+            "fixed_soft_labels and moving_soft_labels cannot be used together with symmetric",
+        ),
         ("--ddf_format foo", r"ddf_format must be one of \('auto', 'itk', .*got 'foo'"),
-        ("--bundle B --fixed_mask M", "fixed_mask cannot be used together with bundle"),
+        ("--bundle B --ddf u.nii", "ddf cannot be used together with bundle"),
         ("--guide_labels 1 --uncertainty", "guide_labels needs fixed_label and moving_label"),  # a list of one
         ("invert --ddf_format foo", "ddf_format must be one of"),
         ("jacobian --ddf_format foo", "ddf_format must be one of"),

@@ -88,7 +88,9 @@ def test_soft_labels_that_are_none_are_named(files, tmp_path):
         refine_pair(*images, tmp_path / "no", soft_labels=(one, logits))
     with pytest.raises(ValueError, match="fixed and moving must have a label in common"):
         refine_pair(*images, tmp_path / "no", soft_labels=(one, one), report=False)
-    with pytest.raises(ValueError, match="uncertainty cannot be told together with soft_labels"):
+    with pytest.raises(
+        ValueError, match="uncertainty cannot be told together with fixed_soft_labels and moving_soft_la"
+    ):
         refine_pair(*images, tmp_path / "no", soft_labels=(one, one), uncertainty=True)
     assert not (tmp_path / "no").exists()
 
@@ -126,7 +128,7 @@ def test_what_lies_in_lesions_of_files_is_not_seen_and_is_recorded(files, tmp_pa
         assert {"lesion", "moving_lesion"} <= set(metrics["provenance"]["inputs"])
     np.testing.assert_array_equal(*fields)
     assert np.abs(fields[0]).max() > 0.1
-    with pytest.raises(ValueError, match="uncertainty cannot be told together with lesion and moving_lesion"):
+    with pytest.raises(ValueError, match="uncertainty cannot be told together with fixed_lesion and moving_lesion"):
         refine_pair(files["fixed"], files["moving"], tmp_path / "no", uncertainty=True, **how)
 
 

@@ -305,6 +305,12 @@ def test_bad_settings_are_found_when_the_inferer_is_made():
         RegistrationInferer(refine=5)
     with pytest.raises(TypeError, match=r"refine takes the keyword arguments .*'scales'.* got \['scale'\]"):
         RegistrationInferer(refine={"scale": 1})
+    with pytest.raises(ValueError, match="regularizer must be None with a control that compares"):
+        RegistrationInferer(refine={"regularizer": "bending", "control": "trust_region"})
+    with pytest.raises(ValueError, match="guidance must be None with symmetric=True"):
+        RegistrationInferer(
+            refine={"guidance": [Keypoints(torch.ones(1, 1, 2), torch.ones(1, 1, 2))], "symmetric": True}
+        )
     with pytest.raises(TypeError, match="features must be None or a function of an image, got str"):
         RegistrationInferer(features="labels")
 

@@ -142,3 +142,9 @@ def test_a_field_comes_to_another_level_in_its_units(size, monkeypatch):
     torch.testing.assert_close(out, up.float())
     monkeypatch.setattr(pyramid, "_SLAB", 1)  # row by row
     assert torch.equal(move_field(field(coarse), coarse, fine), up)
+
+
+def test_a_field_of_one_vector_that_shares_memory_comes_to_a_level_of_its_size():
+    level = make_level((8, 8), (1, 1), 1)
+    shift = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    assert torch.equal(move_field(shift, level, level), shift)

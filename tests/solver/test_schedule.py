@@ -67,12 +67,19 @@ def test_a_setting_is_spread_over_the_levels_from_the_fine_end(value, expected):
         ("mi", [MI, MI, MI]),
         (("mi", "lncc"), [MI, MI, LNCC]),
         (["mi", "mse", "lncc"], [MI, MSE, LNCC]),
-        ([MSE(), "ncc", "mi", LNCC()], [NCC, MI, LNCC]),
     ],
 )
 def test_measures_are_spread_over_the_levels_from_the_fine_end(value, expected):
     stages = make_schedule((4, 2, 1), "auto", 1.0, 1.0, value, (64, 64), (1.0, 1.0), False)
     assert [type(stage.similarity) for stage in stages] == expected
+
+
+def test_more_measures_than_levels_are_cut_where_levels_are_automatic_only():
+    measures = [MSE(), "ncc", "mi", LNCC()]
+    stages = make_schedule("auto", "auto", 1.0, 1.0, measures, (64, 64), (1.0, 1.0), False)
+    assert [type(stage.similarity) for stage in stages] == [NCC, MI, LNCC]
+    with refusal(ValueError, "similarity must have at most one measure per level, 2 for scales [2, 1], got 4"):
+        make_schedule((2, 1), "auto", 1.0, 1.0, measures, (64, 64), (1.0, 1.0), False)
 
 
 @pytest.mark.parametrize(

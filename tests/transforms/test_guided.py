@@ -5,6 +5,7 @@ import torch
 
 from monai_lm import refine
 from monai_lm.guidance import Keypoints, Labels, SoftLabels
+from monai_lm.solver.damping import TrustRegion
 from monai_lm.transforms import RefineDDF, RefineDDFd
 from tests.solver.pairs import pair
 
@@ -55,6 +56,30 @@ def test_probabilities_and_lesions_are_those_of_refine(data):
         lesion=lesions[:1], moving_lesion=lesions[1:], **SETTINGS,
     )  # fmt: skip
     assert torch.equal(transform(data)["ddf"].as_tensor(), expected.ddf[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label_keys": ("a", "b"), "symmetric": True}, "guidance must be None with symmetric=True"),
+        ({"point_keys": ("p", "q"), "symmetric": True}, "guidance must be None with symmetric=True"),
+        ({"lesion_key": "l", "symmetric": True}, "lesion and moving_lesion must be None with symmetric=True"),
+        ({"moving_lesion_key": "l", "symmetric": True}, "lesion and moving_lesion must be None with symmetric=True"),
+        ({"label_keys": ("a", "b"), "control": "trust_region"}, "guidance must be None with a control that compares"),
+        ({"point_keys": ("p", "q"), "control": TrustRegion()}, "guidance must be None with a control that compares"),
+        ({"regularizer": "bending", "control": "trust_region"}, "regularizer must be None with a control that"),
+    ],
+)
+def test_what_excludes_each_other_is_refused_when_the_transform_is_made(given, message):
+    with pytest.raises(ValueError, match=message):
+        RefineDDFd(**given)
+
+
+def test_pairs_without_guides_are_refined_both_ways(data):
+    expected = refine(data["fixed"][None], data["moving"][None], symmetric=True, **SETTINGS).ddf[0]
+    for guidance in (None, ()):
+        transform = RefineDDFd(ddf_key=None, guidance=guidance, symmetric=True, **SETTINGS)
+        assert torch.equal(transform(data)["ddf"].as_tensor(), expected)
 
 
 def test_missing_keys_guide_nothing_where_they_may_be_missing(data):

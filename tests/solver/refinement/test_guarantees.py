@@ -1,6 +1,7 @@
 """What a refinement keeps: the prediction, no folds, the loss, also where images or losses are of no use."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -111,11 +112,35 @@ def test_a_constant_image_warns_and_leaves_the_field(name, value, similarity):
     torch.testing.assert_close(result.ddf[1:], alone.ddf, rtol=0, atol=1e-4)
 
 
-def test_ordinary_images_do_not_warn():
-    fixed, moving, _ = pair(FLAT)
+@pytest.mark.parametrize(("kind", "offset"), [(torch.float32, 1e6), (torch.float32, -1e7), (torch.bfloat16, 20.0)])
+@pytest.mark.parametrize("name", ["fixed", "moving"])
+def test_an_image_too_far_from_zero_for_its_type_is_named(name, kind, offset):
+    fixed, moving, _ = pair(FLAT, batch=2)
+    images = {"fixed": fixed / fixed.max(), "moving": moving / moving.max()}
+    images[name][1] += offset
+    images[name] = images[name].to(kind)
+    with pytest.warns(UserWarning, match=rf"{name} has fewer than 64 values in pairs \[1\], as {kind} tells") as told:
+        run(**images, iterations=1)
+    assert len(told) == 1
+    found = float(re.search("subtract the offset, (.*), before", str(told[0].message))[1])
+    assert found == pytest.approx(float(images[name][1].min()), rel=1e-8)
+    mask = torch.ones_like(fixed)
+    images[name][1, :, :4], mask[:, :, :4] = 0, 0  # the offset is told where the image counts
+    with pytest.warns(UserWarning, match=rf"{name} has fewer than 64 values inside its mask in pairs \[1\]"):
+        run(**images, **{"mask" if name == "fixed" else "moving_mask": mask}, iterations=1)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32]
+)
+def test_ordinary_images_do_not_warn(kind):
+    images = [(200 * (x - x.min()) / (x.max() - x.min())).to(kind) for x in pair(FLAT)[:2]]
+    if kind in (torch.float64, torch.int32):  # have the digits for it
+        images = [image + 10**8 for image in images]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(fixed, moving, iterations=2)
+        run(*images, iterations=2)
+        run(*images, iterations=2, memory="half")
 
 
 class Broken(nn.Module):
