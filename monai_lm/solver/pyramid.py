@@ -101,8 +101,9 @@ def move_field(ddf: Tensor, old: Level, new: Level, out: Tensor | None = None) -
     for first in range(0, new.size[0], rows):
         some = slice(first, first + rows)
         for axis, r in enumerate(ratio):
-            values = _regrid(ddf[:, axis : axis + 1], new.size, ratio, some)  # of one size, the field itself
-            torch.div(values, r, out=out[:, axis : axis + 1, some])
+            values = _regrid(ddf[:, axis : axis + 1], new.size, ratio, some)
+            out[:, axis : axis + 1, some] = values if r == 1 else values.div_(r)  # of one size, the field itself
+            del values  # before there are the next ones
     return out
 
 
