@@ -127,7 +127,7 @@ def _complete(entries: Sequence[Entry], folder: Path, kwargs: Mapping[str, Any])
         if changes := pair_recipe(**_files_of(entry), **how).changes(record):
             problems.append(
                 f"{name}: {file.parent} holds another result: {'; '.join(changes)}. Give the pair another name, or the "
-                "cohort another output_dir, or overwrite the results there"
+                "cohort another output_dir, or replace the results there (--overwrite)"
             )
         else:
             asked = [kwargs.get(name, False) for name in ("jacobian", "uncertainty")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ def console(name: str) -> Iterator[None]:
 
     Warnings appear as ``name: warning: …`` on stderr. Errors that a user can mend (``ImportError``, ``OSError``,
     ``TypeError``, ``ValueError``, a GPU without enough memory) end with a paragraph and exit code 2, an interrupt
-    (Ctrl-C) with a line and exit code 130; anything else is a defect and keeps its traceback.
+    (Ctrl-C) with a line and exit code 130, a request to end (SIGTERM, as of a scheduler) with one and 143, so that what
+    is half done is taken away; anything else is a defect and keeps its traceback.
 
     Args:
         name: of the command.
@@ -30,7 +33,7 @@ def console(name: str) -> Iterator[None]:
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{name}: warning: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _ending(name):
         warnings.showwarning = tell
         try:
             yield
@@ -40,6 +43,24 @@ def console(name: str) -> Iterator[None]:
         except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+
+
+@contextmanager
+def _ending(name: str) -> Iterator[None]:
+    """Within it SIGTERM is an exception, which does what has to be done at an end."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        print(f"{name}: terminated", file=sys.stderr)
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:

@@ -193,24 +193,25 @@ def refine_pair(
     masks = _counting(pair, chosen)
     if dry_run:
         return plan_of(pair, start[0] is not None, keywords, bundle, folder, names, str(chosen), aligned, guide)
-    with made(folder), live_log(log_json) as told:  # what cannot be written to is found before the work
-        logged: dict[str, Any] = {} if told is None else {"callback": told}
-        if bundle is None:
-            found = _refined(pair, start, masks, guide, keywords, logged, uncertainty)
-        else:
-            found = _registered(bundle, pair, start[1], dict(settings or {}) | logged, guide)
-    case = _case(pair, found, aligned)
-    assessment = assess(case)
-    metrics = assessment.values() | _figures(found, aligned) | {"provenance": provenance | {"refine": found.used}}
-    (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
-    with made(folder, names):  # half a result would be in the way of the next try
-        _write_fields(folder, file_format, pair, found.result.ddf)
-        _write_warped(folder, pair, found.result.ddf)
-        _write_further(folder, names, pair, found, aligned)
-        if report:
-            _write_report(folder, pair, case, assessment, provenance)
-        with replacing(folder / "metrics.json") as temporary:
-            temporary.write_text(as_json(metrics) + "\n")
+    with made(folder):  # what cannot be written to is found before the work
+        with live_log(log_json) as told:
+            logged: dict[str, Any] = {} if told is None else {"callback": told}
+            if bundle is None:
+                found = _refined(pair, start, masks, guide, keywords, logged, uncertainty)
+            else:
+                found = _registered(bundle, pair, start[1], dict(settings or {}) | logged, guide)
+        case = _case(pair, found, aligned)
+        assessment = assess(case)
+        metrics = assessment.values() | _figures(found, aligned) | {"provenance": provenance | {"refine": found.used}}
+        (folder / "metrics.json").unlink(missing_ok=True)  # it says that the others are complete
+        with made(folder, names):  # half a result would be in the way of the next try
+            _write_fields(folder, file_format, pair, found.result.ddf)
+            _write_warped(folder, pair, found.result.ddf)
+            _write_further(folder, names, pair, found, aligned)
+            if report:
+                _write_report(folder, pair, case, assessment, provenance)
+            with replacing(folder / "metrics.json") as temporary:
+                temporary.write_text(as_json(metrics) + "\n")
     if overwrite:
         for name in _FURTHER - set(names):
             (folder / name).unlink(missing_ok=True)

@@ -49,7 +49,8 @@ class Image:
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) not in (2, 3) or sum(s > 1 for s in shape) < 2:
-            raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}")
+            series = "; monai-lm sequence takes a series" if len(shape) == 4 else ""
+            raise ValueError(f"{path} must hold one 2D or 3D volume, got shape {values.shape}{series}")
         thick, affine = _axes(shape, affine)
         values = values.reshape([shape[axis] for axis in thick])
         self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine)

@@ -1,5 +1,7 @@
 """How commands speak when something is odd, wrong or interrupted."""
 
+import signal
+import threading
 import warnings
 
 import pytest
@@ -20,6 +22,28 @@ def test_an_interrupt_is_a_line_and_exit_code_130(capsys):
         raise KeyboardInterrupt
     assert stop.value.code == 130
     assert capsys.readouterr().err == "monai-lm: interrupted\n"
+
+
+def test_a_request_to_end_is_a_line_and_exit_code_143(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, console("monai-lm"):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "monai-lm: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_a_thread_the_command_runs_without_a_handler():
+    done = []
+
+    def run():
+        with console("monai-lm"):
+            done.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [True]
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, TypeError, ValueError])

@@ -1,6 +1,7 @@
 """Files in, files out, in physical space: what was written leads where the images say."""
 
 import json
+import signal
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from monai_lm import refine
 from monai_lm.apps import commands, pairs
+from monai_lm.apps.console import console
 from monai_lm.fields import fold_count, gaussian_smooth
 from monai_lm.fields.space import through_affine
 from monai_lm.io import read_ddf, write_itk_ddf
@@ -199,7 +201,12 @@ def test_bad_files_are_named_and_nothing_is_written(pair, tmp_path):
     cases = [
         ({"fixed": tmp_path / "none.nii.gz"}, {}, FileNotFoundError, "none.nii.gz"),
         ({"fixed": tmp_path / "text.nii.gz"}, {}, ValueError, r"text.nii.gz must be a whole NIfTI file"),
-        ({"moving": four}, {}, ValueError, "four.nii.gz must hold one 2D or 3D volume"),
+        (
+            {"moving": four},
+            {},
+            ValueError,
+            r"four.nii.gz must hold one 2D or 3D volume, got .*; monai-lm sequence takes a series",
+        ),
         ({}, {"labels": (values, pair["labels"][1])}, ValueError, "values.nii.gz must hold labels"),
         ({}, {"ddf": tmp_path / "elsewhere.nii.gz"}, ValueError, "must lie on the grid of the fixed image"),
         ({}, {"ddf": tmp_path / "other.nii.gz"}, ValueError, "got \\(5, 6, 7\\)"),
@@ -406,7 +413,7 @@ def test_writing_that_fails_is_not_in_the_way_of_the_next_try(pair, tmp_path, mo
         patch.setattr(pairs, "save_nifti", full)
         with pytest.raises(OSError, match=r"No space left on device: 'warped\.nii\.gz'"):
             refined(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     refined(pair, tmp_path / "out", settings=QUICK | {"iterations": 0})
 
 
@@ -430,6 +437,18 @@ def test_a_log_that_is_there_is_not_replaced_unasked(pair, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="would be replaced"):
         refined(pair, tmp_path / "out", settings=QUICK, log_json=pair["moving"], overwrite=True)
+
+
+@pytest.mark.parametrize("late", ["_refined", "assess", "_write_warped"])
+def test_a_run_that_is_ended_leaves_no_empty_folder(pair, tmp_path, monkeypatch, late):
+    def ended(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(pairs, late, ended)
+    with pytest.raises(SystemExit) as stop, console("monai-lm"):
+        refined(pair, tmp_path / "deep" / "out")
+    assert stop.value.code == 143
+    assert not (tmp_path / "deep").exists()
 
 
 def test_the_log_grows_while_the_iterations_are_made_and_stays_if_they_fail(pair, tmp_path, monkeypatch):
