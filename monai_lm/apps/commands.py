@@ -54,6 +54,9 @@ def apply_field(
         overwrite: replace ``output``.
         file_format: of the field.
         device: where it is computed; ``"auto"`` takes a GPU if there is one.
+
+    Warns:
+        UserWarning: the field never leads into the image.
     """
     output, chosen = Path(output), find_device(device)
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")
@@ -74,6 +77,10 @@ def apply_field(
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
     inner, data, affine = field.inner().to(chosen), image.data.to(chosen), field.grid.affine
     warped = resample_moving(data, inner, affine, image.grid.affine, None, mode, outside).cpu()
+    if not resample_moving(torch.ones_like(data), inner, affine, image.grid.affine, None, "nearest", "zeros").any():
+        warnings.warn(
+            f"the field never leads into {source}: does it lie where the field's moving image did?", stacklevel=2
+        )
     save_nifti(output, warped[0, 0].numpy(), affine, "none", label_type(warped.numpy()) if label else np.float32)
 
 

@@ -44,7 +44,7 @@ class Image:
     """
 
     def __init__(self, path: str | Path, label: bool = False, finite: bool = True) -> None:
-        values, affine = load_volume(path, finite)
+        values, affine = load_volume(path, finite, label)
         shape = values.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]

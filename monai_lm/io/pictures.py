@@ -19,27 +19,32 @@ _GREY = (0.299, 0.587, 0.114)
 _RESOLUTION = 282
 """TIFF's tag; Pillow has one per inch where it is missing."""
 
-_COLORED = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
+_COLORED = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-def load_picture(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def load_picture(path: str | Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read a picture, colours as grey, where ITK, and so ANTs and Slicer, have it: the first pixel at 0.
 
     A pixel is a millimetre wide, but where a TIFF or JPEG file says how many are an inch or a centimetre.
 
     Args:
         path: PNG, TIFF or JPEG.
+        label: it is a label map: one number for every pixel, or a palette, whose numbers are the labels. JPEG, which
+            changes numbers, and colours are none.
 
     Returns:
         The data ``(columns, rows, 1)``, float32, and the ``(4, 4)`` pixel-to-RAS affine in millimetres.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: Pillow is missing, it is no such picture, is broken, or holds several.
+        ValueError: Pillow is missing, it is no such picture, is broken, holds several, or no labels although it must.
     """
     check_file(path)
     image = _opened(path)
-    if image.mode in _COLORED:
+    if label and (image.format == "JPEG" or image.mode in ("LA", *_COLORED[1:])):
+        got = "JPEG, which changes numbers" if image.format == "JPEG" else f"colours ({image.mode})"
+        raise ValueError(f"{path} must hold labels, a number or a palette's for every pixel, got {got}")
+    if image.mode in _COLORED and not label:
         values = np.asarray(image.convert("RGB"), np.float32) @ np.array(_GREY, np.float32)
     else:
         values = np.asarray(image.convert("L") if image.mode in ("1", "LA") else image, np.float32)

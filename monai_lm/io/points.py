@@ -20,10 +20,10 @@ _SYSTEMS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 
 def read_points(path: str | Path) -> np.ndarray:
     """Landmarks ``(N, n)`` in RAS millimetres, float64.
 
-    ``.csv``: a line per point, after a header or not, in RAS millimetres; in LPS millimetres, as ANTs has it, if the
-    header begins with ``x,y,z,t`` (further columns are left out). Slicer's ``.fcsv`` and ``.mrk.json``, in the
-    coordinate system that they say (LPS or RAS). Legacy ``.vtk`` in ASCII, whose second line says ``SPACE=LPS`` or
-    ``SPACE=RAS``, as Slicer writes it.
+    ``.csv``: a line per point, after a header or not, in RAS millimetres; in LPS millimetres if the header says so, as
+    ``l,p,s``, ``x_lps,y_lps,z_lps`` or ANTs' ``x,y,z,t`` (further columns are left out).
+    Slicer's ``.fcsv`` and ``.mrk.json``, in the coordinate system that they say (LPS or RAS). Legacy ``.vtk`` in ASCII,
+    whose second line says ``SPACE=LPS`` or ``SPACE=RAS``, as Slicer writes it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,11 +57,14 @@ def read_points(path: str | Path) -> np.ndarray:
 _Rows = Sequence[Sequence[Any]]
 
 
-def _csv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001 (all readers are called alike)
-    header = [word.strip().lower() for word in text.lstrip().split("\n", 1)[0].split(",")]
+def _csv(path: Path, text: str) -> tuple[str, _Rows]:
+    header = [re.sub(r"[^a-z]", "", word.lower()) for word in text.lstrip().split("\n", 1)[0].split(",")]
     if header[:4] == ["x", "y", "z", "t"]:  # ANTs'
         return "LPS", _fields(text, slice(3))
-    return "RAS", _fields(text, slice(None))
+    if header[:2] == ["i", "j"] or any(word in name for name in header for word in ("voxel", "pixel", "index")):
+        raise ValueError(f"{path} must hold points in millimetres, got the header {','.join(header)!r}, of voxels")
+    in_lps = header[:2] == ["l", "p"] or all(name.endswith("lps") for name in header[:2])
+    return "LPS" if in_lps else "RAS", _fields(text, slice(None))
 
 
 def _fcsv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001
@@ -76,13 +79,18 @@ def _markups(path: Path, text: str) -> tuple[str, _Rows]:
         raise ValueError(f"{path} must be Slicer's markups in JSON, got no JSON: {error}") from error
     try:
         markup = content["markups"][0]
-        return str(markup["coordinateSystem"]), [point["position"] for point in markup["controlPoints"]]
-    except (KeyError, IndexError, TypeError) as error:
+        points = markup["controlPoints"]
+        system, rows = str(markup["coordinateSystem"]), [point["position"] for point in points]
+        absent = [k for k, point in enumerate(points) if point.get("positionStatus", "defined") != "defined"]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{path} must be Slicer's markups, a list 'markups' with 'coordinateSystem' and 'controlPoints', each with "
             f"its 'position', got JSON of {got} ({type(error).__name__}: {error})"
         ) from error
+    if absent:
+        raise ValueError(f"{path} must hold points that are placed, got points {absent[:10]}, from 0, that are not")
+    return system, rows
 
 
 def _vtk(path: Path, text: str) -> tuple[str, _Rows]:

@@ -15,12 +15,13 @@ from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
 __all__ = ["load_volume"]
 
 
-def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def load_volume(path: str | Path, finite: bool = True, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read an image of real numbers, in the format of its suffix, of any other suffix as NIfTI.
 
     Args:
         path: the file.
         finite: whether the numbers must be finite.
+        label: whether they are labels, which a picture may keep as the numbers of its palette.
 
     Returns:
         The data, ``(X, Y, Z, …)`` float32 or float64, and the ``(4, 4)`` voxel-to-RAS affine in millimetres.
@@ -35,7 +36,7 @@ def load_volume(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.n
     if suffix in MGH_SUFFIXES:
         return _load_mgh(path, finite)
     if suffix in PICTURE_SUFFIXES:
-        return load_picture(path)
+        return load_picture(path, label)
     return load_nifti(path, any_unit=True, finite=finite)[:2]
 
 

@@ -38,6 +38,16 @@ def test_applying_the_field_is_what_refine_wrote(pair, tmp_path):
     assert ours.get_data_dtype() == np.uint8
 
 
+def test_an_image_that_the_field_never_leads_into_is_told(pair, tmp_path):
+    refined(pair, tmp_path / "out")
+    image = nib.load(pair["moving"])
+    shift = np.eye(4)
+    shift[0, 3] = 1000
+    far = save(tmp_path / "far.nii.gz", np.asarray(image.dataobj), shift @ image.affine)
+    with pytest.warns(UserWarning, match=r"the field never leads into .*far.nii.gz"):
+        commands.apply_field(tmp_path / "out" / "ddf.nii.gz", far, tmp_path / "w.nii.gz")
+
+
 def test_a_voxel_field_leads_to_the_grid_that_is_given(pair, tmp_path):
     """Not to that of the image it is applied to, which may be stored in another orientation."""
     refined(pair, tmp_path / "out")

@@ -82,6 +82,25 @@ def test_several_pictures_and_numbers_that_are_none_are_refused(tmp_path):
         Image(tmp_path / "n.tif")
 
 
+@pytest.mark.parametrize("name", ["p.png", "p.tif"])
+def test_the_labels_of_a_palette_are_its_numbers(tmp_path, name):
+    labels = np.random.default_rng(1).integers(0, 4, (20, 30), np.uint8)
+    picture = pictures.fromarray(labels).convert("P")
+    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 200, 90, 0, 200, 90])  # two of one colour
+    picture.putdata(labels.flatten().tolist())
+    picture.save(tmp_path / name)
+    np.testing.assert_array_equal(Image(tmp_path / name, label=True).data[0, 0].T, labels)
+    save(tmp_path / name, labels)
+    np.testing.assert_array_equal(Image(tmp_path / name, label=True).data[0, 0].T, labels)
+
+
+def test_colours_and_jpeg_are_no_labels(tmp_path):
+    with pytest.raises(ValueError, match=r"p.png must hold labels, .* got colours \(RGB\)"):
+        Image(save(tmp_path / "p.png", COLORS), label=True)
+    with pytest.raises(ValueError, match=r"p.jpg must hold labels, .* got JPEG, which changes numbers"):
+        Image(save(tmp_path / "p.jpg", COLORS[..., 0]), label=True)
+
+
 def test_info_knows_a_picture(tmp_path):
     found = describe_file(save(tmp_path / "p.png", COLORS))
     assert (found["kind"], found["size"], found["orientation"]) == ("image", "30 20 1", "LPS")

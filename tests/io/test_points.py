@@ -30,6 +30,36 @@ def test_ants_points_are_in_lps(tmp_path):
     np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[-1.5, 2, 3], [-4, -5, -6]])
 
 
+@pytest.mark.parametrize("header", ["l,p,s", "L, P, S", "x_lps,y_lps,z_lps", '"x (LPS)","y (LPS)","z (LPS)"'])
+def test_a_header_that_says_lps_is_obeyed(tmp_path, header):
+    (tmp_path / "p.csv").write_text(f"{header}\n1.5,-2,3\n4,5,-6\n")
+    np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[-1.5, 2, 3], [-4, -5, -6]])
+
+
+def test_quoted_headers_of_ants_are_its_too(tmp_path):
+    (tmp_path / "p.csv").write_text('"x","y","z","t"\n1.5,-2,3,0\n')
+    np.testing.assert_array_equal(read_points(tmp_path / "p.csv"), [[-1.5, 2, 3]])
+
+
+@pytest.mark.parametrize("header", ["i,j,k", "voxel_x,voxel_y,voxel_z", "x_index,y_index"])
+def test_points_in_voxels_are_refused(tmp_path, header):
+    (tmp_path / "p.csv").write_text(f"{header}\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"p.csv must hold points in millimetres, got the header .* of voxels"):
+        read_points(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("status", ["undefined", "missing", "preview"])
+def test_points_of_slicer_that_are_not_placed_are_refused(tmp_path, status):
+    points = [{"position": [1, 2, 3], "positionStatus": "defined"}, {"position": [0, 0, 0], "positionStatus": status}]
+    content = {"markups": [{"coordinateSystem": "RAS", "controlPoints": points}]}
+    (tmp_path / "p.mrk.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"p.mrk.json must hold points that are placed, got points \[1\], from 0"):
+        read_points(tmp_path / "p.mrk.json")
+    del points[1]
+    (tmp_path / "p.mrk.json").write_text(json.dumps(content))
+    np.testing.assert_array_equal(read_points(tmp_path / "p.mrk.json"), [[1, 2, 3]])
+
+
 def test_slicers_points_are_read_in_the_system_they_say(tmp_path):
     header = "# Markups fiducial file version = 4.11\n# CoordinateSystem = {}\n# columns = id,x,y,z,ow\n"
     row = "vtkMRML_0,1.5,-2.0,3.0,0,0,0,1,1,1,0,F-1,,\n"
