@@ -60,6 +60,8 @@ def test_the_snippets_on_usage_refine(run_page):
     for ddf in (names["result"].ddf, names["masked"].ddf, names["ddf"], names["matched"], names["refined"]):
         assert endpoint_error(example, ddf)[0] < 0.97 * start
     assert endpoint_error(example, names["across"].ddf)[0] < 0.65 * start
+    assert endpoint_error(example, names["chosen"].ddf)[0] < 0.35 * start
+    assert names["chosen"].similarity == "mapped_lncc"
 
 
 def test_the_commands_on_usage_follow_one_another():

@@ -17,6 +17,10 @@ from monai_lm.io.outputs import as_json
 __all__ = ["both", "console", "show"]
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
 @contextmanager
 def console(name: str) -> Iterator[None]:
     """Within it warnings and errors are printed for people, without lines of source.
@@ -33,28 +37,30 @@ def console(name: str) -> Iterator[None]:
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{name}: warning: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings(), _ending(name):
+    with warnings.catch_warnings(), _ending():
         warnings.showwarning = tell
         try:
             yield
         except KeyboardInterrupt as error:
             print(f"{name}: interrupted", file=sys.stderr)
             raise SystemExit(130) from error
+        except _Terminated as error:
+            print(f"{name}: terminated", file=sys.stderr)
+            raise SystemExit(143) from error
         except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 
 
 @contextmanager
-def _ending(name: str) -> Iterator[None]:
+def _ending() -> Iterator[None]:
     """Within it SIGTERM is an exception, which does what has to be done at an end."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         yield
         return
 
     def end(*_: Any) -> None:
-        print(f"{name}: terminated", file=sys.stderr)
-        raise SystemExit(143)
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -52,8 +52,8 @@ class RegistrationInferer(Inferer):
         TypeError: an argument of the wrong type, or one that :func:`monai_lm.refine` does not know.
         ValueError: unknown ``prediction`` or ``takes``, ``integration_steps`` or ``divisible_pad`` below 1, a
             ``network_size`` that is none or comes with ``divisible_pad``, settings that :func:`monai_lm.refine` refuses
-            together; when called, inputs, predictions or features
-            of the wrong shape, predictions that are not finite, or several outputs of which one must be named.
+            together; when called, inputs, predictions or features of the wrong shape, predictions that are not finite,
+            or several outputs of which one must be named.
     """
 
     def __init__(

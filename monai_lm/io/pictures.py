@@ -19,7 +19,9 @@ _GREY = (0.299, 0.587, 0.114)
 _RESOLUTION = 282
 """TIFF's tag; Pillow has one per inch where it is missing."""
 
-_COLORED = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+_COLORS = ("PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+_PALETTE = "P"
+"""Pillow's names of what a pixel holds: several numbers, and one that stands for a colour."""
 
 
 def load_picture(path: str | Path, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -41,10 +43,10 @@ def load_picture(path: str | Path, label: bool = False) -> tuple[np.ndarray, np.
     """
     check_file(path)
     image = _opened(path)
-    if label and (image.format == "JPEG" or image.mode in ("LA", *_COLORED[1:])):
+    if label and (image.format == "JPEG" or image.mode in ("LA", *_COLORS)):
         got = "JPEG, which changes numbers" if image.format == "JPEG" else f"colours ({image.mode})"
         raise ValueError(f"{path} must hold labels, a number or a palette's for every pixel, got {got}")
-    if image.mode in _COLORED and not label:
+    if image.mode in (_PALETTE, *_COLORS) and not label:
         values = np.asarray(image.convert("RGB"), np.float32) @ np.array(_GREY, np.float32)
     else:
         values = np.asarray(image.convert("L") if image.mode in ("1", "LA") else image, np.float32)

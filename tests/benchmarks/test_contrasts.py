@@ -38,3 +38,29 @@ def test_every_measure_is_run_once_and_compared_with_lncc(side, smooth_image, mo
     assert dice["same", "lncc"] == pytest.approx(dice["inverted", KNOWN], abs=0.02)
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| inverted, mse")]
     assert float(table[0][4].split()[0]) == pytest.approx(dice["inverted", "mse"] - dice["same", "lncc"], abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("side", "measure"), [("moving", "mse"), ("fixed", "mse"), ("moving", KNOWN), ("fixed", KNOWN)]
+)
+def test_the_image_that_is_asked_for_is_mapped_or_both_where_the_map_is_known(side, measure, smooth_image, monkeypatch):
+    images = {"fixed": smooth_image((1, 1, 24, 22), 1.5, 0), "moving": smooth_image((1, 1, 24, 22), 1.5, 1)}
+    seen = []
+
+    def refined(pair, _, settings):
+        seen.append((pair, settings["similarity"]))
+        return {"dice_before": 0.5, "dice_after": 0.6, "sdlogj_after": 0.1, "seconds": 1.0}
+
+    monkeypatch.setattr(module, "refined", refined)
+    label = torch.zeros(1, 1, 24, 22)
+    monkeypatch.setattr(module, "SETS", {"one": lambda: iter([Case(**images, labels=(label, label))])})
+    contrasts(("one",), 1, (measure,), ("like T2",), side)
+    (plain, first), (pair, used) = seen
+    assert first == "lncc"
+    assert used == ("lncc" if measure == KNOWN else measure)
+    for name, image in images.items():
+        mapped = measure == KNOWN or name == side
+        assert torch.equal(getattr(pair, name), recolored(image, "like T2") if mapped else image)
+    assert torch.equal(
+        getattr(plain, "moving" if side == "fixed" else "fixed"), images["moving" if side == "fixed" else "fixed"]
+    )
