@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from monai_lm.fields import repair
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, move_to_grid
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, move_to_grid, resample_moving
 from monai_lm.inferers import RegistrationInferer
+from monai_lm.io.images import Pair
+from monai_lm.io.nifti import save_nifti
+from monai_lm.similarity.weighted import filled
 from monai_lm.solver.result import RefinementResult
 
-__all__ = ["RegistrationBundle", "save_weights"]
+__all__ = ["RegistrationBundle", "save_weights", "shown_files"]
 
 
 class RegistrationBundle:
@@ -183,3 +187,34 @@ def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         halved[name] = shared.setdefault(key, tensor.half() if tensor.is_floating_point() else tensor)
     return halved
+
+
+@contextmanager
+def shown_files(pair: Pair) -> Iterator[tuple[Path, Path]]:
+    """The files of a pair for a bundle to read, new ones where it shall see something else than they hold.
+
+    Of an image with a mask that is what the mask shows, its holes filled from around; of a moving image with an initial
+    affine, what that brings onto the fixed grid.
+    """
+    fixed, moving, f = pair.fixed.path, pair.moving.path, pair.fixed.grid
+    with TemporaryDirectory() as folder:
+        if pair.mask is not None:
+            fixed = _written(Path(folder) / "fixed", fixed, filled(pair.fixed.data, pair.mask.data), f.affine)
+        if pair.initial is not None or pair.moving_mask is not None:
+            data, grid = pair.moving.data, pair.moving.grid
+            if pair.moving_mask is not None:
+                data = filled(data, pair.moving_mask.data)
+            if pair.initial is not None:
+                still = torch.zeros(1, len(f.size), *f.size)
+                data = resample_moving(data, still, f.affine, grid.affine, pair.initial, padding_mode="zeros")
+                grid = f
+            moving = _written(Path(folder) / "moving", moving, data, grid.affine)
+        yield fixed, moving
+
+
+def _written(folder: Path, path: Path, data: Tensor, affine: np.ndarray) -> Path:
+    """A file in a new folder, of the name of another one, of an image ``(1, 1, *S)``."""
+    folder.mkdir()
+    file = folder / f"{path.name.split('.')[0]}.nii.gz"
+    save_nifti(file, data[0, 0].numpy(), affine, "none")
+    return file

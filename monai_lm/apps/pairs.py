@@ -12,21 +12,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from monai_lm.alignment import MODES, Alignment, align
-from monai_lm.apps.bundle import RegistrationBundle
+from monai_lm.apps.bundle import RegistrationBundle, shown_files
 from monai_lm.apps.commands import landmark_error, write_field
 from monai_lm.apps.guides import beside_of, check_guide, masks_of
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.apps.plan import live_log, plan_of
 from monai_lm.fields.inverses import invert_between
-from monai_lm.fields.space import Grid, resample_moving, through_affine
+from monai_lm.fields.space import Grid, through_affine
 from monai_lm.io import file_suffix, write_affine
 from monai_lm.io.formats import check_format, check_grid
 from monai_lm.io.images import Field, Pair, load_pair
@@ -44,7 +42,6 @@ from monai_lm.kernels.devices import find_device
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
-from monai_lm.similarity.weighted import filled
 from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.result import RefinementResult
@@ -337,32 +334,12 @@ def _registered(
         both = grids[0], grids[1]
         return beside_of(pair, guide, onto.device, both) | masks_of(pair, onto.device, both)
 
-    with TemporaryDirectory() as folder:
-        fixed, moving = pair.fixed.path, pair.moving.path
-        if pair.mask is not None:
-            fixed = _written(Path(folder) / "fixed", fixed, filled(pair.fixed.data, pair.mask.data), f.affine)
-        if pair.initial is not None or pair.moving_mask is not None:
-            data, grid = pair.moving.data, pair.moving.grid
-            if pair.moving_mask is not None:
-                data = filled(data, pair.moving_mask.data)
-            if pair.initial is not None:
-                still = torch.zeros(1, len(f.size), *f.size)
-                data = resample_moving(data, still, f.affine, grid.affine, pair.initial, padding_mode="zeros")
-                grid = f
-            moving = _written(Path(folder) / "moving", moving, data, grid.affine)
+    with shown_files(pair) as (fixed, moving):
         predicted, result = registration.register(fixed, moving, f, beside)
     assert result is not None  # for mypy
     chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
     used = {"bundle": str(bundle), **describe(chosen)} | ({} if guide is None else {"guidance": describe(guide)})
     return _Found(onto, predicted, result, used)
-
-
-def _written(folder: Path, path: Path, data: Tensor, affine: np.ndarray) -> Path:
-    """A file in a new folder, of the name of another one, of an image ``(1, 1, *S)``."""
-    folder.mkdir()
-    file = folder / f"{path.name.split('.')[0]}.nii.gz"
-    save_nifti(file, data[0, 0].numpy(), affine, "none")
-    return file
 
 
 def _figures(found: _Found, aligned: Alignment | None) -> dict[str, Any]:
