@@ -96,13 +96,16 @@ def _registered(
         return inferer.predict(images, bundle.network)
 
     def refined(settings: dict[str, Any]) -> Callable[[], Tensor]:
-        return lambda: (
-            monai_lm.refine(images[:, 1:], images[:, :1], predict(), **{**(inferer.refine or {}), **settings}).ddf
-        )
+        return lambda: inferer.refined(images, predict(), **settings).ddf
+
+    def on_the_images() -> Tensor:
+        settings = {**(inferer.refine or {}), "similarity": "lncc"}
+        return monai_lm.refine(images[:, 1:], images[:, :1], predict(), **settings).ddf
 
     methods: dict[str, Callable[[], Tensor]] = {
         "LM from the identity": lambda: monai_lm.refine(images[:, 1:], images[:, :1], **FULL).ddf,
         "network": predict,
+        "LM on the images alone": on_the_images,
         **{name: refined(settings) for name, settings in schedules.items()},
     }
     rows = [{"method": "affine", "dice": mean_dice(first, second), "folds": 0, "sdlogj": 0.0, "seconds": 0.0}]

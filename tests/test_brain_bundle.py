@@ -224,6 +224,7 @@ def test_refine_entries_are_the_defaults_of_refine_but_the_schedule():
     defaults = {name: p.default for name, p in inspect.signature(refine).parameters.items()}
     entries = {k: tuple(v) if isinstance(v, list) else v for k, v in config("inference")["refine"].items()}
     del entries["scales"], entries["iterations"]
+    assert entries.pop("similarity") == "@similarity"  # of the images and the codes
     assert entries == {name: defaults[name] for name in entries}
 
 

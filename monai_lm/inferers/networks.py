@@ -105,14 +105,24 @@ class StructureCodes(nn.Module):
         """
         out = []
         for image in images.split(1, 1):
-            logits = self.logits(image)
-            out.append(_to_channels(image, self.factor).mean(1, keepdim=True))
-            slabs = []
-            for slab in logits.split(8, 2):  # probabilities of the whole would take as much memory as the logits
-                probabilities = torch.movedim(slab.float().softmax(1), 1, -1)
-                slabs.append(probabilities @ self.codes.float())
-            out.append(torch.movedim(torch.cat(slabs, 1), -1, 1))
+            codes = self.coded(image)  # looks at the grid first
+            out += [_to_channels(image, self.factor).mean(1, keepdim=True), codes]
         return torch.cat(out, 1)
+
+    @torch.jit.export
+    def features(self, image: Tensor) -> Tensor:
+        """Codes ``(B, codes, *S)`` on the grid of an image ``(B, 1, *S)``, for the refinement to match beside it."""
+        size = image.shape[2:]
+        mode = "trilinear" if len(size) == 3 else "bilinear"
+        return F.interpolate(self.coded(image), size=size, mode=mode, align_corners=False)
+
+    def coded(self, image: Tensor) -> Tensor:
+        """Codes ``(B, codes, *S / factor)`` of an image ``(B, 1, *S)``."""
+        codes = [  # probabilities of the whole would take as much memory as the logits
+            torch.movedim(slab.float().softmax(1), 1, -1) @ self.codes.float()
+            for slab in self.logits(image).split(8, 2)
+        ]
+        return torch.movedim(torch.cat(codes, 1), -1, 1)
 
 
 def _spread(count: int, dimensions: int) -> Tensor:

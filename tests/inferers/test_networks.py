@@ -104,6 +104,21 @@ def test_a_voxel_has_the_code_of_its_structure_channel_by_channel(shape):
     assert net.codes.shape == (4, 3)
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (4, 8, 6)])
+def test_features_are_the_codes_on_the_grid_of_the_image(shape):
+    """Blocks of one structure have its code in the middle; the corners of both grids coincide, so means are kept."""
+    small = torch.randint(4, (1, 1, *[s // 2 for s in shape]), generator=torch.Generator().manual_seed(1))
+    image = small / 10
+    for axis in range(2, image.dim()):
+        image = image.repeat_interleave(2, axis)
+    net = coded()
+    codes = net(image)[:, 1:]
+    mode = "bilinear" if len(shape) == 2 else "trilinear"
+    torch.testing.assert_close(net.features(image), F.interpolate(codes, scale_factor=2, mode=mode))
+    constant = torch.full((1, 1, *shape), 0.2)
+    assert torch.allclose(net.features(constant), net.codes[2].view(1, 3, *[1] * len(shape)), atol=1e-6)
+
+
 @pytest.mark.parametrize("factor", [1, 2])
 def test_codes_of_a_doubtful_voxel_are_weighted_by_the_probabilities(factor):
     net = StructureCodes(Recorder(lambda x: torch.stack([0 * x[:, 0], x[:, 0], -x[:, 0]], 1)), 3, 2, factor)
