@@ -63,7 +63,7 @@ def make_method(
     descent: str | Descent,
     control: str | Damping,
     acceptance: str | Acceptance,
-    smooth_residual: float | Smoothing,
+    smooth_residual: str | float | Smoothing,
     window: int,
     seed: int,
 ) -> Method:
@@ -76,7 +76,7 @@ def make_method(
     if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of voxels, got {window!r}")
     if isinstance(smooth_residual, str):
-        raise TypeError(f"smooth_residual must be a number or a Smoothing, got {type(smooth_residual).__name__}")
+        raise TypeError(f"smooth_residual must be a number or a Smoothing, got {smooth_residual!r}")
     if not isinstance(smooth_residual, Smoothing):
         check_number("smooth_residual", smooth_residual, 0)
         smooth_residual = Elastic(smooth_residual)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
@@ -31,6 +32,7 @@ from monai_lm.solver.checks import (
     plain_images,
 )
 from monai_lm.solver.choice import begun
+from monai_lm.solver.crossvalidation import MOST, REDUCTION, adapted
 from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -44,7 +46,7 @@ from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.result import Iteration, Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
-from monai_lm.solver.schedule import Measure, Stage, make_schedule
+from monai_lm.solver.schedule import Measure, Stage, make_schedule, reduced
 from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
 
@@ -61,6 +63,8 @@ _LESS = 0.5**0.5
 two brains of the validation set, with 1 and this, have a Dice of .591 and .595 at SDlogJ of .138 and .159; one
 direction alone .604 and .172."""
 
+_TRIED = 0.1
+"""Share of a time budget for each degree of smoothness that is tried."""
 
 _OF_PAIR = ("moving_mask", "lesion", "moving_lesion")
 """Keyword arguments that are no settings: they belong to a pair."""
@@ -85,7 +89,7 @@ def refine(
     acceptance: str | Acceptance = "always",
     window: int = 1,
     smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
-    smooth_residual: float | Smoothing = 0.6,
+    smooth_residual: str | float | Smoothing = 0.6,
     regularizer: str | Regularizer | None = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
     symmetric: bool = False,
@@ -145,7 +149,9 @@ def refine(
         smooth_gradient: standard deviation of the Gaussian on the gradient, in voxels of the level's finest axis.
         smooth_residual: how far the residual is smoothed after every step, as an elastic solid comes to rest, in
             voxels of the finest axis: the field gets smoother, and fits less. Or a
-            :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`.
+            :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`. ``"auto"``
+            is 0.6, and more where cross-validation finds that a less smooth field follows noise or textures that do
+            not correspond, see :mod:`monai_lm.solver.crossvalidation`; not with ``symmetric``.
         regularizer: what is minimised of the residual beside the dissimilarity, both per voxel: ``"diffusion"``,
             ``"bending"`` or ``"sliding"``, in millimetres where there is a ``spacing``, or a
             :class:`~monai_lm.solver.regularizer.Regularizer`, which has a weight. Losses are then the sum of both. Not
@@ -204,7 +210,9 @@ def refine(
     stages = make_schedule(scales, iterations, damping, smooth_gradient, similarity, size, edges, ddf is not None)
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
-    method = make_method(descent, control, acceptance, smooth_residual, window, int(seed))
+    adaptive = isinstance(smooth_residual, str) and smooth_residual == "auto"
+    smoothing = Elastic() if adaptive else smooth_residual
+    method = make_method(descent, control, acceptance, smoothing, window, int(seed))
     if symmetric and isinstance(method.smoothing, Elastic):
         method = replace(method, smoothing=Elastic(_LESS * method.smoothing.sigma))
     check_number("step", step, 0, exclusive=True)
@@ -222,7 +230,8 @@ def refine(
         checked_lesion(moving_lesion, moving, "moving_lesion", "moving"),
     )
     promised, holed = method.damping.needs_promise, lesions != (None, None)
-    check_together(symmetric, promised, bool(guides), holed, regularizer is not None)
+    check_together(symmetric, promised, bool(guides), holed, regularizer is not None, adaptive)
+    asked = stages
     masks = outside(mask, lesions[0], "mask"), outside(moving_mask, lesions[1], "moving_mask")
     measures, masks = weighted([s.similarity for s in stages], (fixed, moving), masks, symmetric)
     stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
@@ -234,6 +243,14 @@ def refine(
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     constant = constant_pairs((fixed, moving), masks, [image.dtype for image in images])
+    if adaptive:
+        again = partial(
+            refine, **reduced(asked, REDUCTION, MOST), step=step, descent=descent, control=control, window=window,
+            acceptance=acceptance, regularizer=regularizer, tolerance=tolerance, seed=seed, kernels=kernels,
+            seconds=None if seconds is None else _TRIED * seconds,
+        )  # fmt: skip
+        found = adapted(fixed, moving, ddf, masks, edges, Elastic(), asked[-1].similarity, again)
+        settings = replace(settings, method=replace(method, smoothing=found))
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -279,7 +296,8 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
     promised = isinstance(control, Damping) and control.needs_promise
     guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
-    check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
+    adaptive = isinstance(how["smooth_residual"], str)
+    check_together(how["symmetric"] is True, promised, guided, lesions, regularized, adaptive)
 
 
 def _as_memory_allows(

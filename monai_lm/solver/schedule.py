@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from monai_lm.fields.finite import check_number
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
-__all__ = ["Measure", "Stage", "automatic_scales", "make_schedule"]
+__all__ = ["Measure", "Stage", "automatic_scales", "make_schedule", "reduced"]
 
 Measure: TypeAlias = str | Similarity | nn.Module
 """What :func:`monai_lm.similarity.get_similarity` takes."""
@@ -73,6 +73,22 @@ def make_schedule(
     sigmas = _per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
     measures = _measures(similarity, [level.scale for level in levels], cut=isinstance(scales, str))
     return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
+
+
+def reduced(stages: Sequence[Stage], reduction: float, most: int) -> dict[str, Any]:
+    """Keyword arguments of :func:`monai_lm.refine` that run the stages on images that are reduced already.
+
+    Args:
+        stages: of the images as they are; those that are finer than the reduced ones are left out, unless all are.
+        reduction: of the images.
+        most: iterations of a level.
+    """
+    kept = [stage for stage in stages if stage.level.scale >= reduction] or [*stages[-1:]]
+    return {
+        "scales": [max(1.0, stage.level.scale / reduction) for stage in kept],
+        "iterations": [min(stage.iterations, most) for stage in kept],
+        **{name: [getattr(stage, name) for stage in kept] for name in ("damping", "smooth_gradient", "similarity")},
+    }
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:

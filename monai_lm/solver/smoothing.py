@@ -6,14 +6,15 @@ To add one, derive from :class:`Smoothing`; ``tests/solver/test_smoothing.py`` h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from monai_lm import kernels
 
-__all__ = ["Elastic", "Smoothing"]
+__all__ = ["Adaptive", "Elastic", "Smoothing"]
 
 _ACROSS = 0.15
 """How the Gaussian follows thick slices, between 0, in voxels of every axis, and 1, in millimetres. Validation, slices
@@ -55,3 +56,33 @@ class Elastic(Smoothing):
     def relax(self, moved: Tensor, unit: Sequence[float], weight: Tensor, out: Tensor) -> None:
         along = [self.sigma * u**_ACROSS for u in unit]
         kernels.elastic(moved, along, [0.5 * (self.sigma * u) ** 2 for u in unit], weight, out)
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptive(Smoothing):
+    """An elastic solid that is stiffer in some places than in others: a mean of two, with weights.
+
+    Attributes:
+        low: the softest.
+        high: the stiffest.
+        share: ``(B, 1, *S)`` in [0, 1], how much of ``high``, on a grid over the same space as the levels'.
+    """
+
+    low: Elastic
+    high: Elastic
+    share: Tensor = field(repr=False)
+    _on: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    @override
+    def relax(self, moved: Tensor, unit: Sequence[float], weight: Tensor, out: Tensor) -> None:
+        stiff = out.clone()
+        self.low.relax(moved, unit, weight, out)
+        self.high.relax(moved, unit, weight, stiff)
+        out.lerp_(stiff, self._share_on(tuple(moved.shape[2:]))[: len(out)].to(out))
+
+    def _share_on(self, size: tuple[int, ...]) -> Tensor:
+        if size not in self._on:
+            self._on.clear()  # of the level before
+            mode = "trilinear" if len(size) == 3 else "bilinear"
+            self._on[size] = F.interpolate(self.share, size=size, mode=mode, align_corners=False)
+        return self._on[size]

@@ -5,10 +5,21 @@ import torch
 
 from monai_lm.fields import gaussian_smooth
 from monai_lm.kernels.reference import bulk_push
-from monai_lm.solver.smoothing import Elastic
+from monai_lm.solver.smoothing import Adaptive, Elastic
 from tests.solver.helpers import noise
 
-EVERY = {"elastic": Elastic(0.8), "elastic, none": Elastic(0.0)}
+
+class Halfway(Adaptive):
+    """Of any dimensions."""
+
+    def _share_on(self, size):
+        return torch.full((1, 1, *size), 0.5)
+
+
+EVERY = {
+    "elastic": Elastic(0.8), "elastic, none": Elastic(0.0),
+    "adaptive": Halfway(Elastic(0.6), Elastic(2.4), torch.zeros(1)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(9, 8), (7, 6, 5)])
@@ -57,3 +68,22 @@ def test_the_elastic_one_resists_changes_of_volume_twice_as_much_as_shear(along)
     left = (out / moved)[0, 0 if along else 1, 50:150, 4].median()
     expected = 0.5 * 0.36 * (2 * torch.pi / 40) ** 2 * (2 if along else 1)
     assert float(1 - left) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_adaptive_one_is_soft_here_and_stiff_there_pair_by_pair():
+    moved, weight = noise(2, 2, 16, 12), torch.ones(2, dtype=torch.float64)
+    share = torch.zeros(2, 1, 8, 6)
+    share[0, :, 4:] = 1  # on a coarser grid
+    share[1] = 0.25
+    soft, stiff, out = (torch.zeros_like(moved) for _ in range(3))
+    Elastic(0.6).relax(moved, (1.0, 1.0), weight, soft)
+    Elastic(2.4).relax(moved, (1.0, 1.0), weight, stiff)
+    adaptive = Adaptive(Elastic(0.6), Elastic(2.4), share)
+    adaptive.relax(moved, (1.0, 1.0), weight, out)
+    torch.testing.assert_close(out[0, :, :7], soft[0, :, :7])
+    torch.testing.assert_close(out[0, :, 9:], stiff[0, :, 9:])
+    torch.testing.assert_close(out[1], 0.75 * soft[1] + 0.25 * stiff[1])
+    fine, expected = torch.zeros(2, 2, 32, 24), torch.zeros(2, 2, 32, 24)
+    adaptive.relax(torch.ones_like(fine), (1.0, 1.0), weight, fine)  # of the next level
+    Elastic(0.6).relax(torch.ones_like(fine), (1.0, 1.0), weight, expected)
+    torch.testing.assert_close(fine, expected)
