@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import monai
 import torch
 from torch import Tensor
 
 import monai_lm
 from monai_lm.io.nifti import replacing
 from monai_lm.io.outputs import figure_class
+from monai_lm.io.provenance import machine
 from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.evidence import NOISE
@@ -319,10 +318,7 @@ def _facts(case: Case, provenance: Mapping[str, Any]) -> str:
         "voxel, mm": "unknown" if case.affine is None else " × ".join(f"{s:.3g}" for s in case.spacing),
         "device": device,
         "monai_lm": monai_lm.__version__,
-        "torch": torch.__version__,
-        "monai": monai.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
+        **machine(),
     }
     settings = _pairs(case.settings) if case.settings else "<p>Not recorded.</p>"
     made_of = f"<section><h2>Provenance</h2>{_pairs(provenance)}</section>" if provenance else ""
