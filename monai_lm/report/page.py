@@ -219,7 +219,7 @@ def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[View])
             f'<span class="swatch" style="background:{figures.MOVING_COLOUR}"></span> the moving labels.</p>'
             f"{_gallery(drawn, views, outlines)}</section>"
         )
-    legend = _field_legend(volumes.limit) + _uncertainty_legend(case)
+    legend = _field_legend(volumes.limit) + _uncertainty_legend(case, volumes.worst)
     parts.append(f"<section><h2>Field</h2>{legend}{_gallery(drawn, views, field)}</section>")
     return "\n".join(parts)
 
@@ -253,12 +253,12 @@ def _field_legend(limit: float) -> str:
     )
 
 
-def _uncertainty_legend(case: Case) -> str:
+def _uncertainty_legend(case: Case, worst: float) -> str:
     if case.uncertainty is None:
         return ""
     return (
         "<p>The uncertainty says where the field may be off: how far a second refinement, from the fixed to the moving "
-        f"image, leads beside the start. Black is none, the brightest {figures.worst_of(case.uncertainty):.2g} mm and "
+        f"image, leads beside the start. Black is none, the brightest {worst:.2g} mm and "
         "more. It is large where the images show nothing, and knows no match that is wrong both ways.</p>"
     )
 
