@@ -313,7 +313,8 @@ def test_plain_commands_import_neither_monai_nor_what_draws(pair, tmp_path):
         (0, ["info"]),
         (0, ["info", field]),
     ]
-    reported = ["refine", *two, "--output_dir", str(tmp_path / "reported")]
+    labels = ["--fixed_label", str(pair["labels"][0]), "--moving_label", str(pair["labels"][1])]
+    reported = ["refine", *two, *labels, "--output_dir", str(tmp_path / "reported")]
     code = f"""
 import sys
 from monai_lm.apps import cli
@@ -333,7 +334,7 @@ for expected, words in {lines}:
     assert ended(words) == expected, words
     assert not imported(), (words, imported())
 assert ended({reported}) == 0
-assert imported() == {{"matplotlib"}}, imported()
+assert imported() == {{"matplotlib", "scipy.ndimage"}}, imported()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
@@ -128,6 +129,19 @@ def test_overlap_per_label_is_that_of_brute_force(labels):
     assert dice[3] == 0
     assert np.isnan(hd95[3])
     assert label_overlap(first, second) == (dice, {})
+
+
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils:FutureWarning")
+@pytest.mark.parametrize("size", [(9, 8), (7, 9, 8)], ids=["2D", "3D"])
+def test_overlap_per_label_is_that_of_monai(size, random_tensor):
+    smooth = [gaussian_smooth(random_tensor((1, 1, *size), seed), 1.0) for seed in (0, 1)]
+    warped, fixed = (image > image.mean() for image in smooth)  # both reach the border
+    dice, hd95 = label_overlap(warped[0, 0], fixed[0, 0], SPACING[: len(size)])
+    masks = warped.float(), fixed.float()
+    assert dice[1] == pytest.approx(float(compute_dice(*masks)))
+    expected = compute_hausdorff_distance(*masks, True, percentile=95, spacing=list(SPACING[: len(size)]))
+    assert hd95[1] > 1
+    assert hd95[1] == pytest.approx(float(expected), rel=1e-5)  # float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.int8, torch.float64, torch.half])
