@@ -160,13 +160,27 @@ def _draw_image(axis: Any, view: View, plane: np.ndarray, colours: str, low: flo
 
 
 def _draw_contours(axis: Any, view: View, labels: np.ndarray, colour: str) -> None:
-    """Outlines of every label of a slice."""
+    """Outlines of every label of a slice: the paths of ``axis.contour``, which takes several times as long for them."""
+    from contourpy import contour_generator
+    from matplotlib.collections import PathCollection
+    from matplotlib.path import Path
+
     rows, columns = labels.shape
     x, y = np.arange(columns) * view.spacing[0], np.arange(rows) * view.spacing[1]
     values = np.unique(labels[labels != 0])
-    width = 1.3 if len(values) <= _FEW else 0.5
+    outlines = []
     for label in values:
-        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=width)
+        inside = labels == label
+        box = tuple(
+            slice(max(0, places[0] - 1), places[-1] + 2)
+            for places in (np.flatnonzero(inside.any(1 - a)) for a in (0, 1))
+        )
+        grid = x[box[1]], y[box[0]], inside[box].astype(float)
+        lines = contour_generator(*grid, name="mpl2014", line_type="SeparateCode").lines(0.5)
+        outlines.append(Path.make_compound_path(*(Path(*line) for line in zip(*lines, strict=True))))
+    width = 1.3 if len(values) <= _FEW else 0.5
+    shown = PathCollection(outlines, facecolors="none", edgecolors=colour, linewidths=width)
+    axis.add_collection(shown, autolim=False)
 
 
 def _draw_grid(axis: Any, view: View, ddf: np.ndarray) -> None:

@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from monai_lm.io.outputs import figure_class
-from monai_lm.report.figures import _draw_folds, _draw_grid, _paint, _with_palette, pictures_of, volumes_of
+from monai_lm.report.figures import (
+    _draw_contours,
+    _draw_folds,
+    _draw_grid,
+    _paint,
+    _with_palette,
+    pictures_of,
+    volumes_of,
+)
 from monai_lm.report.views import View, views_of
 
 
@@ -32,6 +40,22 @@ def test_the_deformed_grid_is_drawn_where_it_lands():
     assert len(lines) == 9 + 6
     assert lines[0].tolist() == [[(i - 0.5) * 2, -0.75] for i in range(6)]  # the axis is flipped, and so is the field
     assert lines[9].tolist() == [[-1.0, (i - 0.25) * 3] for i in range(9)]
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_outlines_are_those_that_matplotlib_draws(random_tensor, most):
+    labels = (most * random_tensor((12, 15)).sigmoid()).ceil().numpy()
+    labels[3:9, 4:9] = most
+    axis, other = figure_class()().subplots(1, 2)
+    _draw_contours(axis, View("slice", None, 0, (1, 0), (False, False), (2.0, 0.5), None), labels, "red")
+    paths = axis.collections[0].get_paths()
+    assert len(paths) == most
+    for label, path in enumerate(paths, 1):
+        expected = other.contour(2.0 * np.arange(15), 0.5 * np.arange(12), labels == label, [0.5]).get_paths()[0]
+        assert path.vertices.tolist() == expected.vertices.tolist()
+        assert len(path) == 0 or path.codes.tolist() == expected.codes.tolist()
+    assert (most != 1) or len(paths[0]) == 0  # the label fills the slice
+    axis.figure.canvas.draw()
 
 
 def test_jacobian_map_shows_the_logarithm(make_case):
