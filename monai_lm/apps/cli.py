@@ -24,7 +24,7 @@ from monai_lm.solver.regularizer import REGULARIZERS, Regularizer
 
 __all__ = ["main", "with_values"]
 
-# What imports MONAI is imported by the commands that need it: it takes seconds.
+# What takes long to import is imported by the commands that need it.
 
 
 def refine(
@@ -252,14 +252,11 @@ def info(file: str | None = None, file_format: str = "auto", json: bool = False)
 
         show(describe_file(file, file_format), json)
         return
-    import monai
-    import nibabel
-    import pytorch_lightning
-
+    from monai_lm.io.provenance import version_of
     from monai_lm.kernels import missing
 
-    modules = (monai_lm, torch, monai, pytorch_lightning, nibabel)
-    out: dict[str, Any] = {module.__name__: module.__version__ for module in modules}
+    packages = ("torch", "monai", "pytorch_lightning", "nibabel")
+    out: dict[str, Any] = {"monai_lm": monai_lm.__version__} | {name: version_of(name) for name in packages}
     cuda = torch.cuda.is_available()
     out |= {
         "python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads(),

@@ -6,7 +6,7 @@ from monai_lm.apps.console import both, show
 
 __all__ = ["apply", "compose", "convert", "evaluate", "invert", "jacobian"]
 
-# What imports MONAI is imported by the commands that need it: it takes seconds.
+# What takes long to import is imported by the commands that need it.
 
 
 def apply(

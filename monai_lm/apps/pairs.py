@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from monai_lm.alignment import MODES, Alignment, align
-from monai_lm.apps.bundle import RegistrationBundle, shown_files
 from monai_lm.apps.commands import landmark_error, write_field
 from monai_lm.apps.guides import beside_of, check_guide, masks_of
 from monai_lm.apps.jacobian import write_jacobian
@@ -326,6 +325,8 @@ def _registered(
 
     ValueError for a bundle that does not refine, before it predicts.
     """
+    from monai_lm.apps.bundle import RegistrationBundle, shown_files  # MONAI takes seconds to import
+
     registration, f = RegistrationBundle(bundle, onto.device, settings), pair.fixed.grid
     if registration.inferer.refine is None:
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")

@@ -1,23 +1,15 @@
 """Metrics of fields: folds, regularity, landmarks, the inverse, labels; as functions and as MONAI's metrics.
 
-A metric of MONAI gathers values batch by batch, across processes too::
-
-    metric = FoldCountMetric()
-    metric(ddf)              # (B, 1), kept; metric(ddf, mask=mask) counts inside a mask
-    metric.aggregate()       # mean over all pairs that have a value
+The latter are those of :mod:`monai_lm.fields.cumulative`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance
-from monai.metrics.utils import do_metric_reduction
-from monai.utils import MetricReduction
-from scipy.ndimage import find_objects
 from torch import Tensor
 
 from monai_lm.fields import fold_count, jacobian_determinant, sample_points
@@ -25,12 +17,10 @@ from monai_lm.fields.algebra import compose, lengths
 from monai_lm.fields.finite import check_finite
 from monai_lm.fields.topology import LOG_FLOOR, inside_of
 
+if TYPE_CHECKING:
+    from monai_lm.fields.cumulative import *  # noqa: F403
+
 __all__ = [
-    "FoldCountMetric",
-    "InverseConsistencyMetric",
-    "LabelDiceMetric",
-    "SDLogJacobianMetric",
-    "TargetRegistrationErrorMetric",
     "compare_labels",
     "inverse_consistency",
     "label_overlap",
@@ -38,6 +28,17 @@ __all__ = [
     "sd_log_jacobian",
     "target_registration_error",
 ]
+
+# MONAI takes seconds to import, SciPy a part of one: what needs them imports them.
+
+
+def __getattr__(name: str) -> Any:
+    """MONAI's metrics, imported when one is asked for."""
+    if not name.endswith("Metric"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from monai_lm.fields import cumulative
+
+    return getattr(cumulative, name)
 
 
 def sd_log_jacobian(ddf: Tensor, floor: float = LOG_FLOOR, mask: Tensor | None = None) -> Tensor:
@@ -149,24 +150,31 @@ def label_overlap(
         if value == 0:
             continue
         box = _around([b for b in found if b is not None])
-        masks = (warped[box] == value).float()[None, None], (fixed[box] == value).float()[None, None]
-        dice[int(value)] = float(compute_dice(*masks, include_background=True, ignore_empty=False))
+        first, second = ((labels[box] == value).numpy() for labels in (warped, fixed))
+        sizes = np.count_nonzero(first), np.count_nonzero(second)
+        dice[int(value)] = 2 * np.count_nonzero(first & second) / sum(sizes)
         if spacing is not None:
-            distance = float("nan")
-            if all(mask.any() for mask in masks):
-                with warnings.catch_warnings():  # MONAI's about a deprecated argument of its own
-                    warnings.simplefilter("ignore", FutureWarning)
-                    distance = float(
-                        compute_hausdorff_distance(
-                            *masks, include_background=True, percentile=95, spacing=list(spacing)
-                        )
-                    )
-            hd95[int(value)] = distance
+            hd95[int(value)] = _surface_distance(first, second, spacing) if all(sizes) else float("nan")
     return dice, hd95
+
+
+def _surface_distance(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) -> float:
+    """95th percentile of the distances from the surface of one mask ``(*S)`` to that of the other, the larger way.
+
+    As MONAI's ``compute_hausdorff_distance`` has it: the surface is what erosion takes away.
+    """
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial import KDTree
+
+    surfaces = [np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing) for mask in (first, second)]
+    ways = zip(surfaces, reversed(surfaces), strict=True)
+    return max(float(np.percentile(KDTree(there, leafsize=32).query(here)[0], 95)) for here, there in ways)
 
 
 def _boxes(labels: Tensor, values: Tensor) -> list[tuple[slice, ...] | None]:
     """For each of the sorted values the box of a label map ``(*S)`` that holds it; ``None`` where it is not there."""
+    from scipy.ndimage import find_objects
+
     number = torch.searchsorted(values, labels.contiguous(), out_int32=True) + 1
     boxes: list[tuple[slice, ...] | None] = find_objects(number.numpy(), len(values))
     return boxes
@@ -228,67 +236,3 @@ def measure(
     if distances is not None:
         out["tre_mm"] = distances.nanmean(1)
     return out
-
-
-class _FieldMetric(CumulativeIterationMetric):
-    """A value per pair, gathered and reduced as MONAI's metrics are.
-
-    Args:
-        reduction: of all pairs' values, see :class:`monai.utils.MetricReduction`.
-        get_not_nans: :meth:`aggregate` also returns how many pairs had a value.
-    """
-
-    def __init__(self, reduction: MetricReduction | str = MetricReduction.MEAN, get_not_nans: bool = False) -> None:
-        super().__init__()
-        self.reduction, self.get_not_nans = reduction, get_not_nans
-
-    def aggregate(self, reduction: MetricReduction | str | None = None) -> Any:
-        """The reduced value, with the number of pairs that have one if ``get_not_nans``."""
-        value, count = do_metric_reduction(self.get_buffer(), reduction or self.reduction)
-        return (value, count) if self.get_not_nans else value
-
-
-class FoldCountMetric(_FieldMetric):
-    """Folded cells of fields ``(B, n, *S)``, see :func:`monai_lm.fields.fold_count`: ``metric(ddf, mask=None)``."""
-
-    def _compute_tensor(self, y_pred: Tensor, *_: Any, mask: Tensor | None = None, **__: Any) -> Tensor:
-        return fold_count(y_pred, mask).float()[:, None]
-
-
-class SDLogJacobianMetric(_FieldMetric):
-    """:func:`sd_log_jacobian` of fields ``(B, n, *S)``: ``metric(ddf, mask=None)``."""
-
-    def _compute_tensor(self, y_pred: Tensor, *_: Any, mask: Tensor | None = None, **__: Any) -> Tensor:
-        return sd_log_jacobian(y_pred, mask=mask)[:, None]
-
-
-class TargetRegistrationErrorMetric(_FieldMetric):
-    """Mean :func:`target_registration_error` of a pair's landmarks, in millimetres.
-
-    ``metric(ddf, moving_points, fixed_points=..., spacing=...)``; spacing ``(B, n)``, default 1.
-    """
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if y is None or "fixed_points" not in kwargs:
-            raise ValueError("moving points (y) and fixed_points must be given for a target registration error")
-        spacing = kwargs.get("spacing")
-        spacing = y_pred.new_ones(y_pred.shape[:2]) if spacing is None else spacing
-        return target_registration_error(y_pred, kwargs["fixed_points"], y, spacing).nanmean(1, keepdim=True)
-
-
-class InverseConsistencyMetric(_FieldMetric):
-    """:func:`inverse_consistency` in voxels: ``metric(ddf, inverse)``."""
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
-        if y is None:
-            raise ValueError("the inverse field (y) must be given for its consistency")
-        return inverse_consistency(y_pred, y)[:, None]
-
-
-class LabelDiceMetric(_FieldMetric):
-    """Mean Dice over the labels that either of two label maps ``(B, 1, *S)`` has, see :func:`compare_labels`."""
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
-        if y is None:
-            raise ValueError("the fixed label maps (y) must be given for their Dice with the warped ones")
-        return compare_labels(y_pred, y)["dice"][:, None]

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy.ndimage import find_objects
 from torch import Tensor
 from typing_extensions import override
 
@@ -191,6 +190,8 @@ def _held(probabilities: Tensor) -> Box | None:
 
 def _bounds(labels: Tensor, values: Sequence[int]) -> list[Box]:
     """The boxes that hold every one of some values of a map ``(1, *S)``."""
+    from scipy.ndimage import find_objects  # SciPy takes a part of a second to import
+
     found, index = labels[0].unique(return_inverse=True)
     slices = dict(zip(found.tolist(), find_objects(index.cpu().numpy() + 1), strict=True))
     return [Box(tuple(s.start for s in slices[v]), tuple(s.stop for s in slices[v])) for v in values]

@@ -8,10 +8,10 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-import monai
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ __all__ = [
     "machine",
     "pair_recipe",
     "settings_of",
+    "version_of",
     "weights_digest",
 ]
 
@@ -121,8 +122,16 @@ def pair_recipe(
 
 def machine() -> dict[str, str]:
     """Versions and the system, for the record."""
-    versions = {module.__name__: module.__version__ for module in (torch, monai, np)}
+    versions = {name: version_of(name) for name in ("torch", "monai", "numpy")}
     return versions | {"python": platform.python_version(), "system": platform.platform()}
+
+
+def version_of(name: str) -> str:
+    """Version of a package; one that is installed under its name need not be imported for it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # such as monai-weekly
+        return str(import_module(name).__version__)
 
 
 def settings_of(given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 
 from monai_lm.fields.space import check_affine, from_space, to_world
 from monai_lm.io.nifti import load_nifti
@@ -149,6 +148,8 @@ def as_nearest(vectors: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """Displacements ``(n, *S)`` with those of unknown voxels ``(*S)`` as the nearest of the others."""
     if not unknown.any():
         return vectors
+    from scipy.ndimage import distance_transform_edt  # SciPy takes a part of a second to import
+
     nearest = distance_transform_edt(unknown, return_distances=False, return_indices=True)
     return np.stack([axis[tuple(nearest)] for axis in vectors])
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_lm.fields import warp
@@ -157,9 +156,10 @@ def _affine_of(affine: Any, fixed: Tensor) -> Any:
     """The affine given, or that of the fixed image; an identity that nobody gave says nothing."""
     if affine is not None:
         return check_affine("affine", affine)
-    if not isinstance(fixed, MetaTensor):
+    own = getattr(fixed, "affine", None)  # that of a MetaTensor; MONAI need not be here
+    if own is None:
         return None
-    own = fixed.affine if fixed.affine.dim() == 2 else fixed.affine[0]
+    own = own if own.dim() == 2 else own[0]
     if tuple(own.shape) != (4, 4) or torch.equal(own.cpu().double(), torch.eye(4, dtype=torch.float64)):
         return None
     return check_affine("affine of fixed", own)
@@ -187,7 +187,7 @@ def _exact(given: Tensor, read: Tensor) -> Tensor:
     """Labels as int64 if they are of an integer type, in which all keep their values; else as they were ``read``."""
     if given.is_floating_point():
         return read
-    return (given.as_tensor() if isinstance(given, MetaTensor) else given).detach().cpu().long()
+    return (given.as_tensor() if hasattr(given, "as_tensor") else given).detach().cpu().long()
 
 
 def _checked_landmarks(landmarks: Any, n: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ _EDGE = 360
 _FINE = 2.5
 """How much finer the pictures of outlines are, which are read enlarged."""
 
+_COLOURS = 128
+"""So many greys, and colours, has a picture of outlines at most."""
+
 _FEW = 8
 """So many labels of a slice are outlined boldly."""
 
@@ -47,8 +50,8 @@ def _window_of(image: Tensor) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 1)
 
 
-def _png(figure: Any, colours: int | None = None) -> bytes:
-    """A figure as PNG, without alpha, grey where all of it is; with a palette of so many colours if given.
+def _png(figure: Any, palette: bool = False) -> bytes:
+    """A figure as PNG, without alpha, grey where all of it is, with a palette if that is asked for.
 
     A palette makes fine outlines half as large. Harder compression takes many times as long for some percent.
     """
@@ -58,32 +61,67 @@ def _png(figure: Any, colours: int | None = None) -> bytes:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    if (pixels == pixels[..., :1]).all():
-        picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    grey = (red == green) & (green == blue)
+    if grey.all():
+        picture = Image.fromarray(np.ascontiguousarray(red))
     else:
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-        picture = picture if colours is None else picture.quantize(colours)
+        picture = _with_palette(picture, grey) if palette else picture
     buffer = io.BytesIO()
     picture.save(buffer, "png", compress_level=4)
     return buffer.getvalue()
 
 
-class _Panel:
-    """One slice as a figure that it fills to the edge, in the proportions of the patient."""
+def _with_palette(picture: Any, grey: np.ndarray) -> Any:
+    """A picture in every second grey, and as many colours where it is not ``grey``, ``(H, W)``.
 
-    def __init__(self, view: View, shape: tuple[int, int], fineness: float = 1.0) -> None:
-        width, height = shape[1] * view.spacing[0], shape[0] * view.spacing[1]
-        scale = _EDGE / max(width, height) / 100
-        edges = max(width * scale, 0.4), max(height * scale, 0.4)
-        self.figure = figure_class()(figsize=edges, dpi=100 * fineness, facecolor="black")
+    To look for the colours there alone keeps nearer to them, and takes a tenth of the time.
+    """
+    from PIL import Image
+
+    pixels = np.asarray(picture)
+    coloured: Any = Image.fromarray(pixels[~grey][None]).quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
+    numbers = pixels[..., 0] // 2
+    numbers[~grey] = _COLOURS + np.asarray(coloured)[0]
+    greys = np.linspace(0, 255, _COLOURS).round().astype(np.uint8)
+    out = Image.fromarray(numbers)
+    out.putpalette(greys.repeat(3).tobytes() + bytes(coloured.getpalette()))
+    return out
+
+
+class _Panel:
+    """A figure that one slice after the other fills to the edge, in the proportions of the patient.
+
+    Axes take longer to make than a slice takes to draw.
+    """
+
+    def __init__(self) -> None:
+        self.figure = figure_class()(facecolor="black")
         self.axis = self.figure.add_axes((0, 0, 1, 1))
         self.axis.set_axis_off()
+
+    def frame(self, view: View, shape: tuple[int, int]) -> None:
+        """Take the place of a slice, empty."""
+        _remove(self.axis.texts)
+        width, height = shape[1] * view.spacing[0], shape[0] * view.spacing[1]
+        scale = _EDGE / max(width, height) / 100
+        self.figure.set_size_inches(max(width * scale, 0.4), max(height * scale, 0.4))
         _draw_frame(self.axis, view, shape)
 
-        self.colours = None if fineness == 1 else 256
+    def png(self, case: Case, volumes: Volumes, kind: str, view: View) -> bytes:
+        """One kind of picture in the frame."""
+        outlines = kind.startswith("labels")
+        self.figure.set_dpi(100 * (_FINE if outlines else 1))
+        _paint(case, volumes, kind, view, self.axis)
+        drawn = _png(self.figure, outlines)
+        _remove([*self.axis.images, *self.axis.collections])
+        return drawn
 
-    def png(self) -> bytes:
-        return _png(self.figure, self.colours)
+
+def _remove(artists: Iterable[Any]) -> None:
+    for artist in list(artists):
+        artist.remove()
 
 
 def _draw_frame(axis: Any, view: View, shape: tuple[int, int], size: float = 16) -> None:
@@ -122,27 +160,42 @@ def _draw_image(axis: Any, view: View, plane: np.ndarray, colours: str, low: flo
 
 
 def _draw_contours(axis: Any, view: View, labels: np.ndarray, colour: str) -> None:
-    """Outlines of every label of a slice."""
+    """Outlines of every label of a slice: the paths of ``axis.contour``, which takes several times as long for them."""
+    from contourpy import contour_generator
+    from matplotlib.collections import PathCollection
+    from matplotlib.path import Path
+
     rows, columns = labels.shape
     x, y = np.arange(columns) * view.spacing[0], np.arange(rows) * view.spacing[1]
     values = np.unique(labels[labels != 0])
-    width = 1.3 if len(values) <= _FEW else 0.5
+    outlines = []
     for label in values:
-        axis.contour(x, y, (labels == label).astype(float), [0.5], colors=[colour], linewidths=width)
+        inside = labels == label
+        box = tuple(
+            slice(max(0, places[0] - 1), places[-1] + 2)
+            for places in (np.flatnonzero(inside.any(1 - a)) for a in (0, 1))
+        )
+        grid = x[box[1]], y[box[0]], inside[box].astype(float)
+        lines = contour_generator(*grid, name="mpl2014", line_type="SeparateCode").lines(0.5)
+        outlines.append(Path.make_compound_path(*(Path(*line) for line in zip(*lines, strict=True))))
+    width = 1.3 if len(values) <= _FEW else 0.5
+    shown = PathCollection(outlines, facecolors="none", edgecolors=colour, linewidths=width)
+    axis.add_collection(shown, autolim=False)
 
 
 def _draw_grid(axis: Any, view: View, ddf: np.ndarray) -> None:
     """Where every few voxels' lines of the fixed grid come to lie in the moving image, seen in the plane."""
+    from matplotlib.collections import LineCollection
+
     right, up = (view.cut(ddf[a]) * (-1 if flip else 1) for a, flip in zip(view.axes, view.flips, strict=True))
     rows, columns = right.shape
     x = (np.arange(columns)[None] + right) * view.spacing[0]
     y = (np.arange(rows)[:, None] + up) * view.spacing[1]
     step = max(1, round(max(rows, columns) / 24))
-    style = {"color": "#7dd3fc", "linewidth": 1.0}
-    for row in range(0, rows, step):
-        axis.plot(x[row], y[row], **style)
-    for column in range(0, columns, step):
-        axis.plot(x[:, column], y[:, column], **style)
+    lines = [np.stack([x[row], y[row]], 1) for row in range(0, rows, step)]
+    lines += [np.stack([x[:, column], y[:, column]], 1) for column in range(0, columns, step)]
+    shown = LineCollection(lines, colors="#7dd3fc", linewidths=1.0, capstyle="projecting", joinstyle="round")
+    axis.add_collection(shown, autolim=False)
 
 
 def _draw_folds(axis: Any, view: View, cells: np.ndarray) -> None:
@@ -167,7 +220,20 @@ def jacobian_colours() -> list[str]:
 
 @dataclass(frozen=True)
 class Volumes:
-    """What the pictures are cut from, ``(*S)`` arrays; see :func:`volumes_of`."""
+    """What the pictures are cut from, ``(*S)`` arrays, and the ends of their scales; see :func:`volumes_of`.
+
+    Attributes:
+        fixed: first channel of the fixed image.
+        moving: that of the moving image.
+        start: that under the field that the refinement started from.
+        warped: that under the refined field.
+        windows: grey values shown black and white, of the fixed and of the moving image.
+        labels: of the fixed image, of the moving one at the start and refined; or None.
+        jacobians: binary logarithm of the Jacobian determinant at the start and refined.
+        folds: folded cells likewise, ``(*(S + 1))``.
+        limit: end of the scale of ``jacobians``, either way.
+        worst: end of the scale of uncertainty, in millimetres; NaN without one.
+    """
 
     fixed: np.ndarray
     moving: np.ndarray
@@ -178,11 +244,15 @@ class Volumes:
     jacobians: tuple[np.ndarray, np.ndarray]
     folds: tuple[np.ndarray, np.ndarray]
     limit: float
+    worst: float
 
-    def difference(self, image: np.ndarray) -> np.ndarray:
-        """Fixed minus another, both in parts of their windows."""
-        (low, high), (bottom, top) = self.windows
-        return np.clip((self.fixed - low) / (high - low), 0, 1) - np.clip((image - bottom) / (top - bottom), 0, 1)
+    def difference(self, image: np.ndarray, view: View) -> np.ndarray:
+        """Fixed minus another, both in parts of their windows, on a slice."""
+        fixed, other = (
+            np.clip((view.cut(shown) - low) / (high - low), 0, 1)
+            for shown, (low, high) in zip((self.fixed, image), self.windows, strict=True)
+        )
+        return np.asarray(fixed - other)
 
 
 def volumes_of(case: Case) -> Volumes:
@@ -203,12 +273,8 @@ def volumes_of(case: Case) -> Volumes:
         jacobians,
         (folded_cells(case.start)[0].numpy(), folded_cells(case.ddf)[0].numpy()),
         min(max(float(np.ceil(limit * 2) / 2), 0.5), 3.0),
+        float("nan") if case.uncertainty is None else max(float(np.percentile(case.uncertainty.numpy(), 99)), 1e-3),
     )
-
-
-def worst_of(uncertainty: Tensor) -> float:
-    """The upper end of the scale of uncertainty, in millimetres."""
-    return max(float(np.percentile(uncertainty.numpy(), 99)), 1e-3)
 
 
 def _log2_jacobian(ddf: Tensor) -> np.ndarray:
@@ -225,7 +291,7 @@ def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> No
         _draw_image(axis, view, view.cut(image), "gray", *window)
     elif kind.startswith("difference"):
         image = volumes.start if kind.endswith("before") else volumes.warped
-        _draw_image(axis, view, view.cut(volumes.difference(image)), "PuOr", -1, 1)
+        _draw_image(axis, view, volumes.difference(image, view), "PuOr", -1, 1)
     elif kind.startswith("labels"):
         assert volumes.labels is not None  # for mypy
         _draw_image(axis, view, view.cut(volumes.fixed), "gray", *grey)
@@ -235,7 +301,7 @@ def _paint(case: Case, volumes: Volumes, kind: str, view: View, axis: Any) -> No
         _draw_grid(axis, view, case.ddf[0].numpy())
     elif kind == "uncertainty":
         assert case.uncertainty is not None  # for mypy
-        _draw_image(axis, view, view.cut(case.uncertainty[0, 0].numpy()), "magma", 0, worst_of(case.uncertainty))
+        _draw_image(axis, view, view.cut(case.uncertainty[0, 0].numpy()), "magma", 0, volumes.worst)
     else:
         which = 0 if kind.endswith("before") else 1
         _draw_image(axis, view, view.cut(volumes.jacobians[which]), "RdBu_r", -volumes.limit, volumes.limit)
@@ -248,13 +314,12 @@ def pictures_of(case: Case, volumes: Volumes, views: Sequence[View], kinds: Sequ
     Kinds: ``fixed``, ``moving``, ``start``, ``warped``, ``difference before`` and ``after``, ``labels before`` and
     ``after``, ``grid``, ``jacobian before`` and ``after``, ``uncertainty``.
     """
-    out: dict[str, list[bytes]] = {}
-    for kind in kinds:
-        out[kind] = []
-        for view in views:
-            panel = _Panel(view, view.cut(volumes.fixed).shape, _FINE if kind.startswith("labels") else 1.0)
-            _paint(case, volumes, kind, view, panel.axis)
-            out[kind].append(panel.png())
+    panel = _Panel()
+    out: dict[str, list[bytes]] = {kind: [] for kind in kinds}
+    for view in views:
+        panel.frame(view, view.cut(volumes.fixed).shape)
+        for kind in kinds:
+            out[kind].append(panel.png(case, volumes, kind, view))
     return out
 
 

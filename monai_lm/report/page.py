@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import monai
 import torch
 from torch import Tensor
 
 import monai_lm
 from monai_lm.io.nifti import replacing
 from monai_lm.io.outputs import figure_class
+from monai_lm.io.provenance import machine
 from monai_lm.report import figures
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.evidence import NOISE
@@ -220,7 +219,7 @@ def _image_sections(case: Case, volumes: figures.Volumes, views: Sequence[View])
             f'<span class="swatch" style="background:{figures.MOVING_COLOUR}"></span> the moving labels.</p>'
             f"{_gallery(drawn, views, outlines)}</section>"
         )
-    legend = _field_legend(volumes.limit) + _uncertainty_legend(case)
+    legend = _field_legend(volumes.limit) + _uncertainty_legend(case, volumes.worst)
     parts.append(f"<section><h2>Field</h2>{legend}{_gallery(drawn, views, field)}</section>")
     return "\n".join(parts)
 
@@ -254,12 +253,12 @@ def _field_legend(limit: float) -> str:
     )
 
 
-def _uncertainty_legend(case: Case) -> str:
+def _uncertainty_legend(case: Case, worst: float) -> str:
     if case.uncertainty is None:
         return ""
     return (
         "<p>The uncertainty says where the field may be off: how far a second refinement, from the fixed to the moving "
-        f"image, leads beside the start. Black is none, the brightest {figures.worst_of(case.uncertainty):.2g} mm and "
+        f"image, leads beside the start. Black is none, the brightest {worst:.2g} mm and "
         "more. It is large where the images show nothing, and knows no match that is wrong both ways.</p>"
     )
 
@@ -319,10 +318,7 @@ def _facts(case: Case, provenance: Mapping[str, Any]) -> str:
         "voxel, mm": "unknown" if case.affine is None else " × ".join(f"{s:.3g}" for s in case.spacing),
         "device": device,
         "monai_lm": monai_lm.__version__,
-        "torch": torch.__version__,
-        "monai": monai.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
+        **machine(),
     }
     settings = _pairs(case.settings) if case.settings else "<p>Not recorded.</p>"
     made_of = f"<section><h2>Provenance</h2>{_pairs(provenance)}</section>" if provenance else ""

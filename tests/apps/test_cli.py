@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import runpy
+import subprocess
 import sys
 import warnings
 
@@ -297,3 +298,43 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     assert [row["level"] for row in rows] == [2.0] * 4 + [1.0] * 3
     assert rows[0]["gain_ratio"] is None
     assert [row["iteration"] for row in rows] == list(range(7))
+
+
+def test_plain_commands_import_neither_monai_nor_what_draws(pair, tmp_path):
+    two = ["--fixed", str(pair["fixed"]), "--moving", str(pair["moving"]), "--iterations", "2"]
+    field, moved = str(tmp_path / "out" / "ddf.nii.gz"), str(tmp_path / "moved.nii.gz")
+    lines = [
+        (0, ["--help"]),
+        (0, ["refine", "--help"]),
+        (0, ["refine", *two, "--output_dir", str(tmp_path / "out"), "--report", "false"]),
+        (2, ["refine", *two, "--output_dir", str(tmp_path / "none"), "--affine", "nothing.mat"]),
+        (0, ["apply", "--ddf", field, "--input", str(pair["moving"]), "--output", moved]),
+        (0, ["convert", "--ddf", field, "--output", str(tmp_path / "fsl.nii.gz"), "--to", "fsl"]),
+        (0, ["info"]),
+        (0, ["info", field]),
+    ]
+    labels = ["--fixed_label", str(pair["labels"][0]), "--moving_label", str(pair["labels"][1])]
+    reported = ["refine", *two, *labels, "--output_dir", str(tmp_path / "reported")]
+    code = f"""
+import sys
+from monai_lm.apps import cli
+
+def ended(words):
+    sys.argv = ["monai-lm", *words]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+def imported():
+    return {{"monai", "matplotlib", "pandas", "scipy.ndimage"}} & set(sys.modules)
+
+for expected, words in {lines}:
+    assert ended(words) == expected, words
+    assert not imported(), (words, imported())
+assert ended({reported}) == 0
+assert imported() == {{"matplotlib", "scipy.ndimage"}}, imported()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,16 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
 from monai_lm.fields import fold_count, gaussian_smooth, invert, jacobian_determinant
 from monai_lm.fields.metrics import (
-    FoldCountMetric,
-    InverseConsistencyMetric,
-    LabelDiceMetric,
-    SDLogJacobianMetric,
-    TargetRegistrationErrorMetric,
     compare_labels,
     inverse_consistency,
     label_overlap,
@@ -100,41 +96,9 @@ def test_inverse_consistency_of_shifts_and_of_an_inverse():
         inverse_consistency(ddf, ddf[..., 1:])
 
 
-def test_metrics_of_monai_gather_what_the_functions_say():
-    ddf = torch.randn(3, 3, 6, 7, 8, generator=torch.Generator().manual_seed(0))
-    points = torch.full((3, 2, 3), 2.0)
-    points[1, 0] = points[2] = torch.nan
-    spacing = torch.tensor([[1.0, 2.0, 0.5]]).expand(3, 3)
-    mask = ddf[:, :1] > 0.5
-    error = target_registration_error(ddf, points, points, spacing).nanmean(1)
-    for metric, arguments, keywords, expected in (
-        (FoldCountMetric(), (), {}, fold_count(ddf).float()),
-        (SDLogJacobianMetric(), (), {}, sd_log_jacobian(ddf)),
-        (FoldCountMetric(), (), {"mask": mask}, fold_count(ddf, mask).float()),
-        (SDLogJacobianMetric(), (), {"mask": mask}, sd_log_jacobian(ddf, mask=mask)),
-        (InverseConsistencyMetric(), (-ddf,), {}, inverse_consistency(ddf, -ddf)),
-        (TargetRegistrationErrorMetric(), (points,), {"fixed_points": points, "spacing": spacing}, error),
-    ):
-        for part in (slice(0, 2), slice(2, 3)):
-            given = {key: value[part] for key, value in keywords.items()}
-            metric(ddf[part], *[value[part] for value in arguments], **given)
-        assert float(metric.aggregate()) == pytest.approx(float(expected.nanmean()))
-        np.testing.assert_allclose(metric.get_buffer()[:, 0], expected)
-        metric.reset()
-        assert metric.get_buffer() is None
-    counted = TargetRegistrationErrorMetric(get_not_nans=True)
-    counted(ddf, points, fixed_points=points)
-    assert int(counted.aggregate()[1]) == 2  # the third pair has no landmark
-
-
-def test_metrics_say_what_they_lack():
-    ddf = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="fixed_points must be given"):
-        TargetRegistrationErrorMetric()(ddf, torch.zeros(1, 1, 2))
-    with pytest.raises(ValueError, match="inverse field"):
-        InverseConsistencyMetric()(ddf)
+def test_landmarks_of_another_dimension_are_refused():
     with pytest.raises(ValueError, match=r"must be \(B, N, n\) for a ddf"):
-        target_registration_error(ddf, torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), torch.ones(1, 2))
+        target_registration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), torch.ones(1, 2))
 
 
 @pytest.fixture
@@ -167,6 +131,19 @@ def test_overlap_per_label_is_that_of_brute_force(labels):
     assert label_overlap(first, second) == (dice, {})
 
 
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils:FutureWarning")
+@pytest.mark.parametrize("size", [(9, 8), (7, 9, 8)], ids=["2D", "3D"])
+def test_overlap_per_label_is_that_of_monai(size, random_tensor):
+    smooth = [gaussian_smooth(random_tensor((1, 1, *size), seed), 1.0) for seed in (0, 1)]
+    warped, fixed = (image > image.mean() for image in smooth)  # both reach the border
+    dice, hd95 = label_overlap(warped[0, 0], fixed[0, 0], SPACING[: len(size)])
+    masks = warped.float(), fixed.float()
+    assert dice[1] == pytest.approx(float(compute_dice(*masks)))
+    expected = compute_hausdorff_distance(*masks, True, percentile=95, spacing=list(SPACING[: len(size)]))
+    assert hd95[1] > 1
+    assert hd95[1] == pytest.approx(float(expected), rel=1e-5)  # float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.int8, torch.float64, torch.half])
 def test_label_maps_of_any_type_are_compared(labels, dtype):
     first, second = ((maps[1, 0] % 2).to(dtype) for maps in labels)
@@ -191,15 +168,6 @@ def test_means_are_over_the_labels_of_each_pair(labels):
     assert compare_labels(nothing, nothing)["dice"].isnan().all()
 
 
-def test_dice_of_labels_is_gathered(labels):
-    metric = LabelDiceMetric(reduction="none")
-    metric(labels[0][:1], labels[1][:1])
-    metric(labels[0][1:], labels[1][1:])
-    torch.testing.assert_close(metric.aggregate()[:, 0], compare_labels(*labels)["dice"])
-    with pytest.raises(ValueError, match=r"the fixed label maps \(y\) must be given"):
-        metric(labels[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.uint32, torch.int32, torch.int64, torch.float64])
 def test_large_labels_are_told_apart(dtype):
     fixed = torch.tensor([[16777216, 16777217], [614454277, 614454278]], dtype=torch.int64).to(dtype)
@@ -207,9 +175,6 @@ def test_large_labels_are_told_apart(dtype):
     expected = {16777216: 0.0, 16777217: 0.0, 614454277: 1.0, 614454278: 1.0}
     assert label_overlap(warped, fixed)[0] == expected
     assert float(compare_labels(warped[None, None], fixed[None, None])["dice"]) == 0.5
-    metric = LabelDiceMetric()
-    metric(warped[None, None], fixed[None, None])
-    assert float(metric.aggregate()) == 0.5
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2**24), (torch.half, 2**11), (torch.bfloat16, 2**8)])

@@ -2,13 +2,14 @@
 
 import json
 import os
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
 import monai_lm
-from monai_lm.io.provenance import Recipe, describe, file_record, pair_recipe, settings_of, weights_digest
+from monai_lm.io.provenance import Recipe, describe, file_record, pair_recipe, settings_of, version_of, weights_digest
 from monai_lm.similarity import LNCC
 from monai_lm.solver.acceptance import Metropolis
 from monai_lm.solver.damping import Simple
@@ -110,3 +111,14 @@ def test_objects_are_told_by_what_they_are_set_to():
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*field"):
         file_record(tmp_path / "field.nii.gz")
+
+
+def test_versions_are_told_of_packages_under_any_name(monkeypatch):
+    names = {"torch": torch.__version__, "numpy": np.__version__}
+    assert {name: version_of(name) for name in names} == names
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert {name: version_of(name) for name in names} == names
