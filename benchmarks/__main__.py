@@ -23,6 +23,7 @@ from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
 from benchmarks.repairs import repairs
+from benchmarks.smoothness import smoothness
 from benchmarks.training import knee, supervision
 from benchmarks.uncertainty import uncertainty
 from benchmarks.validation import validation
@@ -55,6 +56,7 @@ if __name__ == "__main__":
         conventions,
         repairs,
         moving_mask,
+        smoothness,
         uncertainty,
         validation,
         verdict,

@@ -67,7 +67,7 @@ def verdict(
     done = {_key(row): row for row in read_rows(json_file)}
     chosen, shown = find_device(device), []
     for name in sets:
-        for number, (half, case) in enumerate(islice(_cases(name, planes), pairs)):
+        for number, (half, case) in enumerate(islice(cases_of(name, planes), pairs)):
             for kind in kinds if number < tried else [kind for kind in kinds if kind in ("real, lncc", "real, mi")]:
                 row: Row = {"set": f"{name} 2D" if planes else name, "half": half, "pair": number, "kind": kind}
                 if _key(row) not in done:
@@ -80,7 +80,8 @@ def verdict(
     _print(shown)
 
 
-def _cases(name: str, planes: bool) -> Iterator[tuple[str, Case]]:
+def cases_of(name: str, planes: bool) -> Iterator[tuple[str, Case]]:
+    """Pairs of a set with the half that they belong to, as volumes or as middle planes."""
     for half, case in HALVES[name]():
         if not planes:
             yield half, case

@@ -83,7 +83,7 @@ def test_places_are_told_apart(image, truth):
     assert rough[1] < 0.5 * rough[0]
     share = found(fixed, moving)
     assert share.shape[2:] == (48, 44)
-    assert float(share[..., -12:].mean()) > 0.5
+    assert float(share[..., -12:].mean()) > 0.25
     assert 0 <= float(share.min()) <= float(share.max()) <= 1
 
 
