@@ -43,7 +43,7 @@ from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
 from monai_lm.solver.lesion import checked_lesion, outside
-from monai_lm.solver.refinement import refine
+from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
 from monai_lm.solver.uncertainty import uncertainty as uncertainty_of
 
@@ -164,7 +164,9 @@ def refine_pair(
         raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
     check_guide(guide, labels, points, soft_labels)
     _check_together(bundle, ddf, guides, settings or {}, uncertainty, log_json)
+    check_keywords("settings", settings or {})
     check_format("ddf_format", ddf_format)
+    chosen = find_device(device)
     folder, mode = Path(output_dir), _mode(affine)
     report = report and report_possible()
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
@@ -176,7 +178,6 @@ def refine_pair(
         fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
         ddf_before_affine, lesion, moving_lesion, soft_labels,
     )  # fmt: skip
-    chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     _check_log(log_json, overwrite, recipe)
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
