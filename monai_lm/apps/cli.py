@@ -229,9 +229,6 @@ def _options(
         guide_weight: how hard they pull, relative to the images; default 1.
     """
     guided = guide_labels is not None or guide_points
-    if guided and symmetric:
-        name = "guide_points" if guide_labels is None else "guide_labels"
-        raise ValueError(f"--{name} cannot be used together with --symmetric")
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
         "regularizer": _weighed(regularizer, regularizer_weight),

@@ -193,7 +193,11 @@ def as_typed(message: str, options: Iterable[str]) -> str:
     def dashed(found: re.Match[str]) -> str:
         return re.sub(rf"\b(?:{one})\b", lambda name: f"--{names[name[0]]}", found[0])
 
-    message = re.sub(rf"\A{listed}(?= (?:must|needs|cannot|has) )|(?<=together with ){listed}\b", dashed, message)
+    places = (
+        rf"\A{listed}(?= (?:must|needs|cannot|has) )", rf"(?<=: ){listed}(?= (?:needs|cannot) )",
+        rf"(?<=together with ){listed}\b", rf"(?<= needs ){listed}\b",
+    )  # fmt: skip
+    message = re.sub("|".join(places), dashed, message)
     long = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
     return re.sub(rf"(?<![\w./\\'\"=-])(?:{long})(?![\w/\\'\"=(-]|\.\w)", dashed, message) if long else message
 

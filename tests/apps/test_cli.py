@@ -159,7 +159,7 @@ def test_a_regulariser_has_a_weight_or_its_own(monkeypatch, capsys):
             "--fixed_soft_labels and --moving_soft_labels cannot be used together with --symmetric",
         ),
         ("--bundle B --ddf u.nii", "--ddf cannot be used together with --bundle"),
-        ("--guide_labels 1 --uncertainty", "--guide_labels needs --fixed_label and --moving_label"),  # a list of one
+        ("--guide_labels 1", "--guide_labels needs --fixed_label and --moving_label"),  # a list of one
         ("cohort --pairs none.csv", "--pairs must be a folder, a file.*got 'none.csv', missing"),
     ],
 )
