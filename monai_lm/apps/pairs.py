@@ -157,8 +157,8 @@ def refine_pair(
         ValueError: a file that cannot be used.
     """
     check_together(
-        ddf, affine, labels, points, lesion, moving_lesion, soft_labels, settings, bundle, guide, uncertainty,
-        ddf_before_affine,
+        ddf, affine, bundle, settings, guide, uncertainty, ddf_before_affine, lesion, moving_lesion, labels, points,
+        soft_labels,
     )  # fmt: skip
     if log_json is not None and (settings or {}).get("callback") is not None:
         raise ValueError("settings must have no callback together with log_json, which is one")
@@ -217,25 +217,28 @@ def refine_pair(
 def check_together(
     ddf: str | Path | None = None,
     affine: str | Path | None = None,
-    labels: tuple[str | Path, str | Path] | None = None,
-    points: tuple[str | Path, str | Path] | None = None,
-    lesion: str | Path | None = None,
-    moving_lesion: str | Path | None = None,
-    soft_labels: tuple[str | Path, str | Path] | None = None,
-    settings: Mapping[str, Any] | None = None,
     bundle: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     guide: Mapping[str, Any] | None = None,
     uncertainty: bool = False,
     ddf_before_affine: bool = False,
+    lesion: str | Path | None = None,
+    moving_lesion: str | Path | None = None,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+    soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> None:
     """ValueError for arguments of :func:`refine_pair` that exclude each other, or need others, whatever the files are.
 
     That is a bundle and a field, what guides or gives way and symmetric settings, any of these and uncertainty.
+    FileNotFoundError for a bundle that is not there.
     """
     if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
         raise ValueError(f"ddf_before_affine needs ddf and affine, both files, got {ddf} and {affine}")
     if bundle is not None and ddf is not None:
         raise ValueError("ddf cannot be used together with bundle, which predicts by itself")
+    if bundle is not None and not Path(bundle).is_dir():
+        raise FileNotFoundError(f"bundle must be a folder, found none at {bundle}")
     symmetric = (settings or {}).get("symmetric")
     options = {"guide_labels": (guide or {}).get("labels"), "guide_points": (guide or {}).get("points")}
     files = {

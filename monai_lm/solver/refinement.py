@@ -267,7 +267,8 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     promised = isinstance(control, Damping) and control.needs_promise
     guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
     check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
-    for check in (check_schedule, make_method, _check_values):
+    check_schedule(how)
+    for check in (make_method, _check_values):
         check(**{name: how[name] for name in inspect.signature(check).parameters})
     make_regularizer(how["regularizer"])
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -75,21 +75,15 @@ def make_schedule(
     return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
 
 
-def check_schedule(
-    scales: str | Sequence[float],
-    iterations: str | int | Sequence[int],
-    damping: float | Sequence[float],
-    smooth_gradient: float | Sequence[float],
-    similarity: Measure | Sequence[Measure],
-) -> None:
-    """Raise what :func:`make_schedule` raises of its arguments on images of any size."""
-    given = _scales(scales)
-    if given is None:  # as many levels as there are iterations for
-        given = [1.0] * (len(iterations) if isinstance(iterations, Sized) and not isinstance(iterations, str) else 1)
-    _iterations(iterations, given)
-    _measures(similarity, given, cut=isinstance(scales, str))
-    for name, value, exclusive in (("damping", damping, True), ("smooth_gradient", smooth_gradient, False)):
-        _per_level(name, value, 1 if isinstance(scales, str) else len(given), 0, exclusive)
+def check_schedule(how: Mapping[str, Any]) -> None:
+    """Raise what :func:`make_schedule` raises of these arguments of :func:`monai_lm.refine` for images of any size."""
+    given, iterations = _scales(how["scales"]), how["iterations"]
+    counted = isinstance(iterations, Sized) and not isinstance(iterations, str)
+    scales = given or [1.0] * (len(iterations) if counted else 1)
+    _iterations(iterations, scales)
+    _measures(how["similarity"], scales, cut=given is None)
+    for name in ("damping", "smooth_gradient"):
+        _per_level(name, how[name], len(given or [1.0]), 0, exclusive=name == "damping")
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def test_a_list_is_checked_before_the_work_all_at_once(tmp_path):
                 "i1__i2: --uncertainty cannot be told together with fixed_soft_labels and moving_soft_labels",
             ],
         ),
-        ("--bundle B", ["i2__i0: ddf cannot be used together with --bundle, which predicts by itself"]),
+        ("--bundle .", ["i2__i0: ddf cannot be used together with --bundle, which predicts by itself"]),
         ("--guide_points", ["first, i1__i2, i2__i0: --guide_points needs fixed_points and moving_points, got none"]),
         (
             "--guide_points --symmetric",

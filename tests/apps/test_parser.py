@@ -102,6 +102,17 @@ def said(monkeypatch, capsys, tmp_path):
         ),
         (f"{PAIR} --guide_points --guide_weight -1", "--guide_weight must be a number greater than 0, got '-1'"),
         (f"{PAIR} --guide_labels 1,a", "--guide_labels must be whole numbers, separated by commas, or all, got '1,a'"),
+        (f"{PAIR} --bundle none", "--bundle must be a folder, found none at none"),
+        (f"{PAIR} --scales 1,2", "--scales must be strictly decreasing and not empty, got (1.0, 2.0)"),
+        (
+            f"{PAIR} --scales 4,2 --iterations 9,9,9",
+            "--iterations must have one number per level, 2 for scales [4.0, 2.0], got 3",
+        ),
+        (f"{PAIR} --uncertainty --symmetric", "--uncertainty cannot be told together with --symmetric"),
+        (
+            "apply --ddf u.nii --input i.nii --output o.csv",
+            "--output must end in .nii or .nii.gz for an image, got 'o.csv'",
+        ),
         (f"{PAIR} --overwrite maybe", "--overwrite must be true or false, got 'maybe'"),
         (f"{PAIR} --file_format afni", f"--file_format must be {WRITTEN}, got 'afni'"),
         (f"{PAIR} --ddf_format foo", f"--ddf_format must be {READ}, got 'foo'"),
