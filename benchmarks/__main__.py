@@ -28,8 +28,8 @@ from benchmarks.training import knee, supervision
 from benchmarks.uncertainty import uncertainty
 from benchmarks.validation import validation
 from benchmarks.verdict import verdict
-from monai_lm.apps.cli import with_values
 from monai_lm.apps.console import console
+from monai_lm.apps.parser import Parser
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
@@ -62,4 +62,5 @@ if __name__ == "__main__":
         verdict,
     ]
     with console("benchmarks"):
-        auto_cli(commands, args=with_values(sys.argv[1:], commands) or ["--help"], as_positional=False)
+        how: dict[str, Any] = {"parser_class": Parser, "prog": "python -m benchmarks"}
+        auto_cli(commands, args=sys.argv[1:] or ["--help"], as_positional=False, **how)

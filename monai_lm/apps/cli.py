@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
 from inspect import signature
-from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -19,10 +16,24 @@ import monai_lm
 from monai_lm.apps.cli_fields import apply, compose, convert, evaluate, invert, jacobian
 from monai_lm.apps.console import both, console, show
 from monai_lm.apps.demo import run_demo
-from monai_lm.fields.finite import check_number
+from monai_lm.apps.options import (
+    Alignment,
+    Count,
+    Kernels,
+    Measure,
+    Memory,
+    Positive,
+    Readable,
+    Regularization,
+    Resolution,
+    Scale,
+    Weight,
+    Written,
+)
+from monai_lm.apps.parser import Parser, as_typed
 from monai_lm.solver.regularizer import REGULARIZERS, Regularizer
 
-__all__ = ["main", "with_values"]
+__all__ = ["main"]
 
 # What takes long to import is imported by the commands that need it.
 
@@ -106,7 +117,9 @@ def refine(
     show(metrics, json)
 
 
-def cohort(pairs: str, output_dir: str, affine: str | None = None, overwrite: bool = False, **options: Any) -> None:
+def cohort(
+    pairs: str, output_dir: str, affine: Alignment | None = None, overwrite: bool = False, **options: Any
+) -> None:
     """Refine every pair of a list, as ``refine`` does; started again, it goes on where it stopped.
 
     Args:
@@ -134,9 +147,9 @@ def sequence(
     reference: int = 0,
     label: str | None = None,
     mask: str | None = None,
-    similarity: list[str] | str = "lncc",
+    similarity: list[Measure] | Measure = "lncc",
     device: str = "auto",
-    file_format: str = "itk",
+    file_format: Written = "itk",
     overwrite: bool = False,
 ) -> None:
     """Register every frame of a series to one of them, each helped by its neighbour: motion over time.
@@ -165,26 +178,26 @@ def sequence(
 
 def _options(
     bundle: str | None = None,
-    ddf_format: str = "auto",
+    ddf_format: Readable = "auto",
     ddf_before_affine: bool = False,
-    similarity: list[str] | str = "lncc",
-    scales: list[float] | str = "auto",
-    iterations: int | list[int] | str = "auto",
-    step: float = 0.5,
-    regularizer: str | None = None,
-    regularizer_weight: float | None = None,
+    similarity: list[Measure] | Measure = "lncc",
+    scales: list[Scale] | Literal["auto"] = "auto",
+    iterations: Count | list[Count] | Literal["auto"] = "auto",
+    step: Positive = 0.5,
+    regularizer: Regularization | None = None,
+    regularizer_weight: Weight | None = None,
     symmetric: bool = False,
-    seconds: float | None = None,
-    memory: str = "auto",
-    kernels: str = "auto",
+    seconds: Positive | None = None,
+    memory: Memory = "auto",
+    kernels: Kernels = "auto",
     device: str = "auto",
-    file_format: str = "itk",
+    file_format: Written = "itk",
     report: bool = True,
     jacobian: bool = False,
     uncertainty: bool = False,
-    guide_labels: list[int] | str | None = None,
+    guide_labels: list[int] | Literal["all"] | None = None,
     guide_points: bool = False,
-    guide_weight: float | None = None,
+    guide_weight: Positive | None = None,
 ) -> dict[str, Any]:
     """What ``refine`` and ``cohort`` share, as arguments of :func:`monai_lm.apps.pairs.refine_pair`.
 
@@ -216,10 +229,6 @@ def _options(
         guide_weight: how hard they pull, relative to the images; default 1.
     """
     guided = guide_labels is not None or guide_points
-    if guide_weight is not None:
-        check_number("guide_weight", guide_weight, 0, exclusive=True)
-    if guided and symmetric:
-        raise ValueError("guide_labels and guide_points cannot be used together with symmetric")
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
         "regularizer": _weighed(regularizer, regularizer_weight),
@@ -239,7 +248,7 @@ def _options(
     }  # fmt: skip
 
 
-def info(file: str | None = None, file_format: str = "auto", json: bool = False) -> None:
+def info(file: str | None = None, file_format: Readable = "auto", json: bool = False) -> None:
     """What a file is taken for: a field, an affine, points, an image; without one versions and devices.
 
     Args:
@@ -266,7 +275,7 @@ def info(file: str | None = None, file_format: str = "auto", json: bool = False)
     show(out, json)
 
 
-def demo(output_dir: str = "monai_lm_demo", resolution: int = 2, seed: int = 0) -> None:
+def demo(output_dir: str = "monai_lm_demo", resolution: Resolution = 2, seed: int = 0) -> None:
     """Refine an imperfect prediction of a known deformation of a real brain; no download.
 
     Args:
@@ -281,57 +290,25 @@ def _weighed(regularizer: str | None, weight: float | None) -> str | Regularizer
     """A regulariser with a weight of its own, if it has one."""
     if weight is None:
         return regularizer
-    if regularizer not in REGULARIZERS:
-        raise ValueError(f"regularizer_weight needs a regularizer, one of {tuple(REGULARIZERS)}, got {regularizer!r}")
-    check_number("regularizer_weight", weight, 0)
+    if regularizer is None:
+        raise ValueError(f"--regularizer_weight needs --regularizer {'|'.join(REGULARIZERS)}, got {weight:g} alone")
     return REGULARIZERS[regularizer](weight)
-
-
-def with_values(words: list[str], commands: Iterable[Callable[..., Any]]) -> list[str]:
-    """The command line with ``true`` after a switch that stands alone, such as ``--overwrite``, and lists in brackets.
-
-    ValueError for the values of a list as words of their own.
-    """
-    for option in _LISTS:
-        places = [k for k, word in enumerate(words) if word == option]
-        for k in places:
-            values = list(takewhile(_VALUES.fullmatch, words[k + 1 :]))
-            if len(values) > 1:
-                joined = ",".join(value.strip(",") for value in values)
-                raise ValueError(f"{option} must be one word, {option} {joined}, got {' '.join(values)}")
-    words = [
-        f"[{word}]"
-        if (before in _ONLY_LISTS and _NUMBERS.fullmatch(word))
-        or (before in _LISTS and "," in word and _VALUES.fullmatch(word))
-        else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-    parameters = [p for command in commands for p in signature(command).parameters.values()]
-    switches = {f"--{p.name}" for p in parameters if p.annotation == "bool"}
-    out = []
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
-        out += [word, "true"] if word in switches and following.startswith("-") else [word]
-    return out
-
-
-_ONLY_LISTS = ("--scales", "--guide_labels")
-_LISTS = (*_ONLY_LISTS, "--iterations", "--similarity")
-_NUMBERS = re.compile(r"[\d.,]+")
-_VALUES = re.compile(r"[\w.,]+")
 
 
 def main() -> None:
     """Run a subcommand, or print the help without one; see :func:`monai_lm.apps.console.console` for how it ends."""
-    commands = (refine, cohort, sequence, apply, invert, jacobian, compose, convert, evaluate, info, demo)
+    commands: dict[str, Any] = {
+        command.__name__: command
+        for command in (refine, cohort, sequence, apply, invert, jacobian, compose, convert, evaluate, info, demo)
+    }
     words = sys.argv[1:]
     if words[:1] == ["info"] and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, "--file")
-    if words == ["--version"]:
-        print(f"monai-lm {monai_lm.__version__}")
-        return
-    with console("monai-lm"):
-        named: dict[str, Any] = {command.__name__: command for command in commands}
-        auto_cli(named, args=with_values(words, [*named.values(), _options]) or ["--help"], as_positional=False)
+    named = {name for word in words if word in commands for name in signature(commands[word]).parameters}
+    options = named | set(signature(_options).parameters) if "options" in named else named
+    with console("monai-lm", lambda text: as_typed(text, options)):
+        how: dict[str, Any] = {"parser_class": Parser, "prog": "monai-lm", "version": monai_lm.__version__}
+        auto_cli(commands, args=words or ["--help"], as_positional=False, **how)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from monai_lm.apps.console import both, show
+from monai_lm.apps.options import Readable, Written
 
 __all__ = ["apply", "compose", "convert", "evaluate", "invert", "jacobian"]
 
@@ -16,7 +17,7 @@ def apply(
     fixed: str | None = None,
     moving: str | None = None,
     label: bool = False,
-    file_format: str = "auto",
+    file_format: Readable = "auto",
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -43,8 +44,8 @@ def invert(
     ddf: str,
     output: str,
     moving: str | None = None,
-    file_format: str = "itk",
-    ddf_format: str = "auto",
+    file_format: Written = "itk",
+    ddf_format: Readable = "auto",
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -70,7 +71,7 @@ def jacobian(
     log: bool = False,
     fixed: str | None = None,
     moving: str | None = None,
-    ddf_format: str = "auto",
+    ddf_format: Readable = "auto",
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -95,8 +96,8 @@ def compose(
     first: str,
     second: str,
     output: str,
-    first_format: str = "auto",
-    second_format: str = "auto",
+    first_format: Readable = "auto",
+    second_format: Readable = "auto",
     moving: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -119,10 +120,10 @@ def compose(
 def convert(
     ddf: str,
     output: str,
-    to: str,
+    to: Written,
     fixed: str | None = None,
     moving: str | None = None,
-    file_format: str = "auto",
+    file_format: Readable = "auto",
     overwrite: bool = False,
     resample: bool = False,
 ) -> None:
@@ -154,7 +155,7 @@ def evaluate(
     fixed_points: str | None = None,
     moving_points: str | None = None,
     fixed_mask: str | None = None,
-    file_format: str = "auto",
+    file_format: Readable = "auto",
     device: str = "auto",
     json: bool = False,
 ) -> None:

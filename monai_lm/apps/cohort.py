@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from monai_lm.alignment import MODES
-from monai_lm.apps.pairs import refine_pair
+from monai_lm.apps.pairs import check_together, refine_pair
 from monai_lm.io import file_suffix
 from monai_lm.io.datalist import PATHS, Entry, named, raise_all, read_list
+from monai_lm.io.formats import check_format
 from monai_lm.io.nifti import write_table
 from monai_lm.io.outputs import check_outputs, pair_outputs, report_possible
 from monai_lm.io.provenance import pair_recipe
+from monai_lm.kernels.devices import find_device
 from monai_lm.solver.refinement import check_keywords
 
 __all__ = ["refine_cohort"]
@@ -78,10 +81,10 @@ def refine_cohort(
         if affine not in MODES:
             raise ValueError(f"affine must be one of {list(MODES)} or None for a cohort, got {affine!r}")
         entries = [{"affine": affine} | entry for entry in entries]
+    _check_settings(entries, kwargs)
     folder = Path(output_dir)
     check_outputs(folder, ["metrics.csv"], overwrite=True)
     file_suffix(kwargs.get("file_format", "itk"))
-    check_keywords("settings", kwargs.get("settings") or {})
     kwargs["report"] = kwargs.get("report", True) and report_possible()
     done = set() if overwrite else _complete(entries, folder, kwargs)
     failed: dict[str, str] = {}
@@ -150,6 +153,22 @@ def _known(entries: Sequence[Entry]) -> list[Entry]:
     if unknown := sorted({key for entry in entries for key in entry} - set(_COLUMNS)):
         warnings.warn(f"columns {unknown} of pairs are ignored, known are {_COLUMNS}", stacklevel=3)
     return [{key: value for key, value in entry.items() if key in _COLUMNS} for entry in entries]
+
+
+def _check_settings(entries: Sequence[Entry], kwargs: Mapping[str, Any]) -> None:
+    """What no pair can be refined with, or not these; ValueError for all of them at once."""
+    check_keywords("settings", kwargs.get("settings") or {})
+    find_device(kwargs.get("device", "auto"))
+    check_format("ddf_format", kwargs.get("ddf_format", "auto"))
+    refused: dict[str, list[str]] = {}
+    for entry in entries:
+        given = _files_of(entry) | dict(kwargs)
+        try:
+            check_together(**{name: given[name] for name in signature(check_together).parameters if name in given})
+        except ValueError as error:
+            refused.setdefault(str(error), []).append(entry["name"])
+    more = {reason: [f"{len(names) - 5} more"] * (len(names) > 5) for reason, names in refused.items()}
+    raise_all([f"{', '.join(names[:5] + more[reason])}: {reason}" for reason, names in refused.items()], "pairs")
 
 
 def _check(entries: Sequence[Entry]) -> None:

@@ -59,11 +59,14 @@ def apply_field(
         UserWarning: the field never leads into the image.
     """
     output, chosen = Path(output), find_device(device)
+    of_points = Path(source).name.lower().endswith(POINT_SUFFIXES)
+    if of_points and output.suffix != ".csv":
+        raise ValueError(f"output must end in .csv for points, got {output.name!r}")
+    if not of_points and not output.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
     check_outputs(output.parent, [output.name], overwrite, "the output's folder")
     grid, target = (None if path is None else Image(path) for path in (fixed, moving))
-    if Path(source).name.lower().endswith(POINT_SUFFIXES):
-        if output.suffix != ".csv":
-            raise ValueError(f"output must end in .csv for points, got {output.name!r}")
+    if of_points:
         field = Field(ddf, grid, target, file_format)
         points = load_points(source, field.ddf.shape[1])
         moved = _move(points, field.inner().to(chosen), field.grid.affine).cpu()
@@ -71,8 +74,6 @@ def apply_field(
             np.savetxt(temporary, moved.numpy(), delimiter=",", header="x,y,z"[: 2 * points.shape[1] - 1], comments="")
         return
     image = Image(source, label)
-    if not output.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"output must end in .nii or .nii.gz for an image, got {output.name!r}")
     field = Field(ddf, grid, target or image, file_format)
     mode, outside = ("nearest", "zeros") if label else ("bilinear", "border")
     inner, data, affine = field.inner().to(chosen), image.data.to(chosen), field.grid.affine

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def console(name: str) -> Iterator[None]:
+def console(name: str, worded: Callable[[str], str] = str) -> Iterator[None]:
     """Within it warnings and errors are printed for people, without lines of source.
 
     Warnings appear as ``name: warning: …`` on stderr. Errors that a user can mend (``ImportError``, ``OSError``,
@@ -32,10 +32,11 @@ def console(name: str) -> Iterator[None]:
 
     Args:
         name: of the command.
+        worded: makes of a warning or an error what is printed.
     """
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"{name}: warning: {message}", file=sys.stderr)
+        print(f"{name}: warning: {worded(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings(), _ending():
         warnings.showwarning = tell
@@ -48,7 +49,7 @@ def console(name: str) -> Iterator[None]:
             print(f"{name}: terminated", file=sys.stderr)
             raise SystemExit(143) from error
         except (ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {worded(str(error))}", file=sys.stderr)
             raise SystemExit(2) from error
 
 
@@ -72,7 +73,8 @@ def _ending() -> Iterator[None]:
 def both(name: str, fixed: str | None, moving: str | None) -> tuple[str, str] | None:
     """Two files that belong together, or none; ValueError for one of them alone."""
     if (fixed is None) != (moving is None):
-        raise ValueError(f"fixed_{name} and moving_{name} must be given together, got {fixed!r} and {moving!r}")
+        given = f"--fixed_{name} {fixed}" if moving is None else f"--moving_{name} {moving}"
+        raise ValueError(f"--fixed_{name} and --moving_{name} must be given together, got {given} alone")
     return None if fixed is None or moving is None else (fixed, moving)
 
 

@@ -42,11 +42,11 @@ from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import Assessment, assess
 from monai_lm.report.page import write_case
 from monai_lm.solver.lesion import checked_lesion, outside
-from monai_lm.solver.refinement import refine
+from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
 from monai_lm.solver.uncertainty import uncertainty as uncertainty_of
 
-__all__ = ["refine_pair"]
+__all__ = ["check_together", "refine_pair"]
 
 
 _FURTHER = {
@@ -155,15 +155,15 @@ def refine_pair(
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used.
     """
-    guides: dict[str, Any] = {
-        "guide_labels or guide_points": guide, "fixed_lesion": lesion, "moving_lesion": moving_lesion,
-        "fixed_soft_labels and moving_soft_labels": soft_labels,
-    }  # fmt: skip
-    if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
-        raise ValueError(f"ddf_before_affine needs the files ddf and affine, got {ddf} and {affine}")
-    check_guide(guide, labels, points, soft_labels)
-    _check_together(bundle, ddf, guides, settings or {}, uncertainty, log_json)
+    check_together(
+        ddf, affine, bundle, settings, guide, uncertainty, ddf_before_affine, lesion, moving_lesion, labels, points,
+        soft_labels,
+    )  # fmt: skip
+    if log_json is not None and (settings or {}).get("callback") is not None:
+        raise ValueError("settings must have no callback together with log_json, which is one")
+    check_keywords("settings", settings or {})
     check_format("ddf_format", ddf_format)
+    chosen = find_device(device)
     folder, mode = Path(output_dir), _mode(affine)
     report = report and report_possible()
     names = pair_outputs(file_format, labels is not None, report, jacobian, mode is not None, uncertainty)
@@ -175,7 +175,6 @@ def refine_pair(
         fixed, moving, ddf, affine, labels, points, mask, moving_mask, bundle, settings, file_format, ddf_format, guide,
         ddf_before_affine, lesion, moving_lesion, soft_labels,
     )  # fmt: skip
-    chosen = find_device(device)
     check_not_inputs(folder, names, recipe.inputs.values())
     _check_log(log_json, overwrite, recipe)
     provenance = {"command": command, **recipe.record(), **machine(), "device": str(chosen)}
@@ -214,27 +213,46 @@ def refine_pair(
     return metrics
 
 
-def _check_together(
-    bundle: str | Path | None,
-    ddf: str | Path | None,
-    guides: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    uncertainty: bool,
-    log_json: str | Path | None,
+def check_together(
+    ddf: str | Path | None = None,
+    affine: str | Path | None = None,
+    bundle: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    guide: Mapping[str, Any] | None = None,
+    uncertainty: bool = False,
+    ddf_before_affine: bool = False,
+    lesion: str | Path | None = None,
+    moving_lesion: str | Path | None = None,
+    labels: tuple[str | Path, str | Path] | None = None,
+    points: tuple[str | Path, str | Path] | None = None,
+    soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> None:
-    """ValueError for what excludes each other.
+    """ValueError for arguments of :func:`refine_pair` that exclude each other, or need others, whatever the files are.
 
-    That is a bundle and a field, ``guides`` and symmetric settings, any of these and uncertainty, or two logs.
+    That is a bundle and a field, what guides or gives way and symmetric settings, any of these and uncertainty.
+    FileNotFoundError for a bundle that is not there.
     """
+    if ddf_before_affine and (ddf is None or affine is None or affine in MODES):
+        raise ValueError(f"ddf_before_affine needs ddf and affine, both files, got {ddf} and {affine}")
     if bundle is not None and ddf is not None:
         raise ValueError("ddf cannot be used together with bundle, which predicts by itself")
-    if settings.get("symmetric") and (given := [name for name, value in guides.items() if value is not None]):
-        raise ValueError(f"{' and '.join(given)} cannot be used together with symmetric")
-    others = {"bundle": bundle, **guides, "symmetric": settings.get("symmetric") or None}
-    if uncertainty and (given := [name for name, value in others.items() if value is not None]):
-        raise ValueError(f"uncertainty cannot be told together with {' and '.join(given)}")
-    if log_json is not None and settings.get("callback") is not None:
-        raise ValueError("settings must have no callback together with log_json, which is one")
+    if bundle is not None and not Path(bundle).is_dir():
+        raise FileNotFoundError(f"bundle must be a folder, found none at {bundle}")
+    symmetric = (settings or {}).get("symmetric")
+    options = {"guide_labels": (guide or {}).get("labels"), "guide_points": (guide or {}).get("points")}
+    files = {
+        "fixed_lesion": lesion, "moving_lesion": moving_lesion, "fixed_soft_labels and moving_soft_labels": soft_labels,
+    }  # fmt: skip
+    if symmetric and (given := _given(options) or _given(files)):
+        raise ValueError(f"{given} cannot be used together with symmetric")
+    if uncertainty and (given := _given({"bundle": bundle, "symmetric": symmetric} | options) or _given(files)):
+        raise ValueError(f"uncertainty cannot be told together with {given}")
+    check_guide(guide, labels, points, soft_labels)
+
+
+def _given(arguments: Mapping[str, Any]) -> str:
+    """The names of those that are given."""
+    return " and ".join(name for name, value in arguments.items() if value)
 
 
 def _mode(affine: str | Path | None) -> str | None:

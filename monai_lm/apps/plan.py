@@ -12,7 +12,7 @@ from typing import Any
 from monai_lm.alignment import Alignment
 from monai_lm.io.images import Pair
 from monai_lm.io.provenance import describe
-from monai_lm.solver.refinement import check_keywords, defaults
+from monai_lm.solver.refinement import defaults
 from monai_lm.solver.result import Iteration
 from monai_lm.solver.schedule import make_schedule
 
@@ -38,10 +38,8 @@ def plan_of(
         ``device``, ``output_dir`` and ``outputs``, as text.
 
     Raises:
-        TypeError: unknown settings.
-        ValueError: settings out of range.
+        ValueError: settings that do not fit the pair.
     """
-    check_keywords("settings", settings)
     grids = {name: image.grid for name, image in (("fixed", pair.fixed), ("moving", pair.moving))}
     start = f"bundle {bundle}" if bundle is not None else "the predicted field" if predicted else "the identity"
     if bundle is not None:

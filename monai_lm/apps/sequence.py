@@ -22,6 +22,7 @@ from monai_lm.io.provenance import Recipe, machine, settings_of
 from monai_lm.kernels.devices import find_device
 from monai_lm.report.case import Case, checked_case
 from monai_lm.report.findings import assess
+from monai_lm.solver.refinement import check_keywords
 from monai_lm.solver.sequence import refine_sequence
 
 __all__ = ["register_sequence"]
@@ -68,6 +69,7 @@ def register_sequence(
         ValueError: a file that cannot be used, no such frame, or frames that are not finite or of one value.
     """
     folder, chosen = Path(output_dir), find_device(device)
+    check_keywords("settings", settings or {})
     frames, grid, step = _read(series)
     suffix = file_suffix(file_format, len(grid.size))
     labels, weight = (None if path is None else _on(grid, path, path is label, series) for path in (label, mask))

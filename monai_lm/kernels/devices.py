@@ -22,10 +22,11 @@ def find_device(name: str) -> torch.device:
         float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        reason = "" if "device string" in reason else f": {reason}"  # it is no name of a device
         there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
         there += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(
-            f"device must be auto or one that torch has here, {', '.join(['cpu', *there])}, got {name!r}: {reason}"
+            f"device must be auto or one that torch has here, {', '.join(['cpu', *there])}, got {name!r}{reason}"
         ) from error
     return device
 

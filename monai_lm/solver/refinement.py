@@ -46,7 +46,7 @@ from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.result import Iteration, Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
-from monai_lm.solver.schedule import Measure, Stage, make_schedule, reduced
+from monai_lm.solver.schedule import Measure, Stage, check_schedule, make_schedule, reduced
 from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
 
@@ -193,10 +193,7 @@ def refine(
             A GPU that ran out of memory, before the leaner try.
     """
     started = time.perf_counter()
-    if memory not in ("auto", *MODES):
-        raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
-    if kernels not in kernels_.CHOICES:
-        raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
+    _check_values(memory, kernels, seed, step, tolerance, symmetric, seconds, callback)
     images = fixed, moving
     fixed, moving = plain_images(fixed, moving, memory == "half")
     check_images(fixed, moving)
@@ -208,21 +205,11 @@ def refine(
         check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
     edges = check_spacing(spacing, n)
     stages = make_schedule(scales, iterations, damping, smooth_gradient, similarity, size, edges, ddf is not None)
-    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
     adaptive = isinstance(smooth_residual, str) and smooth_residual == "auto"
     smoothing = Elastic() if adaptive else smooth_residual
     method = make_method(descent, control, acceptance, smoothing, window, int(seed))
     if symmetric and isinstance(method.smoothing, Elastic):
         method = replace(method, smoothing=Elastic(_LESS * method.smoothing.sigma))
-    check_number("step", step, 0, exclusive=True)
-    check_number("tolerance", tolerance, 0)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if seconds is not None:
-        check_number("seconds", seconds, 0, exclusive=True)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be None or a function, got {type(callback).__name__}")
     deadline = float("inf") if seconds is None else started + seconds
     guides = check_guidance(guidance, fixed)
     lesions = (
@@ -286,8 +273,8 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
         lesions: whether there are lesions.
 
     Raises:
-        TypeError: a name that :func:`refine` does not know, or that belongs to a pair.
-        ValueError: what :func:`refine` refuses together.
+        TypeError: a name that :func:`refine` does not know, or that belongs to a pair, or a value of the wrong type.
+        ValueError: what :func:`refine` refuses together, or whatever the images are.
     """
     usual = defaults()
     if unknown := sorted(set(settings) - set(usual)):
@@ -296,8 +283,33 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
     promised = isinstance(control, Damping) and control.needs_promise
     guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
-    adaptive = isinstance(how["smooth_residual"], str)
+    adaptive = isinstance(how["smooth_residual"], str) and how["smooth_residual"] == "auto"
     check_together(how["symmetric"] is True, promised, guided, lesions, regularized, adaptive)
+    how = how | {"smooth_residual": Elastic()} if adaptive else how
+    check_schedule(how)
+    for check in (make_method, _check_values):
+        check(**{name: how[name] for name in inspect.signature(check).parameters})
+    make_regularizer(how["regularizer"])
+
+
+def _check_values(
+    memory: Any, kernels: Any, seed: Any, step: Any, tolerance: Any, symmetric: Any, seconds: Any, callback: Any
+) -> None:
+    """What can be said of these arguments of :func:`refine` without images."""
+    if memory not in ("auto", *MODES):
+        raise ValueError(f"memory must be 'auto' or one of {MODES}, got {memory!r}")
+    if kernels not in kernels_.CHOICES:
+        raise ValueError(f"kernels must be one of {kernels_.CHOICES}, got {kernels!r}")
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    check_number("step", step, 0, exclusive=True)
+    check_number("tolerance", tolerance, 0)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
+    if seconds is not None:
+        check_number("seconds", seconds, 0, exclusive=True)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be None or a function, got {type(callback).__name__}")
 
 
 def _as_memory_allows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
@@ -14,7 +14,7 @@ from monai_lm.fields.finite import check_number
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
-__all__ = ["Measure", "Stage", "automatic_scales", "make_schedule", "reduced"]
+__all__ = ["Measure", "Stage", "automatic_scales", "check_schedule", "make_schedule", "reduced"]
 
 Measure: TypeAlias = str | Similarity | nn.Module
 """What :func:`monai_lm.similarity.get_similarity` takes."""
@@ -91,6 +91,17 @@ def reduced(stages: Sequence[Stage], reduction: float, most: int) -> dict[str, A
     }
 
 
+def check_schedule(how: Mapping[str, Any]) -> None:
+    """Raise what :func:`make_schedule` raises of these arguments of :func:`monai_lm.refine` for images of any size."""
+    given, iterations = _scales(how["scales"]), how["iterations"]
+    counted = isinstance(iterations, Sized) and not isinstance(iterations, str)
+    scales = given or [1.0] * (len(iterations) if counted else 1)
+    _iterations(iterations, scales)
+    _measures(how["similarity"], scales, cut=given is None)
+    for name in ("damping", "smooth_gradient"):
+        _per_level(name, how[name], len(given or [1.0]), 0, exclusive=name == "damping")
+
+
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
     """Scales for images of this size: as coarse as the images allow, from a prediction two levels at most."""
     scales = []
@@ -120,10 +131,17 @@ def _measures(similarity: Measure | Sequence[Measure], scales: list[float], cut:
 def _levels(
     scales: str | Sequence[float], size: Sequence[int], spacing: Sequence[float], predicted: bool
 ) -> list[Level]:
+    given = _scales(scales)
+    values = automatic_scales(size, spacing, predicted) if given is None else given
+    return [make_level(size, spacing, value) for value in values]
+
+
+def _scales(scales: str | Sequence[float]) -> list[float] | None:
+    """The scales that are given; ``None``: they follow from the images."""
     if isinstance(scales, str):
         if scales != "auto":
             raise ValueError(f"scales must be 'auto' or a sequence of numbers, got {scales!r}")
-        scales = automatic_scales(size, spacing, predicted)
+        return None
     try:
         values = [*scales]
     except TypeError as error:
@@ -132,7 +150,7 @@ def _levels(
         check_number("scales", value, 1)
     if not values or any(a <= b for a, b in pairwise(values)):
         raise ValueError(f"scales must be strictly decreasing and not empty, got {tuple(values)}")
-    return [make_level(size, spacing, value) for value in values]
+    return values
 
 
 def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> list[int]:

@@ -128,6 +128,73 @@ def test_a_list_is_checked_before_the_work_all_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "problems"),
+    [
+        (
+            "--symmetric",
+            [
+                "first: fixed_lesion cannot be used together with --symmetric",
+                "i1__i2: fixed_soft_labels and moving_soft_labels cannot be used together with --symmetric",
+            ],
+        ),
+        (
+            "--uncertainty",
+            [
+                "first: --uncertainty cannot be told together with fixed_lesion",
+                "i1__i2: --uncertainty cannot be told together with fixed_soft_labels and moving_soft_labels",
+            ],
+        ),
+        ("--bundle .", ["i2__i0: ddf cannot be used together with --bundle, which predicts by itself"]),
+        ("--guide_points", ["first, i1__i2, i2__i0: --guide_points needs fixed_points and moving_points, got none"]),
+        (
+            "--guide_points --symmetric",
+            ["first, i1__i2, i2__i0: --guide_points cannot be used together with --symmetric"],
+        ),
+    ],
+)
+@pytest.mark.usefixtures("cohort")
+def test_what_pairs_cannot_be_refined_with_is_refused_before_the_work(option, problems, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"name": "first", "fixed": "i0.nii.gz", "moving": "i1.nii.gz", "fixed_lesion": "l0.nii.gz"},
+        {
+            "fixed": "i1.nii.gz", "moving": "i2.nii.gz",
+            "fixed_soft_labels": "l1.nii.gz", "moving_soft_labels": "l2.nii.gz",
+        },
+        {"fixed": "i2.nii.gz", "moving": "i0.nii.gz", "ddf": "l0.nii.gz"},
+    ]  # fmt: skip
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    words = ["cohort", "--pairs", str(tmp_path / "pairs.json"), "--output_dir", str(tmp_path / "out"), *option.split()]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"monai-lm: --pairs has {len(problems)} problem(s):", *(f"  {problem}" for problem in problems)]
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_pairs_with_one_problem_are_counted(tmp_path):
+    for name in ("f", "m", "l"):
+        (tmp_path / f"{name}.nii").touch()
+    pair = {"fixed": "f.nii", "moving": "m.nii", "moving_lesion": "l.nii"}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair] * 8))
+    message = r"f__m, f__m_2, f__m_3, f__m_4, f__m_5, 3 more: moving_lesion cannot be used together with symmetric"
+    with pytest.raises(ValueError, match=message):
+        refine_cohort(tmp_path / "pairs.json", tmp_path / "out", settings={"symmetric": True})
+
+
+def test_settings_and_devices_are_looked_at_before_the_work(cohort, tmp_path):
+    for how, message in (
+        ({"settings": {"scales": (1, 2)}}, "scales must be strictly decreasing"),
+        ({"device": "gpu"}, "device must be auto or one that torch has here, cpu.*, got 'gpu'$"),
+        ({"ddf_format": "foo"}, "ddf_format must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refine_cohort(cohort, tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_list_without_pairs_is_an_error(tmp_path):
     (tmp_path / "pairs.csv").write_text("fixed,moving\n")
     with pytest.raises(ValueError, match=r"pairs must have at least one pair, got none in .*pairs\.csv"):

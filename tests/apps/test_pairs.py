@@ -140,7 +140,7 @@ def test_a_field_may_end_where_its_affine_begins(pair, tmp_path):
     assert again["loss_before"] == pytest.approx(metrics["loss_before"], abs=1e-5)
     assert "ddf_before_affine" not in again["provenance"]["settings"]
     for given in ({"ddf": tmp_path / "warp.nii.gz"}, {"ddf": tmp_path / "warp.nii.gz", "affine": "auto"}, both):
-        with pytest.raises(ValueError, match="ddf_before_affine needs the files ddf and affine, got"):
+        with pytest.raises(ValueError, match="ddf_before_affine needs ddf and affine, both files, got"):
             refined(pair, tmp_path / "not", ddf_before_affine=True, **given)
 
 

@@ -2,10 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from monai_lm.similarity import LNCC, MI, MSE, NCC
 from monai_lm.solver.pyramid import make_level
+from monai_lm.solver.refinement import check_keywords
 from monai_lm.solver.schedule import automatic_scales, make_schedule, reduced
 
 
@@ -147,3 +149,49 @@ def test_a_schedule_of_reduced_images_leaves_out_what_is_finer(scales, expected,
     assert [type(measure).__name__ for measure in found["similarity"]] == ["MSE" if len(scales) > 1 else "LNCC"] * len(
         expected
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"scales": (1, 2)}, ValueError, "scales must be strictly decreasing and not empty, got (1, 2)"),
+        (
+            {"scales": (2, 1), "iterations": (9, 9, 9)},
+            ValueError,
+            "iterations must have one number per level, 2 for scales [2, 1], got 3",
+        ),
+        (
+            {"iterations": (9, 1.5)},
+            TypeError,
+            "iterations must be 'auto', a whole number or a sequence of them, got (9, 1.5)",
+        ),
+        (
+            {"scales": (1,), "similarity": ("mi", "lncc")},
+            ValueError,
+            "similarity must have at most one measure per level, 1 for scales [1], got 2",
+        ),
+        ({"damping": (1, 0)}, ValueError, "damping must be greater than 0, got 0"),
+        ({"step": 0}, ValueError, "step must be greater than 0, got 0"),
+        ({"kernels": "c"}, ValueError, "kernels must be one of ('auto', 'native', 'reference'), got 'c'"),
+        ({"window": 2}, ValueError, "window must be an odd number of voxels, got 2"),
+        (
+            {"regularizer": "l2"},
+            ValueError,
+            "regularizer must be one of ('diffusion', 'bending', 'sliding'), a Regularizer or None, got 'l2'",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_are_kept_are_checked_for_images_of_any_size(settings, kind, message):
+    with refusal(kind, message):
+        check_keywords("settings", settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"smooth_residual": "auto"}, {"iterations": (9, 9, 9)}, {"iterations": np.array([9, 9])}, {"similarity": ("mi", "mi", "lncc")},
+        {"damping": 1},
+    ],
+)  # fmt: skip
+def test_settings_that_fit_some_images_are_kept(settings):
+    check_keywords("settings", settings)
