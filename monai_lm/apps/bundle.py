@@ -131,6 +131,7 @@ class RegistrationBundle:
         seconds = time.perf_counter() - started
 
         def seen(ddf: Tensor) -> Tensor:
+            """A field of the bundle's grid, in voxels of ``grid`` and on it."""
             inner = from_space(ddf.detach(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, grid.size, grid.affine))
 

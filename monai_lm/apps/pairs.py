@@ -331,6 +331,7 @@ def _registered(
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
 
     def beside(*grids: Grid) -> dict[str, Any]:
+        """What belongs to the pair, on the grids of the fixed and of the moving image as the bundle has them."""
         both = grids[0], grids[1]
         return beside_of(pair, guide, onto.device, both) | masks_of(pair, onto.device, both)
 

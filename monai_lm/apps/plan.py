@@ -99,6 +99,7 @@ def live_log(path: str | Path | None) -> Iterator[Callable[[int, int, Iteration]
     with Path(path).open("w", buffering=1) as file:
 
         def write(_: int, number: int, iteration: Iteration) -> None:
+            """Write the line of an iteration; null for what was not computed."""
             row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in iteration._asdict().items()}
             file.write(json.dumps({"iteration": number} | row) + "\n")
 
