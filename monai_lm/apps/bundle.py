@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,7 @@ class RegistrationBundle:
         parser["bundle_root"], parser["device"] = str(self.folder), self.device
         for name, value in (settings or {}).items():
             parser[f"refine#{name}"] = value
+        _fit_levels(parser, settings or {})
         with _scripts_of(self.folder):
             network, inferer, self.preprocessing = (
                 self._part(parser, name) for name in ("network", "inferer", "preprocessing")
@@ -153,6 +154,15 @@ class RegistrationBundle:
             yield
         except RuntimeError as error:
             raise ValueError(f"bundle {self.folder} {problem}: {error.__cause__ or error}") from error
+
+
+def _fit_levels(parser: ConfigParser, settings: Mapping[str, Any]) -> None:
+    """Of a bundle's own values per level, keep the fine end where there are fewer levels in the ``settings``."""
+    scales = settings.get("scales", "auto")
+    for name in {"damping", "smooth_gradient", "similarity"} - set(settings):
+        own = parser.get(f"refine#{name}")
+        if isinstance(own, list) and isinstance(scales, Sequence) and not isinstance(scales, str):
+            parser[f"refine#{name}"] = own[-len(scales) :]
 
 
 def _same_orientation(affine: np.ndarray, other: np.ndarray) -> bool:
