@@ -20,7 +20,7 @@ from torch import Tensor
 from monai_lm.alignment import MODES, Alignment, align
 from monai_lm.apps.bundle import RegistrationBundle, shown_files
 from monai_lm.apps.commands import landmark_error, write_field
-from monai_lm.apps.guides import beside_of, check_guide, masks_of
+from monai_lm.apps.guides import beside_of, check_guide, masks_of, said_of
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.apps.plan import live_log, plan_of
 from monai_lm.fields.inverses import invert_between
@@ -126,8 +126,8 @@ def refine_pair(
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
             :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``. With an ``affine``, the
-            identity included, it gets the moving image on the fixed grid, and of an image with a mask what that shows,
-            its holes filled from around; else the files as they are.
+            identity included, it gets the moving image on the fixed grid, and of an image with a mask or a lesion what
+            is not hidden, the rest filled from around; else the files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
         command: recorded as what was called.
         jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
@@ -312,7 +312,7 @@ def _refined(
     away = None
     if uncertainty:
         away = uncertainty_of(fixed, shown, result.ddf, predicted, weight, moving_mask=hides, **keywords).cpu()
-    return _Found(onto, predicted, result, settings_of({**keywords, "guidance": guide}), away)
+    return _Found(onto, predicted, result, settings_of({**keywords, "guidance": said_of(pair, guide) or None}), away)
 
 
 def _registered(
@@ -339,7 +339,8 @@ def _registered(
         predicted, result = registration.register(fixed, moving, f, beside)
     assert result is not None  # for mypy
     chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
-    used = {"bundle": str(bundle), **describe(chosen)} | ({} if guide is None else {"guidance": describe(guide)})
+    said = said_of(pair, guide)
+    used = {"bundle": str(bundle), **describe(chosen)} | ({"guidance": describe(said)} if said else {})
     return _Found(onto, predicted, result, used)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_lm.alignment import Alignment
+from monai_lm.apps.guides import said_of
 from monai_lm.io.images import Pair
 from monai_lm.io.provenance import describe
 from monai_lm.solver.refinement import check_keywords, defaults
@@ -70,8 +71,7 @@ def _departures(pair: Pair, settings: Mapping[str, Any], guide: Mapping[str, Any
     """What is set otherwise than by default, as text."""
     usual = defaults() | {"spacing": pair.fixed.grid.spacing, "progress": settings.get("progress")}
     other = {name: describe(value) for name, value in settings.items() if value != usual[name]}
-    soft = {} if pair.soft_labels is None else {"soft_labels": pair.soft_labels[0].data.shape[1]}
-    given = {"settings": other, "guide": describe(dict(guide or {}) | soft)}
+    given = {"settings": other, "guide": describe(said_of(pair, guide))}
     return {
         key: ", ".join(
             f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()

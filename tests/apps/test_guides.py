@@ -69,6 +69,7 @@ def test_soft_labels_of_files_guide(files, tmp_path, shape):
     before = next(k for k in metrics if k.startswith("dice") and k.endswith("_before"))
     assert metrics[before.replace("before", "after")] > 1.05 * metrics[before]
     assert {"fixed_soft_labels", "moving_soft_labels"} <= set(metrics["provenance"]["inputs"])
+    assert metrics["provenance"]["refine"]["guidance"] == {"weight": 50, "soft_labels": volumes}
 
 
 def test_soft_labels_that_are_none_are_named(files, tmp_path):
