@@ -189,10 +189,13 @@ def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
     missed = doubted or strained or evidence.centred < CENTRED[evidence.witness]
     if not (distance > LARGE_MISALIGNMENT * longest and missed):
         return {}
+    way_out = "Align them first (--affine auto, monai_lm.align), or start from a better field."
+    if case.aligned:
+        way_out = "Their alignment did not suffice: give an affine of another program, or start from a better field."
     return {
         "misaligned": f"Large initial misalignment: at the start the centres of the two images were {distance:.1f} mm "
         f"apart ({100 * distance / longest:.0f} % of the longest edge), and it does not look as if the field had "
-        "brought them together. Align them first (--affine auto, monai_lm.align), or start from a better field."
+        f"brought them together. {way_out}"
     }
 
 
@@ -207,7 +210,7 @@ def _cut_short(case: Case) -> dict[str, str]:
     )
     return {
         "iterations": f"The iterations ran out while the images still got more alike: {late}. Allow more iterations, "
-        "or start from a better field (--affine auto)."
+        f"or start from {'a better field' if case.aligned else 'a better field (--affine auto)'}."
     }
 
 
