@@ -373,6 +373,14 @@ def test_metrics_json_says_what_it_is_of_and_what_to_think_of_it(pair, tmp_path)
     assert made_of["inputs"]["fixed"]["bytes"] == pair["fixed"].stat().st_size
 
 
+def test_an_image_that_shows_nothing_where_the_fixed_one_lies_is_not_called_constant_as_a_whole(pair, tmp_path):
+    values = np.zeros((80, 27, 20), np.float32)
+    values[60:] = np.random.default_rng(0).random((20, 27, 20))
+    moving = save(tmp_path / "beyond.nii.gz", values, MOVING)
+    with pytest.warns(UserWarning, match=r"moving is constant on the grid of fixed .* do the images overlap\?"):
+        refined(pair | {"moving": moving}, tmp_path / "out", labels=None, points=None)
+
+
 def test_noise_for_an_image_is_doubted(pair, tmp_path):
     noise = np.random.default_rng(0).standard_normal((26, 27, 20)).astype(np.float32)
     metrics = refined(
