@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, share_inside
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.volumes import load_volume
@@ -262,14 +263,44 @@ def load_pair(
         counts = [len(p) for p in landmarks]
         raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
     initial = None if affine is None else read_affine(affine, n)
-    soft = (Probabilities(soft_labels[0]), Probabilities(soft_labels[1])) if soft_labels else None
-    found = [tuple(maps.data.shape[1:]) for maps in soft or ()]
-    if soft and (found[0][0] != found[1][0] or any(len(shape) != n + 1 for shape in found)):
-        raise ValueError(
-            f"{soft[0].path} and {soft[1].path} must hold as many labels each, in {n}D as the images, got (K, *S) "
-            f"{found[0]} and {found[1]}"
-        )
+    soft = _soft_labels(soft_labels, (f, m)) if soft_labels else None
     return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
+
+
+def _soft_labels(
+    paths: tuple[str | Path, str | Path], images: tuple[Image, Image]
+) -> tuple[Probabilities, Probabilities]:
+    """Probability maps of two images; ValueError if one does not reach its image, or for other labels in the one."""
+    soft = Probabilities(paths[0]), Probabilities(paths[1])
+    for role, maps, image in zip(("fixed", "moving"), soft, images, strict=True):
+        here, there = maps.grid, image.grid
+        grids = f"{maps.path} has {_told(here)}, {image.path} {_told(there)}"
+        if len(here.size) != len(there.size):
+            raise ValueError(f"{role}_soft_labels must have as many axes as {role}: {grids}")
+        still = torch.zeros(1, len(there.size), *there.size)
+        if share_inside(Between(there, here).whole(still), here.size) == 0:
+            raise ValueError(
+                f"{role}_soft_labels must lie where {role} does, no voxel of the one is in the other: {grids}, "
+                f"affines\n{here.affine}\nand\n{there.affine}\n(saved without the one of their image?)"
+            )
+        if here.size == there.size and not here.is_close(there):
+            warnings.warn(
+                f"{role}_soft_labels have as many voxels as {role}, but lie elsewhere: {grids}; saved without the "
+                "affine of their image, they would",
+                stacklevel=4,
+            )
+    counts = [maps.data.shape[1] for maps in soft]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"fixed_soft_labels and moving_soft_labels must hold as many labels, a volume for each, got {counts[0]} in "
+            f"{soft[0].path} and {counts[1]} in {soft[1].path}"
+        )
+    return soft
+
+
+def _told(grid: Grid) -> str:
+    size, edges = ("×".join(f"{value:.4g}" for value in values) for values in (grid.size, grid.spacing))
+    return f"{size} voxels of {edges} mm"
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
