@@ -20,6 +20,27 @@ def test_freesurfers_images(tmp_path, suffix, dtype):
     np.testing.assert_allclose(image.grid.affine, AFFINE, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".mgz", ".mha"])
+def test_what_is_not_finite_is_counted_and_has_a_remedy_that_works(tmp_path, suffix):
+    values, path = VALUES.astype(np.float32), tmp_path / f"i{suffix}"
+
+    def save():
+        if suffix == ".mha":
+            sitk = pytest.importorskip("SimpleITK")
+            sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+        else:
+            nib.save((nib.MGHImage if suffix == ".mgz" else nib.Nifti1Image)(values, AFFINE), path)
+
+    values[0, :2, 0] = np.nan
+    save()
+    for label, end in ((True, "$"), (False, r", and a mask \(fixed_mask, moving_mask\) of zeros there hides them")):
+        with pytest.raises(ValueError, match=f"must be finite, got 2 NaN .*; np.nan_to_num makes zeros of NaN{end}"):
+            Image(path, label)
+    values = np.nan_to_num(values)
+    save()
+    assert Image(path).data.isfinite().all()
+
+
 def test_broken_mgh_files_are_named(tmp_path):
     nib.save(nib.MGHImage(VALUES.astype(np.float32), AFFINE), tmp_path / "i.mgh")
     whole = (tmp_path / "i.mgh").read_bytes()
