@@ -52,7 +52,7 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     suffix = path.suffix.lower()
     if file_format != "auto":
         return _field(path, file_format)
-    if path.name.lower().endswith(POINT_SUFFIXES):
+    if path.name.lower().endswith(POINT_SUFFIXES) and not _is_transform(path):
         return _points(path)
     if suffix in _AFFINES:
         return _affine(path)
@@ -77,10 +77,19 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     return _field(path, found)
 
 
+def _is_transform(path: Path) -> bool:
+    """Whether a text file that may hold points, too, begins as ITK's transforms do, or has four numbers in a row."""
+    if path.suffix.lower() != ".txt":
+        return False
+    text = path.read_text("utf-8", "replace")
+    row = next((line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")), [])
+    return text.startswith("#Insight Transform File") or not row or (len(row) == 4 and not row[-1][0].isalpha())
+
+
 def _transform(path: Path) -> dict[str, Any]:
-    """A file of ITK's transforms, linear or not."""
+    """A file of ITK's transforms, linear or not, or four rows of four numbers."""
     if not is_hdf5(path) and not path.read_bytes().startswith(b"#Insight Transform File"):
-        return _affine(path)  # four rows of four numbers
+        return _affine(path)
     parts, linear = applied_parts(path)
     beside = {"parts": ", then ".join(parts)}
     if linear:

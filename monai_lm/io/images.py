@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, share_inside
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, share_inside, to_voxel
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
 from monai_lm.io.volumes import load_volume
@@ -262,6 +262,8 @@ def load_pair(
     if points and landmarks and landmarks[0].shape != landmarks[1].shape:
         counts = [len(p) for p in landmarks]
         raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
+    for role, path, found, image in zip(("fixed", "moving"), points or (), landmarks or (), (f, m), strict=False):
+        _check_inside(f"{role}_points {path}", found, image)
     initial = None if affine is None else read_affine(affine, n)
     soft = _soft_labels(soft_labels, (f, m)) if soft_labels else None
     return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
@@ -319,6 +321,18 @@ def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None
                 f"{fixed.path} and {moving.path} must lie in parallel planes, got {angle:.0f} degrees between them; "
                 "store both with the affine of one plane, such as np.diag([dx, dy, 1, 1])"
             )
+
+
+def _check_inside(name: str, points: Tensor, image: Image) -> None:
+    """Warn if most points ``(N, n)`` in RAS millimetres lie outside of their image: then they hardly are in RAS."""
+    voxels = to_voxel(points, image.grid.affine)
+    inside = ((voxels > -1) & (voxels < voxels.new_tensor(image.grid.size))).all(1)
+    if 2 * (out := int((~inside).sum())) > len(points):
+        warnings.warn(
+            f"{name}: {out} of {len(points)} lie outside of {image.path}, taken as RAS millimetres (of LPS if "
+            "their file says that): are they voxels?",
+            stacklevel=4,
+        )
 
 
 def load_points(path: str | Path, n: int) -> Tensor:
