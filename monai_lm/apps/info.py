@@ -21,7 +21,7 @@ from monai_lm.io.m3z import MORPH_SUFFIXES
 from monai_lm.io.pictures import PICTURE_SUFFIXES
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES
-from monai_lm.io.volumes import load_volume
+from monai_lm.io.volumes import load_volume, says_edges
 
 __all__ = ["describe_file"]
 
@@ -148,7 +148,10 @@ def _volume(path: Path, not_a_field: ValueError | None = None) -> dict[str, Any]
         out["note"] = "one value everywhere: there is nothing to register"
     if "must say what its vectors are" in str(not_a_field):
         out = {"kind": "vectors", "note": str(not_a_field)}
-    out |= _grid(data.shape, affine) | {"range": _numbers([finite.min(), finite.max()])}
+    out |= _grid(data.shape, affine)
+    if not says_edges(path):
+        out["spacing (mm)"] += ", assumed: the file does not say it"
+    out |= {"range": _numbers([finite.min(), finite.max()])}
     if is_label and "note" not in out:
         more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
         out["labels"] = " ".join(f"{v:g}" for v in labels[:_MOST_LABELS]) + more

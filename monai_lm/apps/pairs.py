@@ -27,7 +27,7 @@ from monai_lm.fields.inverses import invert_between
 from monai_lm.fields.space import Grid, through_affine
 from monai_lm.io import file_suffix, write_affine
 from monai_lm.io.formats import check_format, check_grid
-from monai_lm.io.images import Field, Pair, load_pair
+from monai_lm.io.images import Field, Pair, load_pair, unmeasured
 from monai_lm.io.nifti import label_type, replacing, save_nifti
 from monai_lm.io.outputs import (
     as_json,
@@ -398,6 +398,7 @@ def _write_report(folder: Path, pair: Pair, case: Case, assessment: Assessment, 
 def _case(pair: Pair, found: _Found, aligned: Alignment | None) -> Case:
     """The pair as the report sees it, on the fixed grid."""
     labels: Any = None
+    said = unmeasured(pair.fixed, pair.moving)
     if pair.labels:
         fixed_label, moving_label = pair.labels
         labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
@@ -405,5 +406,5 @@ def _case(pair: Pair, found: _Found, aligned: Alignment | None) -> Case:
         pair.fixed.data, found.onto, found.result, found.predicted, pair.fixed.grid.affine, labels,
         (lambda ddf: landmark_error(ddf, pair)) if pair.points else None, found.used,
         None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
-        None if aligned is None else str(aligned), found.away,
+        None if aligned is None else str(aligned), found.away, {"spacing": said} if said else None,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def plan_of(
         ValueError: settings out of range.
     """
     check_keywords("settings", settings)
-    grids = {name: image.grid for name, image in (("fixed", pair.fixed), ("moving", pair.moving))}
+    images = {"fixed": pair.fixed, "moving": pair.moving}
     start = f"bundle {bundle}" if bundle is not None else "the predicted field" if predicted else "the identity"
     if bundle is not None:
         levels = "as the bundle says"
@@ -56,7 +56,11 @@ def plan_of(
         stages = make_schedule(scales, iterations, damping, smooth, similarity, size, spacing, predicted)
         levels = ", ".join(f"{_by(stage.level.size)} up to {stage.iterations} iterations" for stage in stages)
     return {
-        **{name: f"{_by(grid.size)} voxels of {_by(grid.spacing)} mm" for name, grid in grids.items()},
+        **{
+            name: f"{_by(image.grid.size)} voxels of {_by(image.grid.spacing)} mm"
+            + ", assumed" * (not image.is_measured)
+            for name, image in images.items()
+        },
         "start": start if pair.initial is None else f"{start}, after an affine",
         "levels": levels,
         **_departures(pair, settings, guide),

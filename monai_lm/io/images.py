@@ -15,12 +15,12 @@ from torch import Tensor
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, share_inside, to_voxel
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
-from monai_lm.io.volumes import load_volume
+from monai_lm.io.volumes import load_volume, says_edges
 from monai_lm.similarity.weighted import continued
 from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_shown, checked_mask
 
-__all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points"]
+__all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points", "unmeasured"]
 
 
 class Image:
@@ -37,6 +37,7 @@ class Image:
         data: ``(1, 1, *S)`` float32; of labels int32, or int64 for labels from 2³¹ on.
         grid: voxel counts and voxel-to-RAS affine; in 2D the axis that the image lacks comes last in that.
         is_label: whether it holds labels.
+        is_measured: whether the file says how long the edges of a voxel are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -55,6 +56,7 @@ class Image:
         thick, affine = _axes(shape, affine)
         values = values.reshape([shape[axis] for axis in thick])
         self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine)
+        self.is_measured = says_edges(path)
         self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
 
 
@@ -267,6 +269,24 @@ def load_pair(
     initial = None if affine is None else read_affine(affine, n)
     soft = _soft_labels(soft_labels, (f, m)) if soft_labels else None
     return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
+
+
+def unmeasured(fixed: Image, moving: Image) -> str:
+    """What to know of images whose files do not say how long their voxels are; empty where both do."""
+    silent = [image for image in (fixed, moving) if not image.is_measured]
+    names = " and ".join(dict.fromkeys(image.path.name for image in silent))
+    if len(silent) == 2:
+        return (
+            f"No size of a voxel is known of {names}. It counts as 1 mm: millimetres are voxels here. A file that has "
+            "its resolution, as TIFF can, tells it."
+        )
+    if silent:
+        other = moving if silent[0] is fixed else fixed
+        return (
+            f"No size of a voxel is known of {names}. It counts as 1 mm, beside {other.path.name}, which has "
+            f"{_told(other.grid)}. Unless that is so, store it with its resolution, as TIFF can."
+        )
+    return ""
 
 
 def _soft_labels(

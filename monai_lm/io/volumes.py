@@ -9,10 +9,10 @@ import numpy as np
 from monai_lm.fields.space import check_affine
 from monai_lm.io.freesurfer import MGH_SUFFIXES, open_mgh
 from monai_lm.io.nifti import errors_of, load_nifti
-from monai_lm.io.pictures import PICTURE_SUFFIXES, load_picture
-from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk
+from monai_lm.io.pictures import PICTURE_SUFFIXES, load_picture, says_resolution
+from monai_lm.io.simpleitk import IMAGE_SUFFIXES, load_itk, says_spacing
 
-__all__ = ["load_volume"]
+__all__ = ["load_volume", "says_edges"]
 
 
 def load_volume(path: str | Path, finite: bool = True, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +38,14 @@ def load_volume(path: str | Path, finite: bool = True, label: bool = False) -> t
             f"zeros of NaN{masked}"
         )
     return data, affine
+
+
+def says_edges(path: str | Path) -> bool:
+    """Whether the file of an image says how long the edges of its voxels are; where it does not, they are 1 mm."""
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return says_spacing(path)
+    return suffix not in PICTURE_SUFFIXES or says_resolution(path)
 
 
 def _load(path: str | Path, label: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,7 @@ class Assessment:
         after: values of the refined field.
         evidence: on the refined field.
         agreement_before: :func:`~monai_lm.report.evidence.agreement` of the images at the start.
-        remarks: a short name of each condition that holds, and a sentence.
+        remarks: a short name of each condition that holds, and a sentence; the notes of the case last.
         state: ``"good"``, ``"check"`` or ``"bad"``.
         outcome: ``"improved"``, ``"no improvement"``, ``"suspicious"`` or ``"folded"``.
         headline: the first sentence of the report.
@@ -169,8 +169,8 @@ def assess(case: Case) -> Assessment:
         )
     if start > ALIKE and set(remarks) == {"similarity"}:
         text = f"The images matched already, they explain {start:.2f} of each other. {_kept(case)}"
-        return Assessment(before, after, evidence, start, {}, "good", "no improvement", text)
-    return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
+        return Assessment(before, after, evidence, start, dict(case.notes), "good", "no improvement", text)
+    return Assessment(before, after, evidence, start, remarks | dict(case.notes), *verdict(case, remarks))
 
 
 def _misalignment(case: Case) -> tuple[float, float]:

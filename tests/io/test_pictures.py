@@ -33,6 +33,8 @@ def test_a_picture_lies_where_itk_has_it(tmp_path, name, options, edge):
     image = Image(save(tmp_path / name, COLORS, **options))
     assert image.grid.size == (30, 20)
     assert image.grid.spacing[0] == pytest.approx(edge)
+    assert image.is_measured == (edge != 1.0)
+    assert ("assumed" in describe_file(tmp_path / name)["spacing (mm)"]) == (edge == 1.0)
     sitk = pytest.importorskip("SimpleITK", reason="SimpleITK, of the itk extra, is not installed")
     theirs = sitk.ReadImage(str(tmp_path / name))
     assert image.grid.spacing[:2] == pytest.approx(theirs.GetSpacing())

@@ -104,3 +104,25 @@ def test_labels_that_a_slope_breaks_are_refused_by_name(tmp_path, slope):
     with pytest.raises(ValueError, match=rf"l.nii must hold labels, .* stores them scaled by {slope} .*get_unscaled"):
         Image(path, label=True)
     assert Image(path).data.max() == pytest.approx(slope * VALUES.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_whether_a_file_says_how_long_its_voxels_are(tmp_path, suffix):
+    pytest.importorskip("SimpleITK")
+    if suffix == ".mha":
+        head, edges, end = (
+            "NDims = 3\nDimSize = 7 6 5\nElementType = MET_UCHAR\n",
+            "ElementSpacing = 1 1 2\n",
+            ("ElementDataFile = LOCAL\n"),
+        )
+    else:
+        head, edges, end = (
+            "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 7 6 5\n",
+            "spacings: 1 1 2\n",
+            "encoding: raw\n\n",
+        )
+    for said in ("", edges):
+        path = tmp_path / f"i{suffix}"
+        path.write_bytes((head + said + end).encode() + VALUES.astype(np.uint8).tobytes())
+        image = Image(path)
+        assert (image.is_measured, image.grid.spacing) == (bool(said), (1, 1, 2 if said else 1))
