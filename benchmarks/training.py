@@ -86,7 +86,7 @@ def knee(
     """
     chosen = find_device(device)
     network, inferer = hippocampus_network(BUNDLE / "models" / "model.pt", chosen)
-    settings: dict[str, Any] = dict(inferer.refine or {}) | {"scales": (2, 1)}
+    settings: dict[str, Any] = dict(inferer.refine or {}) | {"scales": (2, 1), "damping": (0.1, 0.3)}
     prepared, predicting = [], 0.0
     for pair in hippocampus_pairs(part, pairs, seed=0):
         batch = {k: v[None].to(chosen) for k, v in pair.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from monai_lm.fields import repair
 from monai_lm.fields.space import Grid, fixed_to_moving, from_space, move_to_grid, resample_moving
 from monai_lm.inferers import RegistrationInferer
-from monai_lm.io.images import Pair
+from monai_lm.io.images import Image, Pair
 from monai_lm.io.nifti import save_nifti
 from monai_lm.similarity.weighted import filled
 from monai_lm.solver.result import RefinementResult
@@ -60,6 +60,7 @@ class RegistrationBundle:
         parser["bundle_root"], parser["device"] = str(self.folder), self.device
         for name, value in (settings or {}).items():
             parser[f"refine#{name}"] = value
+        _fit_levels(parser, settings or {})
         with _scripts_of(self.folder):
             network, inferer, self.preprocessing = (
                 self._part(parser, name) for name in ("network", "inferer", "preprocessing")
@@ -131,6 +132,7 @@ class RegistrationBundle:
         seconds = time.perf_counter() - started
 
         def seen(ddf: Tensor) -> Tensor:
+            """A field of the bundle's grid, in voxels of ``grid`` and on it."""
             inner = from_space(ddf.detach(), np.eye(4), fixed_to_moving(own, target))
             return repair(move_to_grid(inner, own, grid.size, grid.affine))
 
@@ -152,6 +154,15 @@ class RegistrationBundle:
             yield
         except RuntimeError as error:
             raise ValueError(f"bundle {self.folder} {problem}: {error.__cause__ or error}") from error
+
+
+def _fit_levels(parser: ConfigParser, settings: Mapping[str, Any]) -> None:
+    """Of a bundle's own values per level, keep the fine end where there are fewer levels in the ``settings``."""
+    scales = settings.get("scales", "auto")
+    for name in {"damping", "smooth_gradient", "similarity"} - set(settings):
+        own = parser.get(f"refine#{name}")
+        if isinstance(own, list) and isinstance(scales, Sequence) and not isinstance(scales, str):
+            parser[f"refine#{name}"] = own[-len(scales) :]
 
 
 def _same_orientation(affine: np.ndarray, other: np.ndarray) -> bool:
@@ -193,23 +204,30 @@ def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def shown_files(pair: Pair) -> Iterator[tuple[Path, Path]]:
     """The files of a pair for a bundle to read, new ones where it shall see something else than they hold.
 
-    Of an image with a mask that is what the mask shows, its holes filled from around; of a moving image with an initial
-    affine, what that brings onto the fixed grid.
+    Of an image with a mask or a lesion that is what is not hidden, the holes and the lesion filled from around; of a
+    moving image with an initial affine, what that brings onto the fixed grid.
     """
     fixed, moving, f = pair.fixed.path, pair.moving.path, pair.fixed.grid
     with TemporaryDirectory() as folder:
-        if pair.mask is not None:
-            fixed = _written(Path(folder) / "fixed", fixed, filled(pair.fixed.data, pair.mask.data), f.affine)
-        if pair.initial is not None or pair.moving_mask is not None:
-            data, grid = pair.moving.data, pair.moving.grid
-            if pair.moving_mask is not None:
-                data = filled(data, pair.moving_mask.data)
+        seen = _seen(pair.fixed, pair.mask, pair.lesion)
+        if seen is not pair.fixed.data:
+            fixed = _written(Path(folder) / "fixed", fixed, seen, f.affine)
+        data, grid = _seen(pair.moving, pair.moving_mask, pair.moving_lesion), pair.moving.grid
+        if pair.initial is not None or data is not pair.moving.data:
             if pair.initial is not None:
                 still = torch.zeros(1, len(f.size), *f.size)
                 data = resample_moving(data, still, f.affine, grid.affine, pair.initial, padding_mode="zeros")
                 grid = f
             moving = _written(Path(folder) / "moving", moving, data, grid.affine)
         yield fixed, moving
+
+
+def _seen(image: Image, mask: Image | None, lesion: Image | None) -> Tensor:
+    """What of an image ``(1, 1, *S)`` neither its mask nor its lesion hides, continued into what they do."""
+    if mask is None and lesion is None:
+        return image.data
+    shows = torch.ones_like(image.data) if mask is None else mask.data
+    return filled(image.data, shows, None if lesion is None else lesion.data)
 
 
 def _written(folder: Path, path: Path, data: Tensor, affine: np.ndarray) -> Path:

@@ -16,7 +16,7 @@ from monai_lm.fields.metrics import measure
 from monai_lm.fields.space import Grid, move_to_grid, resample_moving, share_inside, through_affine, to_voxel, to_world
 from monai_lm.io import FORMATS, file_suffix, guess_format, read_ddf, write_ddf
 from monai_lm.io.formats import check_format, is_of_two_grids, says_where
-from monai_lm.io.images import Field, Image, Pair, load_pair, load_points
+from monai_lm.io.images import Field, Image, Pair, load_pair, load_points, unmeasured
 from monai_lm.io.nifti import label_type, replacing, save_nifti
 from monai_lm.io.outputs import (
     check_field_output,
@@ -229,6 +229,8 @@ def evaluate_field(
     """Folds and SDlogJ of a field, inside a mask, and, with labels or landmarks, Dice, HD95 (mm) and TRE (mm)."""
     chosen = find_device(device)
     pair = load_pair(fixed, moving, None, labels, points, mask)
+    if said := unmeasured(pair.fixed, pair.moving):
+        warnings.warn(said, stacklevel=2)
     field = Field(ddf, pair.fixed, pair.moving, file_format)
     return _measure(field.inner().to(chosen), pair)
 

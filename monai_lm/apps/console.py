@@ -36,6 +36,7 @@ def console(name: str, worded: Callable[[str], str] = str) -> Iterator[None]:
     """
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Print a warning in a line, with the name of the command."""
         print(f"{name}: warning: {worded(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings(), _ending():
@@ -61,6 +62,7 @@ def _ending() -> Iterator[None]:
         return
 
     def end(*_: Any) -> None:
+        """Raise what a signal means."""
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)

@@ -123,9 +123,11 @@ def _draw(example: Example, result: RefinementResult, path: Path) -> None:
     middle = example.fixed.shape[-1] // 2
 
     def view(volume: Tensor) -> np.ndarray:
+        """The middle plane of a volume, its last axis upwards."""
         return np.flipud(volume[..., middle].squeeze().numpy().T)
 
     def error(ddf: Tensor) -> Tensor:
+        """Distance of a field to the truth inside the brain, ``(1, *S)`` in millimetres."""
         return lengths(ddf - example.truth) * example.spacing * example.mask
 
     figure = figure_class()(figsize=(9, 6.6), layout="constrained")

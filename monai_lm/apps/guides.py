@@ -14,7 +14,7 @@ from monai_lm.guidance import Guidance, Keypoints, Labels, SoftLabels
 from monai_lm.io.images import Image, Pair, Probabilities
 from monai_lm.solver.between import Between
 
-__all__ = ["beside_of", "check_guide", "guides_of", "masks_of"]
+__all__ = ["beside_of", "check_guide", "guides_of", "masks_of", "said_of"]
 
 
 def check_guide(guide: Mapping[str, Any] | None, labels: Any, points: Any, soft_labels: Any) -> None:
@@ -70,6 +70,11 @@ def guides_of(
         fixed, moving = (_voxels(p, a).to(device) for p, a in zip(pair.points, affines, strict=True))
         out.append(Keypoints(fixed, moving, weight, there.spacing))
     return out
+
+
+def said_of(pair: Pair, guide: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What guides a pair, for the record: what :func:`guides_of` takes, and of soft labels how many there are."""
+    return dict(guide or {}) | ({} if pair.soft_labels is None else {"soft_labels": pair.soft_labels[0].data.shape[1]})
 
 
 def beside_of(

@@ -21,7 +21,7 @@ from monai_lm.io.m3z import MORPH_SUFFIXES
 from monai_lm.io.pictures import PICTURE_SUFFIXES
 from monai_lm.io.points import POINT_SUFFIXES
 from monai_lm.io.simpleitk import IMAGE_SUFFIXES
-from monai_lm.io.volumes import load_volume
+from monai_lm.io.volumes import load_volume, says_edges
 
 __all__ = ["describe_file"]
 
@@ -52,7 +52,7 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     suffix = path.suffix.lower()
     if file_format != "auto":
         return _field(path, file_format)
-    if path.name.lower().endswith(POINT_SUFFIXES):
+    if path.name.lower().endswith(POINT_SUFFIXES) and not _is_transform(path):
         return _points(path)
     if suffix in _AFFINES:
         return _affine(path)
@@ -77,10 +77,19 @@ def describe_file(path: str | Path, file_format: str = "auto") -> dict[str, Any]
     return _field(path, found)
 
 
+def _is_transform(path: Path) -> bool:
+    """Whether a text file that may hold points, too, begins as ITK's transforms do, or has four numbers in a row."""
+    if path.suffix.lower() != ".txt":
+        return False
+    text = path.read_text("utf-8", "replace")
+    row = next((line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")), [])
+    return text.startswith("#Insight Transform File") or not row or (len(row) == 4 and not row[-1][0].isalpha())
+
+
 def _transform(path: Path) -> dict[str, Any]:
-    """A file of ITK's transforms, linear or not."""
+    """A file of ITK's transforms, linear or not, or four rows of four numbers."""
     if not is_hdf5(path) and not path.read_bytes().startswith(b"#Insight Transform File"):
-        return _affine(path)  # four rows of four numbers
+        return _affine(path)
     parts, linear = applied_parts(path)
     beside = {"parts": ", then ".join(parts)}
     if linear:
@@ -139,7 +148,10 @@ def _volume(path: Path, not_a_field: ValueError | None = None) -> dict[str, Any]
         out["note"] = "one value everywhere: there is nothing to register"
     if "must say what its vectors are" in str(not_a_field):
         out = {"kind": "vectors", "note": str(not_a_field)}
-    out |= _grid(data.shape, affine) | {"range": _numbers([finite.min(), finite.max()])}
+    out |= _grid(data.shape, affine)
+    if not says_edges(path):
+        out["spacing (mm)"] += ", assumed: the file does not say it"
+    out |= {"range": _numbers([finite.min(), finite.max()])}
     if is_label and "note" not in out:
         more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
         out["labels"] = " ".join(f"{v:g}" for v in labels[:_MOST_LABELS]) + more

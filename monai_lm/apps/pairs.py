@@ -19,14 +19,14 @@ from torch import Tensor
 
 from monai_lm.alignment import MODES, Alignment, align
 from monai_lm.apps.commands import landmark_error, write_field
-from monai_lm.apps.guides import beside_of, check_guide, masks_of
+from monai_lm.apps.guides import beside_of, check_guide, masks_of, said_of
 from monai_lm.apps.jacobian import write_jacobian
 from monai_lm.apps.plan import live_log, plan_of
 from monai_lm.fields.inverses import invert_between
 from monai_lm.fields.space import Grid, through_affine
 from monai_lm.io import file_suffix, write_affine
 from monai_lm.io.formats import check_format, check_grid
-from monai_lm.io.images import Field, Pair, load_pair
+from monai_lm.io.images import Field, Pair, load_pair, unmeasured
 from monai_lm.io.nifti import label_type, replacing, save_nifti
 from monai_lm.io.outputs import (
     as_json,
@@ -125,8 +125,8 @@ def refine_pair(
         settings: keyword arguments of :func:`monai_lm.refine`; with a bundle, those that replace its own.
         bundle: folder of a MONAI bundle that predicts the field and refines it, see
             :class:`monai_lm.apps.bundle.RegistrationBundle`; instead of ``ddf``. With an ``affine``, the
-            identity included, it gets the moving image on the fixed grid, and of an image with a mask what that shows,
-            its holes filled from around; else the files as they are.
+            identity included, it gets the moving image on the fixed grid, and of an image with a mask or a lesion what
+            is not hidden, the rest filled from around; else the files as they are.
         ddf_format: of ``ddf``, see :func:`monai_lm.io.read_ddf`.
         command: recorded as what was called.
         jacobian: write ``jacobian.nii.gz``, the Jacobian determinant of the field that is written, ``affine`` included;
@@ -329,7 +329,7 @@ def _refined(
     away = None
     if uncertainty:
         away = uncertainty_of(fixed, shown, result.ddf, predicted, weight, moving_mask=hides, **keywords).cpu()
-    return _Found(onto, predicted, result, settings_of({**keywords, "guidance": guide}), away)
+    return _Found(onto, predicted, result, settings_of({**keywords, "guidance": said_of(pair, guide) or None}), away)
 
 
 def _registered(
@@ -350,6 +350,7 @@ def _registered(
         raise ValueError(f"bundle {bundle} must refine what it predicts, its refine is None")
 
     def beside(*grids: Grid) -> dict[str, Any]:
+        """What belongs to the pair, on the grids of the fixed and of the moving image as the bundle has them."""
         both = grids[0], grids[1]
         return beside_of(pair, guide, onto.device, both) | masks_of(pair, onto.device, both)
 
@@ -357,7 +358,8 @@ def _registered(
         predicted, result = registration.register(fixed, moving, f, beside)
     assert result is not None  # for mypy
     chosen = {name: value for name, value in registration.inferer.refine.items() if name != "callback"}
-    used = {"bundle": str(bundle), **describe(chosen)} | ({} if guide is None else {"guidance": describe(guide)})
+    said = said_of(pair, guide)
+    used = {"bundle": str(bundle), **describe(chosen)} | ({"guidance": describe(said)} if said else {})
     return _Found(onto, predicted, result, used)
 
 
@@ -415,6 +417,7 @@ def _write_report(folder: Path, pair: Pair, case: Case, assessment: Assessment, 
 def _case(pair: Pair, found: _Found, aligned: Alignment | None) -> Case:
     """The pair as the report sees it, on the fixed grid."""
     labels: Any = None
+    said = unmeasured(pair.fixed, pair.moving)
     if pair.labels:
         fixed_label, moving_label = pair.labels
         labels = fixed_label.data, lambda ddf: pair.brought(moving_label, ddf)
@@ -422,5 +425,5 @@ def _case(pair: Pair, found: _Found, aligned: Alignment | None) -> Case:
         pair.fixed.data, found.onto, found.result, found.predicted, pair.fixed.grid.affine, labels,
         (lambda ddf: landmark_error(ddf, pair)) if pair.points else None, found.used,
         None if pair.mask is None else pair.mask.data, "not registered" if pair.initial is None else "affine only",
-        None if aligned is None else str(aligned), found.away,
+        None if aligned is None else str(aligned), found.away, {"spacing": said} if said else None,
     )  # fmt: skip

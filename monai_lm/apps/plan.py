@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_lm.alignment import Alignment
+from monai_lm.apps.guides import said_of
 from monai_lm.io.images import Pair
 from monai_lm.io.provenance import describe
 from monai_lm.solver.refinement import defaults
@@ -40,7 +41,7 @@ def plan_of(
     Raises:
         ValueError: settings that do not fit the pair.
     """
-    grids = {name: image.grid for name, image in (("fixed", pair.fixed), ("moving", pair.moving))}
+    images = {"fixed": pair.fixed, "moving": pair.moving}
     start = f"bundle {bundle}" if bundle is not None else "the predicted field" if predicted else "the identity"
     if bundle is not None:
         levels = "as the bundle says"
@@ -53,7 +54,11 @@ def plan_of(
         stages = make_schedule(scales, iterations, damping, smooth, similarity, size, spacing, predicted)
         levels = ", ".join(f"{_by(stage.level.size)} up to {stage.iterations} iterations" for stage in stages)
     return {
-        **{name: f"{_by(grid.size)} voxels of {_by(grid.spacing)} mm" for name, grid in grids.items()},
+        **{
+            name: f"{_by(image.grid.size)} voxels of {_by(image.grid.spacing)} mm"
+            + ", assumed" * (not image.is_measured)
+            for name, image in images.items()
+        },
         "start": start if pair.initial is None else f"{start}, after an affine",
         "levels": levels,
         **_departures(pair, settings, guide),
@@ -68,8 +73,7 @@ def _departures(pair: Pair, settings: Mapping[str, Any], guide: Mapping[str, Any
     """What is set otherwise than by default, as text."""
     usual = defaults() | {"spacing": pair.fixed.grid.spacing, "progress": settings.get("progress")}
     other = {name: describe(value) for name, value in settings.items() if value != usual[name]}
-    soft = {} if pair.soft_labels is None else {"soft_labels": pair.soft_labels[0].data.shape[1]}
-    given = {"settings": other, "guide": describe(dict(guide or {}) | soft)}
+    given = {"settings": other, "guide": describe(said_of(pair, guide))}
     return {
         key: ", ".join(
             f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
@@ -97,6 +101,7 @@ def live_log(path: str | Path | None) -> Iterator[Callable[[int, int, Iteration]
     with Path(path).open("w", buffering=1) as file:
 
         def write(_: int, number: int, iteration: Iteration) -> None:
+            """Write the line of an iteration; null for what was not computed."""
             row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in iteration._asdict().items()}
             file.write(json.dumps({"iteration": number} | row) + "\n")
 

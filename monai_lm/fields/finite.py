@@ -51,6 +51,7 @@ def checked(function: Callable[P, R], *names: str) -> Callable[P, R]:
 
     @wraps(function)
     def look(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function with fields that were looked at."""
         if not recorded(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))):
             for name, place in places.items():
                 field = args[place] if place < len(args) else kwargs.get(name)

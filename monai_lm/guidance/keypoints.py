@@ -78,6 +78,7 @@ class Keypoints(Guidance):
 
     @override
     def check(self, fixed: Tensor) -> None:
+        """As many pairs and axes as the images ``(B, C, *S)``, and a point of each inside; ValueError if not."""
         n = fixed.dim() - 2
         if (len(self.fixed), self.fixed.shape[2]) != (len(fixed), n):
             raise ValueError(
@@ -95,6 +96,7 @@ class Keypoints(Guidance):
 
     @override
     def at(self, grid: Grid) -> Term:
+        """The points in voxels of a level."""
         return _Points(self, grid)
 
 
@@ -118,6 +120,7 @@ class _Points(Term):
 
     @override
     def evaluate(self, ddf: Tensor, pull: Tensor | None, weight: float) -> Tensor:
+        """Mean robust distance of the points, which saturates at 1, and its force spread around them."""
         missed = self._missed(ddf)
         robust = (missed.square().sum(2) + self.tolerance**2).sqrt()
         mean = ((robust - self.tolerance) * self.known).sum(1) / self.known.sum(1)

@@ -47,6 +47,7 @@ class _Maps(Guidance):
 
     @override
     def check(self, fixed: Tensor) -> None:
+        """Maps on the grid and the device of the images ``(B, C, *S)``; ValueError if not."""
         channels = self.fixed.shape[1]
         expected = (len(fixed), channels, *fixed.shape[2:])
         if tuple(self.fixed.shape) != expected:
@@ -59,6 +60,7 @@ class _Maps(Guidance):
 
     @override
     def at(self, grid: Grid) -> Term:
+        """The overlap of the structures on the grid of a level."""
         return Overlap(self.structures(), grid, self.sigma)
 
 
@@ -108,6 +110,7 @@ class Labels(_Maps):
 
     @override
     def structures(self) -> list[Structure]:
+        """Every label that counts, pair by pair, in the boxes that hold it."""
         out = []
         for pair, values in enumerate(self.values):
             boxes = zip(values, self._fixed_boxes[pair], self._moving_boxes[pair], strict=True)
@@ -159,6 +162,7 @@ class SoftLabels(_Maps):
 
     @override
     def structures(self) -> list[Structure]:
+        """Every channel that counts and that both maps of a pair have, in the boxes that hold it."""
         out = []
         for pair, channel, here, there in self._boxes:
             if here is not None and there is not None:

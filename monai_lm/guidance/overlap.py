@@ -106,6 +106,7 @@ class Overlap(Term):
 
     @override
     def evaluate(self, ddf: Tensor, pull: Tensor | None, weight: float) -> Tensor:
+        """One minus the mean soft Dice of a pair, and the smoothed push of all borders."""
         loss = ddf.new_zeros(len(ddf))
         push = None if pull is None else torch.zeros_like(pull)
         for label, box in zip(self.soft, self._boxes(ddf), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane
+from monai_lm.fields.space import Grid, fixed_to_moving, from_space, out_of_plane, share_inside, to_voxel
 from monai_lm.io import read_affine, read_ddf, read_points
 from monai_lm.io.nifti import open_nifti
-from monai_lm.io.volumes import load_volume
+from monai_lm.io.volumes import load_volume, says_edges
 from monai_lm.similarity.weighted import continued
 from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_shown, checked_mask
 
-__all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points"]
+__all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points", "unmeasured"]
 
 
 class Image:
@@ -36,6 +37,7 @@ class Image:
         data: ``(1, 1, *S)`` float32; of labels int32, or int64 for labels from 2³¹ on.
         grid: voxel counts and voxel-to-RAS affine; in 2D the axis that the image lacks comes last in that.
         is_label: whether it holds labels.
+        is_measured: whether the file says how long the edges of a voxel are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,6 +56,7 @@ class Image:
         thick, affine = _axes(shape, affine)
         values = values.reshape([shape[axis] for axis in thick])
         self.path, self.is_label, self.grid = Path(path), label, Grid(values.shape, affine)
+        self.is_measured = says_edges(path)
         self.data = torch.from_numpy(_labels(path, values) if label else values.astype(np.float32))[None, None]
 
 
@@ -261,15 +264,65 @@ def load_pair(
     if points and landmarks and landmarks[0].shape != landmarks[1].shape:
         counts = [len(p) for p in landmarks]
         raise ValueError(f"{points[0]} and {points[1]} must hold as many points, got {counts[0]} and {counts[1]}")
+    for role, path, found, image in zip(("fixed", "moving"), points or (), landmarks or (), (f, m), strict=False):
+        _check_inside(f"{role}_points {path}", found, image)
     initial = None if affine is None else read_affine(affine, n)
-    soft = (Probabilities(soft_labels[0]), Probabilities(soft_labels[1])) if soft_labels else None
-    found = [tuple(maps.data.shape[1:]) for maps in soft or ()]
-    if soft and (found[0][0] != found[1][0] or any(len(shape) != n + 1 for shape in found)):
-        raise ValueError(
-            f"{soft[0].path} and {soft[1].path} must hold as many labels each, in {n}D as the images, got (K, *S) "
-            f"{found[0]} and {found[1]}"
-        )
+    soft = _soft_labels(soft_labels, (f, m)) if soft_labels else None
     return Pair(f, m, initial, maps, landmarks, weights[0], weights[1], lesions[0], lesions[1], soft)
+
+
+def unmeasured(fixed: Image, moving: Image) -> str:
+    """What to know of images whose files do not say how long their voxels are; empty where both do."""
+    silent = [image for image in (fixed, moving) if not image.is_measured]
+    names = " and ".join(dict.fromkeys(image.path.name for image in silent))
+    if len(silent) == 2:
+        return (
+            f"No size of a voxel is known of {names}. It counts as 1 mm: millimetres are voxels here. A file that has "
+            "its resolution, as TIFF can, tells it."
+        )
+    if silent:
+        other = moving if silent[0] is fixed else fixed
+        return (
+            f"No size of a voxel is known of {names}. It counts as 1 mm, beside {other.path.name}, which has "
+            f"{_told(other.grid)}. Unless that is so, store it with its resolution, as TIFF can."
+        )
+    return ""
+
+
+def _soft_labels(
+    paths: tuple[str | Path, str | Path], images: tuple[Image, Image]
+) -> tuple[Probabilities, Probabilities]:
+    """Probability maps of two images; ValueError if one does not reach its image, or for other labels in the one."""
+    soft = Probabilities(paths[0]), Probabilities(paths[1])
+    for role, maps, image in zip(("fixed", "moving"), soft, images, strict=True):
+        here, there = maps.grid, image.grid
+        grids = f"{maps.path} has {_told(here)}, {image.path} {_told(there)}"
+        if len(here.size) != len(there.size):
+            raise ValueError(f"{role}_soft_labels must have as many axes as {role}: {grids}")
+        still = torch.zeros(1, len(there.size), *there.size)
+        if share_inside(Between(there, here).whole(still), here.size) == 0:
+            raise ValueError(
+                f"{role}_soft_labels must lie where {role} does, no voxel of the one is in the other: {grids}, "
+                f"affines\n{here.affine}\nand\n{there.affine}\n(saved without the one of their image?)"
+            )
+        if here.size == there.size and not here.is_close(there):
+            warnings.warn(
+                f"{role}_soft_labels have as many voxels as {role}, but lie elsewhere: {grids}; saved without the "
+                "affine of their image, they would",
+                stacklevel=4,
+            )
+    counts = [maps.data.shape[1] for maps in soft]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"fixed_soft_labels and moving_soft_labels must hold as many labels, a volume for each, got {counts[0]} in "
+            f"{soft[0].path} and {counts[1]} in {soft[1].path}"
+        )
+    return soft
+
+
+def _told(grid: Grid) -> str:
+    size, edges = ("×".join(f"{value:.4g}" for value in values) for values in (grid.size, grid.spacing))
+    return f"{size} voxels of {edges} mm"
 
 
 def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None:
@@ -288,6 +341,18 @@ def _check_planes(fixed: Image, moving: Image, given: Mapping[str, Any]) -> None
                 f"{fixed.path} and {moving.path} must lie in parallel planes, got {angle:.0f} degrees between them; "
                 "store both with the affine of one plane, such as np.diag([dx, dy, 1, 1])"
             )
+
+
+def _check_inside(name: str, points: Tensor, image: Image) -> None:
+    """Warn if most points ``(N, n)`` in RAS millimetres lie outside of their image: then they hardly are in RAS."""
+    voxels = to_voxel(points, image.grid.affine)
+    inside = ((voxels > -1) & (voxels < voxels.new_tensor(image.grid.size))).all(1)
+    if 2 * (out := int((~inside).sum())) > len(points):
+        warnings.warn(
+            f"{name}: {out} of {len(points)} lie outside of {image.path}, taken as RAS millimetres (of LPS if "
+            "their file says that): are they voxels?",
+            stacklevel=4,
+        )
 
 
 def load_points(path: str | Path, n: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from monai_lm.io.content import check_file
 
-__all__ = ["PICTURE_SUFFIXES", "load_picture"]
+__all__ = ["PICTURE_SUFFIXES", "load_picture", "says_resolution"]
 
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -50,25 +50,29 @@ def load_picture(path: str | Path, label: bool = False) -> tuple[np.ndarray, np.
         values = np.asarray(image.convert("RGB"), np.float32) @ np.array(_GREY, np.float32)
     else:
         values = np.asarray(image.convert("L") if image.mode in ("1", "LA") else image, np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path} must be finite, got {int((~np.isfinite(values)).sum())} NaN or infinite values")
-    width, height = _edges(image)
+    width, height = (25.4 / count if count > 0 else 1.0 for count in _per_inch(image))
     return np.ascontiguousarray(values.T)[:, :, None], np.diag([-width, -height, 1.0, 1.0])
 
 
-def _edges(image: Any) -> tuple[float, float]:
-    """Of a pixel, in millimetres, as ITK has them."""
+def says_resolution(path: str | Path) -> bool:
+    """Whether a picture says how wide and high its pixels are; its errors are those of :func:`load_picture`."""
+    check_file(path)
+    return min(_per_inch(_opened(path, header=True))) > 0
+
+
+def _per_inch(image: Any) -> tuple[float, float]:
+    """Pixels along the width and the height, as ITK has them; 0 where the file does not say it."""
     per_inch = (0, 0)
     if image.format == "TIFF" and _RESOLUTION in image.tag_v2:
         per_inch = image.info.get("dpi", per_inch)
     elif image.format == "JPEG" and image.info.get("jfif_unit") == 1:
         per_inch = image.info["jfif_density"]
-    width, height = (25.4 / float(count) if float(count) > 0 else 1.0 for count in per_inch)
+    width, height = (float(count) for count in per_inch)
     return width, height
 
 
-def _opened(path: str | Path) -> Any:
-    """A picture of Pillow's, read to its end."""
+def _opened(path: str | Path, header: bool = False) -> Any:
+    """A picture of Pillow's, read to its end, or its ``header`` alone."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -77,7 +81,8 @@ def _opened(path: str | Path) -> Any:
         with Image.open(path, formats=("PNG", "TIFF", "JPEG")) as image:
             if (count := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"{path} must hold one picture, got {count}")
-            image.load()
+            if not header:
+                image.load()
             return image
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path} must be a whole PNG, TIFF or JPEG picture, got {error}") from error

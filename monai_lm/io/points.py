@@ -1,10 +1,12 @@
-"""Landmarks in files: lines of coordinates, Slicer's markups, VTK's points."""
+"""Landmarks in files: tables of coordinates, Slicer's markups, VTK's points."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,35 @@ from monai_lm.io.content import check_file
 
 __all__ = ["POINT_SUFFIXES", "read_points"]
 
+_VOXELS = "voxel", "pixel", "index"
+_OUT = (
+    "voxels, as DIR-Lab's, which count from 1, and Learn2Reg's, become RAS millimetres by "
+    "nibabel.affines.apply_affine(image.affine, voxels)"
+)
+_COMMAS = "numbers with a decimal comma need semicolons or tabs between them"
+_STATED = "'x_ras y_ras z_ras' or 'x_lps y_lps z_lps'"
+
 _SYSTEMS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
+
+_WAYS = ("", "xyz", ""), ("ras", "ras", ""), ("lps", "lps", ""), ("ras", "xyz", "ras"), ("lps", "xyz", "lps")
+_NAMED = [
+    (f"{before}{letter}{after}", system, axis)
+    for system, letters, end in _WAYS
+    for axis, letter in enumerate(letters)
+    for before in ("", "pos", "position", "coord", "coordinate")
+    for after in (end, f"{end}mm")
+]
+"""Names of columns, their letters alone, and of which system, if they say it, and axis they are."""
 
 
 def read_points(path: str | Path) -> np.ndarray:
     """Landmarks ``(N, n)`` in RAS millimetres, float64.
 
-    ``.csv``: a line per point, after a header or not, in RAS millimetres; in LPS millimetres if the header says so, as
-    ``l,p,s``, ``x_lps,y_lps,z_lps`` or ANTs' ``x,y,z,t`` (further columns are left out).
+    ``.csv`` and ``.tsv``: a line per point, after a header or not, in RAS millimetres; in LPS millimetres if the header
+    says so, as ``l,p,s``, ``x_lps,y_lps,z_lps`` or ANTs' ``x,y,z,t``. Columns beside the coordinates are left out: a
+    header names those (``id,x,y,z``); without one, columns of words are none. Between columns are commas, semicolons or
+    tabs; after semicolons and tabs numbers may have a decimal comma. ``.txt`` likewise, or with blanks between columns,
+    but its header must say the system (``x_ras y_ras z_ras``): such files often hold voxels.
     Slicer's ``.fcsv`` and ``.mrk.json``, in the coordinate system that they say (LPS or RAS). Legacy ``.vtk`` in ASCII,
     whose second line says ``SPACE=LPS`` or ``SPACE=RAS``, as Slicer writes it.
 
@@ -57,19 +80,92 @@ def read_points(path: str | Path) -> np.ndarray:
 _Rows = Sequence[Sequence[Any]]
 
 
-def _csv(path: Path, text: str) -> tuple[str, _Rows]:
-    header = [re.sub(r"[^a-z]", "", word.lower()) for word in text.lstrip().split("\n", 1)[0].split(",")]
-    if header[:4] == ["x", "y", "z", "t"]:  # ANTs'
-        return "LPS", _fields(text, slice(3))
-    if header[:2] == ["i", "j"] or any(word in name for name in header for word in ("voxel", "pixel", "index")):
-        raise ValueError(f"{path} must hold points in millimetres, got the header {','.join(header)!r}, of voxels")
-    in_lps = header[:2] == ["l", "p"] or all(name.endswith("lps") for name in header[:2])
-    return "LPS" if in_lps else "RAS", _fields(text, slice(None))
+def _csv(path: Path, text: str, stated: bool = False) -> tuple[str, _Rows]:
+    """Points of a table; where it must be ``stated``, only of one whose header says the coordinate system."""
+    names, rows = _table(path, text)
+    letters, header = [re.sub(r"[^a-z]", "", name.lower()) for name in names], ",".join(names)
+    if {"i", "j"} <= set(letters) or any(word in name for name in letters for word in _VOXELS if name != "index"):
+        raise ValueError(f"{path} must hold points in millimetres, got the header {header!r}, of voxels; {_OUT}")
+    system, columns = _coordinates(path, letters)
+    if not system and len(told := _told(text)) == 1:
+        system = told.pop()
+    if stated and rows and not system:
+        raise ValueError(
+            f"{path} must say in its first line of which system its millimetres are, as {_STATED}, got "
+            f"{' '.join(names or rows[0])!r}; {_OUT}"
+        )
+    if not columns:
+        columns = _unnamed(path, header, rows)
+    elif longer := [k for k, row in enumerate(rows) if any(row[len(names) :])]:
+        raise ValueError(
+            f"{path} must have the columns that its header names, {header!r}, got more in the points {longer[:10]}, "
+            f"from 0; {_COMMAS}"
+        )
+    picked = [[row[k] for k in columns if k < len(row)] for row in rows]
+    if not any("." in value for row in picked for value in row):
+        picked = [[value.replace(",", ".") for value in row] for row in picked]
+    return "LPS" if letters[:4] == ["x", "y", "z", "t"] else system or "RAS", picked
+
+
+def _told(text: str) -> set[str]:
+    """The coordinate systems that a first line, if it is a comment, speaks of."""
+    first = text.lstrip().partition("\n")[0]
+    return {"LPS", "RAS"} & set(re.findall("[A-Z]+", first.upper())) if first.startswith("#") else set()
+
+
+def _table(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
+    """The names of columns in the first line, a comment or not, if it has any, and what is in the columns, as text."""
+    lines = [line.strip(" \r") for line in text.splitlines() if line.strip()]
+    content = [line for line in lines if not line.startswith("#")]
+    if not content:
+        return [], []
+    separator = next((mark for mark in ";\t," if mark in content[0]), None)
+
+    def cells(some: list[str]) -> list[list[str]]:
+        """What is between separators, or blanks."""
+        found = csv.reader(some, delimiter=separator, skipinitialspace=True) if separator else map(str.split, some)
+        return [[value.strip() for value in row] for row in found]
+
+    try:
+        rows, said = cells(content), cells([lines[0].lstrip("# ")])[0] if lines[0].startswith("#") else []
+    except csv.Error as error:
+        raise ValueError(f"{path} must hold points, got a broken table: {error}") from error
+    if rows and not any(_numeric(value) for value in rows[0]):
+        said = rows.pop(0)
+    return said, rows
+
+
+def _coordinates(path: Path, letters: Sequence[str]) -> tuple[str, list[int]]:
+    """The system that names of columns, letters alone, say, if they do, and where the coordinates are among them."""
+    found: dict[str, dict[int, int]] = {}
+    for column, letter in enumerate(letters):
+        for _, system, axis in (known for known in _NAMED if known[0] == letter):
+            if found.setdefault(system, {}).setdefault(axis, column) != column:
+                raise ValueError(f"{path} must name every coordinate once, got the columns {','.join(letters)!r}")
+    whole = {system: axes for system, axes in found.items() if {0, 1} <= set(axes)}
+    if len(whole) > 1:
+        raise ValueError(f"{path} must be in one coordinate system, got the columns {','.join(letters)!r}")
+    for system, axes in whole.items():
+        return system.upper(), [axes[axis] for axis in sorted(axes)]
+    return "", []
+
+
+def _unnamed(path: Path, header: str, rows: _Rows) -> list[int]:
+    """Where coordinates are that no name tells: all columns, two or three, that are not empty or words in every row."""
+    values = [[row[k] for row in rows if k < len(row)] for k in range(max(map(len, rows), default=0))]
+    columns = [k for k, column in enumerate(values) if any(map(_may_be_number, column))]
+    if len(columns) > 3:
+        raise ValueError(
+            f"{path} must hold points of 2 or 3 coordinates, or name them in a header, as id,x,y,z, got {len(columns)} "
+            f"columns{header and f' under the header {header!r}'}; {_COMMAS}"
+        )
+    return columns
 
 
 def _fcsv(path: Path, text: str) -> tuple[str, _Rows]:  # noqa: ARG001
     said = re.search(r"^# CoordinateSystem\s*=\s*(\S+)", text, re.MULTILINE)
-    return said[1] if said else "", _fields(text, slice(1, 4))
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return said[1] if said else "", [line.split(",")[1:4] for line in lines]
 
 
 def _markups(path: Path, text: str) -> tuple[str, _Rows]:
@@ -103,24 +199,22 @@ def _vtk(path: Path, text: str) -> tuple[str, _Rows]:
     return said[1] if said else "", [values[3 * i : 3 * i + 3] for i in range(count)]
 
 
-def _fields(text: str, columns: slice) -> _Rows:
-    """What lies between commas, without comments and without a header."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    rows = [line.split(",")[columns] for line in lines if not line.startswith("#")]
-    return rows[1:] if rows and not any(_numeric(value) for value in rows[0]) else rows
-
-
 def _numeric(value: str) -> bool:
     try:
-        float(value)
+        float(value.replace(",", "."))
     except ValueError:
         return False
     return True
 
 
+def _may_be_number(value: str) -> bool:
+    """Whether a value is a number, or was meant to be one: it is not empty and no word."""
+    return _numeric(value) or (bool(value) and not any(letter.isalpha() for letter in value))
+
+
 _READERS: dict[str, Callable[[Path, str], tuple[str, _Rows]]] = {
-    ".csv": _csv, ".fcsv": _fcsv, ".mrk.json": _markups, ".vtk": _vtk,
+    ".csv": _csv, ".tsv": _csv, ".txt": partial(_csv, stated=True), ".fcsv": _fcsv, ".mrk.json": _markups, ".vtk": _vtk,
 }  # fmt: skip
 
 POINT_SUFFIXES = tuple(_READERS)
-"""How the names of files with points end."""
+"""How the names of files with points end; that of affines, too, may end in ``.txt``."""

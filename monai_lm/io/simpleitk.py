@@ -21,6 +21,7 @@ __all__ = [
     "itk_grid",
     "load_itk",
     "reader_of",
+    "says_spacing",
     "simpleitk",
     "vector_image",
 ]
@@ -29,6 +30,9 @@ IMAGE_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 """Files of images and of fields that are read here."""
 
 _DEFLATED = re.compile(rb"CompressedDataSize\s*=\s*(\d+)", re.IGNORECASE)
+_HEADER = 2**16
+"""Bytes that a header is looked for in."""
+
 _FLIP = np.array([-1.0, -1.0, 1.0])
 
 
@@ -108,6 +112,17 @@ def load_itk(path: str | Path, finite: bool = True) -> tuple[np.ndarray, np.ndar
     if finite and not np.isfinite(data).all():
         raise ValueError(f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values")
     return data if n == 3 else np.expand_dims(data, 2), grid_of(str(path), image).affine
+
+
+def says_spacing(path: str | Path) -> bool:
+    """Whether the header of MetaImage or NRRD has the edges of a voxel; ITK takes 1 where it has not."""
+    with Path(path).open("rb") as file:
+        content = file.read(_HEADER)
+    if reader_of(path) == "NrrdImageIO":
+        header, said = content.partition(b"\n\n")[0], rb"^(spacings|space directions):"
+    else:
+        header, said = content.partition(b"ElementDataFile")[0], rb"^(ElementSpacing|ElementSize)\s*="
+    return re.search(said, header, re.MULTILINE) is not None
 
 
 def _check_head(path: str | Path) -> None:

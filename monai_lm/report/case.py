@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Case:
         initial: what the moving image is before any field, as a heading.
         aligned: what was found by a linear alignment before, in words, or None.
         uncertainty: how far the refined field may be off, ``(1, 1, *S)`` in millimetres, or None.
+        notes: remarks that say nothing against the field, by short names.
     """
 
     fixed: Tensor
@@ -60,6 +61,7 @@ class Case:
     initial: str = "not registered"
     aligned: str | None = None
     uncertainty: Tensor | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def start(self) -> Tensor:
@@ -98,8 +100,12 @@ def checked_case(
     initial: str = "not registered",
     aligned: str | None = None,
     uncertainty: Tensor | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Case:
-    """Everything checked once, on the CPU in float32; arguments and errors of :func:`monai_lm.report.write_report`."""
+    """Everything checked once, on the CPU in float32; arguments and errors of :func:`monai_lm.report.write_report`.
+
+    ``notes`` are those of the :class:`Case`.
+    """
     images = [plain(name, image).cpu() for name, image in (("fixed", fixed), ("moving", moving))]
     check_images(*images)
     if len(images[0]) != 1:
@@ -145,6 +151,7 @@ def checked_case(
         initial=initial,
         aligned=aligned,
         uncertainty=uncertainty,
+        notes=dict(notes or {}),
     )
 
 

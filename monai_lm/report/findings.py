@@ -123,7 +123,7 @@ class Assessment:
         after: values of the refined field.
         evidence: on the refined field.
         agreement_before: :func:`~monai_lm.report.evidence.agreement` of the images at the start.
-        remarks: a short name of each condition that holds, and a sentence.
+        remarks: a short name of each condition that holds, and a sentence; the notes of the case last.
         state: ``"good"``, ``"check"`` or ``"bad"``.
         outcome: ``"improved"``, ``"no improvement"``, ``"suspicious"`` or ``"folded"``.
         headline: the first sentence of the report.
@@ -169,8 +169,8 @@ def assess(case: Case) -> Assessment:
         )
     if start > ALIKE and set(remarks) == {"similarity"}:
         text = f"The images matched already, they explain {start:.2f} of each other. {_kept(case)}"
-        return Assessment(before, after, evidence, start, {}, "good", "no improvement", text)
-    return Assessment(before, after, evidence, start, remarks, *verdict(case, remarks))
+        return Assessment(before, after, evidence, start, dict(case.notes), "good", "no improvement", text)
+    return Assessment(before, after, evidence, start, remarks | dict(case.notes), *verdict(case, remarks))
 
 
 def _misalignment(case: Case) -> tuple[float, float]:
@@ -189,10 +189,13 @@ def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
     missed = doubted or strained or evidence.centred < CENTRED[evidence.witness]
     if not (distance > LARGE_MISALIGNMENT * longest and missed):
         return {}
+    way_out = "Align them first (--affine auto, monai_lm.align), or start from a better field."
+    if case.aligned:
+        way_out = "Their alignment did not suffice: give an affine of another program, or start from a better field."
     return {
         "misaligned": f"Large initial misalignment: at the start the centres of the two images were {distance:.1f} mm "
         f"apart ({100 * distance / longest:.0f} % of the longest edge), and it does not look as if the field had "
-        "brought them together. Align them first (--affine auto, monai_lm.align), or start from a better field."
+        f"brought them together. {way_out}"
     }
 
 
@@ -207,7 +210,7 @@ def _cut_short(case: Case) -> dict[str, str]:
     )
     return {
         "iterations": f"The iterations ran out while the images still got more alike: {late}. Allow more iterations, "
-        "or start from a better field (--affine auto)."
+        f"or start from {'a better field' if case.aligned else 'a better field (--affine auto)'}."
     }
 
 

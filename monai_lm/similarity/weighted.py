@@ -223,12 +223,14 @@ def shown(image: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
     return continued(image, seen if hidden is None else seen & (hidden == 0))
 
 
-def filled(image: Tensor, mask: Tensor) -> Tensor:
+def filled(image: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
     """An image ``(B, C, *S)`` :func:`continued` into the holes of a mask ``(B, 1, *S)``, and as it is outside of it.
 
-    For what looks at whole images, and knows what is around an organ, as a network does.
+    It is continued, too, into what shall be ``hidden`` ``(B, 1, *S)``. For what looks at whole images, and knows what
+    is around an organ, as a network does.
     """
-    return continued(image, (mask > 0) | _outside(mask > 0))
+    seen = (mask > 0) | _outside(mask > 0)
+    return continued(image, seen if hidden is None else seen & (hidden == 0))
 
 
 def _outside(counts: Tensor) -> Tensor:

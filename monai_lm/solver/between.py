@@ -103,7 +103,12 @@ class Between:
         fields = [self.whole(self._still(moving)), *([] if ddf is None else [ddf])]
         if all(share_inside(field, self.moving.size) == 0 for field in fields):
             raise ValueError(
-                f"{names[0]} and {names[1]} must overlap, no voxel of the one lies in the other; pass an affine"
+                f"{names[0]} and {names[1]} must overlap, no voxel of the one lies in the other; "
+                + (
+                    "pass an affine"
+                    if self.initial is None
+                    else f"the affine must lead from points of {names[0]} to those of {names[1]}"
+                )
             )
         return predicted, self.brought(moving)
 

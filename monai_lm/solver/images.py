@@ -81,7 +81,9 @@ def normal(tensor: Tensor) -> Tensor:
 
 
 def constant_pairs(images: tuple[Tensor, Tensor], masks: Masks, kinds: Sequence[torch.dtype]) -> Tensor:
-    """Pairs of which an image has one value only, or inside its mask, ``(B,)``, with a warning.
+    """Pairs of which an image has one value only, or where its mask leaves it, ``(B,)``, with a warning.
+
+    The moving image is judged on the fixed grid, where the two overlap: it may have been brought there.
 
     Another one names images of few values, because they lie too far from zero for the types ``kinds`` they came in.
     """
@@ -94,11 +96,13 @@ def constant_pairs(images: tuple[Tensor, Tensor], masks: Masks, kinds: Sequence[
         found.append((high.amax(1) == low.amin(1), far, low))
     told = torch.stack([row for same, far, _ in found for row in (same, far.any(1))]).tolist()
     for k, (name, mask, kind) in enumerate(zip(("fixed", "moving"), masks, kinds, strict=True)):
-        where = "" if mask is None else " inside its mask"
+        where = "" if mask is None else " where masks and lesions leave it"
         still, coarse = ([number for number, yes in enumerate(row) if yes] for row in told[2 * k : 2 * k + 2])
         if still:
+            on = " on the grid of fixed" if name == "moving" else ""
+            hint = ". What it shows may lie elsewhere: do the images overlap?" if on else ""
             warnings.warn(
-                f"{name} is constant{where} in pairs {still}; their field is returned unchanged", stacklevel=3
+                f"{name} is constant{on}{where} in pairs {still}; their field is returned unchanged{hint}", stacklevel=3
             )
         if coarse:
             offset = float(found[k][2][found[k][1]][0])

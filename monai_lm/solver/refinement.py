@@ -46,7 +46,15 @@ from monai_lm.solver.regularizer import Regularizer, make_regularizer
 from monai_lm.solver.rehearsal import rehearse
 from monai_lm.solver.result import Iteration, Record, RefinementResult
 from monai_lm.solver.run import Problem, Settings, descend, engine_of
-from monai_lm.solver.schedule import Measure, Stage, check_schedule, make_schedule, reduced
+from monai_lm.solver.schedule import (
+    DAMPING,
+    SMOOTH_GRADIENT,
+    Measure,
+    Stage,
+    check_schedule,
+    make_schedule,
+    reduced,
+)
 from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
 
@@ -83,12 +91,12 @@ def refine(
     scales: str | Sequence[float] = "auto",
     iterations: str | int | Sequence[int] = "auto",
     step: float = 0.5,
-    damping: float | Sequence[float] = (0.1, 0.1, 0.3, 1.0),
+    damping: float | Sequence[float] = DAMPING,
     descent: str | Descent = "lm",
     control: str | Damping = "simple",
     acceptance: str | Acceptance = "always",
     window: int = 1,
-    smooth_gradient: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
+    smooth_gradient: float | Sequence[float] = SMOOTH_GRADIENT,
     smooth_residual: str | float | Smoothing = 0.6,
     regularizer: str | Regularizer | None = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
@@ -138,7 +146,8 @@ def refine(
         iterations: most iterations per level; ``"auto"`` is 100-100-50-25 for scales 8-4-2-1.
         step: largest displacement per iteration, in voxels of the level's finest axis.
         damping: δ, the initial damping relative to the typical squared gradient. A sequence gives it per level, coarse
-            to fine, aligned at the finest level, here and below.
+            to fine, here and below. Of more values than levels the first ones are left out with automatic ``scales``,
+            and refused with others, but for those of the default.
         descent: ``"lm"``; ``"stateless"``, gradient descent that keeps nothing and wants ``control="constant"`` and a
             ``step`` of 1; or a :class:`~monai_lm.solver.descent.Descent`.
         control: rule for the damping: ``"simple"``, ``"trust_region"`` or ``"constant"``, or a

@@ -14,10 +14,15 @@ from monai_lm.fields.finite import check_number
 from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
-__all__ = ["Measure", "Stage", "automatic_scales", "check_schedule", "make_schedule", "reduced"]
+__all__ = [
+    "DAMPING", "SMOOTH_GRADIENT", "Measure", "Stage", "automatic_scales", "check_schedule", "make_schedule", "reduced",
+]  # fmt: skip
 
 Measure: TypeAlias = str | Similarity | nn.Module
 """What :func:`monai_lm.similarity.get_similarity` takes."""
+
+DAMPING, SMOOTH_GRADIENT = (0.1, 0.1, 0.3, 1.0), (2.0, 2.0, 2.0, 1.0)
+"""Defaults for four levels, coarse to fine; for any fewer the fine end of them."""
 
 _COARSEST = 16  # voxels; automatic levels below half resolution shrink no axis to fewer
 
@@ -65,13 +70,15 @@ def make_schedule(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a value out of range, fewer values than levels, or more measures than levels that were given.
+        ValueError: a value out of range, fewer values than levels, or more values or measures than levels that were
+            given.
     """
     levels = _levels(scales, size, spacing, predicted)
-    counts = _iterations(iterations, [level.scale for level in levels])
-    dampings = _per_level("damping", damping, len(levels), 0, exclusive=True)
-    sigmas = _per_level("smooth_gradient", smooth_gradient, len(levels), 0, exclusive=False)
-    measures = _measures(similarity, [level.scale for level in levels], cut=isinstance(scales, str))
+    given, cut = [level.scale for level in levels], isinstance(scales, str)
+    counts = _iterations(iterations, given)
+    dampings = _per_level("damping", damping, given, cut or _is(damping, DAMPING), exclusive=True)
+    sigmas = _per_level("smooth_gradient", smooth_gradient, given, cut or _is(smooth_gradient, SMOOTH_GRADIENT))
+    measures = _measures(similarity, given, cut)
     return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
 
 
@@ -98,8 +105,8 @@ def check_schedule(how: Mapping[str, Any]) -> None:
     scales = given or [1.0] * (len(iterations) if counted else 1)
     _iterations(iterations, scales)
     _measures(how["similarity"], scales, cut=given is None)
-    for name in ("damping", "smooth_gradient"):
-        _per_level(name, how[name], len(given or [1.0]), 0, exclusive=name == "damping")
+    for name, usual in (("damping", DAMPING), ("smooth_gradient", SMOOTH_GRADIENT)):
+        _per_level(name, how[name], given or [1.0], given is None or _is(how[name], usual), name == "damping")
 
 
 def automatic_scales(size: Sequence[int], spacing: Sequence[float], predicted: bool) -> tuple[int, ...]:
@@ -174,18 +181,31 @@ def _iterations(iterations: str | int | Sequence[int], scales: list[float]) -> l
     return counts
 
 
-def _per_level(name: str, value: float | Sequence[float], levels: int, minimum: float, exclusive: bool) -> list[float]:
-    """Spread a setting over the levels, coarse to fine; of a longer sequence the fine end is used.
+def _is(value: float | Sequence[float], default: tuple[float, ...]) -> bool:
+    """Whether a setting has the values of a default, perhaps as another kind of sequence."""
+    return isinstance(value, Iterable) and tuple(value) == default
+
+
+def _per_level(
+    name: str, value: float | Sequence[float], scales: list[float], cut: bool, exclusive: bool = False
+) -> list[float]:
+    """Spread a setting over the levels, coarse to fine; of a longer sequence, if it may be cut, the fine end is used.
 
     Raises:
-        ValueError: a value out of range, or fewer values than levels.
+        ValueError: a value below zero, or of zero where that is ``exclusive``, fewer values than levels, or more.
     """
+    levels = len(scales)
     if isinstance(value, str) or not isinstance(value, Iterable):
-        check_number(name, value, minimum, exclusive)
+        check_number(name, value, 0, exclusive)
         return [float(value)] * levels
     values = list(value)
     for v in values:
-        check_number(name, v, minimum, exclusive)
+        check_number(name, v, 0, exclusive)
     if len(values) < levels:
         raise ValueError(f"{name} must be one number or at least one per level ({levels}), got {len(values)}")
+    if len(values) > levels and not cut:
+        raise ValueError(
+            f"{name} must be one number or one per level, {levels} for scales {scales}, got {len(values)}; leave "
+            f"out the first {len(values) - levels}, of coarser levels"
+        )
     return [float(v) for v in values[len(values) - levels :]]

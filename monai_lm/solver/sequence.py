@@ -54,7 +54,10 @@ def refine_sequence(
         raise ValueError(f"reference must be one of the {count} frames, from 0, got {reference}")
     seen = [k for k in range(count) if mask is None or k != reference % count]  # a mask hides what is under its zeros
     if bad := [k for k in seen if not bool(torch.isfinite(frames[k]).all())]:
-        raise ValueError(f"frames must be finite, got NaN or infinite values in the frames {bad} of {count}, from 0")
+        raise ValueError(
+            f"frames must be finite, got NaN or infinite values in the frames {bad} of {count}, from 0; "
+            "leave them out, or make zeros of a background of NaN by frames.nan_to_num(0)"
+        )
     return _results(frames, reference % count, mask, settings)
 
 

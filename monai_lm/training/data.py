@@ -253,10 +253,14 @@ class PairDataset(Dataset):
 
 def read_points(path: str, stored: str, image: MetaTensor) -> torch.Tensor:
     """Landmarks ``(N, n)`` in voxels of an image, from a file of voxel coordinates of the image as ``stored``."""
-    points = np.loadtxt(path, delimiter=",", ndmin=2)
     n = image.dim() - 1
+    expected = f"must be lines of {n} numbers between commas, voxels without a header,"
+    try:
+        points = np.loadtxt(path, delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: {expected} got others: {error}") from error
     if points.shape[1] != n or not np.isfinite(points).all():
-        raise ValueError(f"{path}: must be lines of {n} numbers, got shape {points.shape}")
+        raise ValueError(f"{path}: {expected} got shape {points.shape}")
     stored_image: Any = nib.load(stored)
     affine = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ stored_image.affine
     moved = np.pad(points, ((0, 0), (0, 3 - n))) @ affine[:3, :3].T + affine[:3, 3]

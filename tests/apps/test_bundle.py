@@ -191,24 +191,28 @@ def test_lesions_and_masks_reach_a_bundle_on_the_grids_it_compares(bundle, pair,
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_what_lies_in_holes_of_masks_does_not_reach_a_bundle(bundle, pair, marked, tmp_path, affine):
-    """Not the network, nor what resamples before it, nor the refinement; what is around a mask does."""
+@pytest.mark.parametrize("names", [("mask", "moving_mask"), ("lesion", "moving_lesion")])
+def test_what_lies_in_holes_of_masks_and_in_lesions_does_not_reach_a_bundle(
+    bundle, pair, marked, tmp_path, affine, names
+):
+    """Not the network, nor what resamples before it, nor the refinement; what is around does."""
     spacing = {"_target_": "Spacingd", "keys": KEYS, "pixdim": 1.1}
     change(bundle, preprocessing={"_target_": "Compose", "transforms": [*PLAIN[:2], spacing, CROP, PLAIN[2]]})
     script = bundle / "scripts" / "network.py"
     script.write_text(NETWORK.replace("self.shift.view", "(images.mean() * self.shift).view"))
     change(bundle, refine={"iterations": 3, "scales": [1]})
-    how = {"bundle": bundle, "report": False, "mask": tmp_path / "a.nii.gz", "moving_mask": tmp_path / "b.nii.gz"}
+    files = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"
+    how = {"bundle": bundle, "report": False, **dict(zip(names, files, strict=True))}
     if affine:
         np.savetxt(tmp_path / "affine.txt", np.eye(4) + 0.5 * np.eye(4, k=3))
         how["affine"] = tmp_path / "affine.txt"
     holes = [nib.load(path).get_fdata() > 0 for path in marked[0]]
-    for hole, file, space in zip(holes, (how["mask"], how["moving_mask"]), (FIXED, MOVING), strict=True):
-        counts = 1.0 - hole
+    for hole, file, space in zip(holes, files, (FIXED, MOVING), strict=True):
+        counts = np.where(hole, 0.0, 1.0) if "mask" in names else np.where(hole, 2.0, 0.0)
         counts[:2] = 0
         nib.save(nib.Nifti1Image(counts.astype(np.float32), space), file)
     fields = []
-    for k, (inside, around) in enumerate(((0.0, 0.0), (np.nan, 0.0), (0.0, 9.0))):
+    for k, (inside, around) in enumerate(((0.0, 0.0), (np.nan if "mask" in names else 50.0, 0.0), (0.0, 9.0))):
         for role, hole, space in zip(KEYS, holes, (FIXED, MOVING), strict=True):
             values = np.where(hole, inside, nib.load(pair[role]).get_fdata(dtype=np.float32))
             values[:2] = around
@@ -217,6 +221,13 @@ def test_what_lies_in_holes_of_masks_does_not_reach_a_bundle(bundle, pair, marke
         fields.append(nib.load(tmp_path / str(k) / "ddf.nii.gz").get_fdata())
     np.testing.assert_array_equal(fields[1], fields[0])
     assert np.abs(fields[2] - fields[0]).max() > 0.1
+
+
+def test_the_soft_labels_that_guide_a_bundle_are_in_its_record(bundle, pair, marked, tmp_path):
+    how = {"bundle": bundle, "report": False, "soft_labels": marked[0]}
+    for k, guide in enumerate((None, {"weight": 2.0})):
+        metrics = pairs.refine_pair(**pair, **how, guide=guide, output_dir=tmp_path / str(k))
+        assert metrics["provenance"]["refine"]["guidance"] == {"soft_labels": 1} | (guide or {})
 
 
 def test_a_mask_of_what_a_bundle_does_not_look_at_is_refused(bundle, pair, tmp_path):
@@ -245,6 +256,20 @@ def test_settings_replace_those_of_the_bundle(bundle, pair):
     assert len(result.history[0]) == 4
     with pytest.raises(ValueError, match=r"(?s)bundle .* cannot make its inferer: .*got \['steps'\]"):
         RegistrationBundle(bundle, settings={"steps": 3})
+
+
+def test_a_bundles_values_per_level_fit_fewer_levels_that_are_asked_for(bundle, pair):
+    """Those of the finest levels stay; values that were asked for, too, have to fit by themselves."""
+    change(bundle, refine={"iterations": 0, "damping": [9.0, 0.2, 0.7], "similarity": ["mi", "mse", "ncc"]})
+    registration = RegistrationBundle(bundle, settings={"scales": (2, 1)})
+    assert registration.inferer.refine | {"scales": 0} == {
+        "iterations": 0, "scales": 0, "damping": [0.2, 0.7], "similarity": ["mse", "ncc"]
+    }  # fmt: skip
+    whole = RegistrationBundle(bundle, settings={"scales": "auto"}).inferer.refine["damping"]
+    assert whole == [9.0, 0.2, 0.7]
+    registration = RegistrationBundle(bundle, settings={"scales": [1], "damping": [0.1, 0.2]})
+    with pytest.raises(ValueError, match=r"damping must be one number or one per level, 1 for scales \[1\], got 2"):
+        registration.register(**pair, grid=Grid((14, 13, 12), FIXED))
 
 
 def test_the_log_has_the_iterations_of_the_bundles_refinement(bundle, pair, tmp_path):

@@ -69,6 +69,7 @@ def test_soft_labels_of_files_guide(files, tmp_path, shape):
     before = next(k for k in metrics if k.startswith("dice") and k.endswith("_before"))
     assert metrics[before.replace("before", "after")] > 1.05 * metrics[before]
     assert {"fixed_soft_labels", "moving_soft_labels"} <= set(metrics["provenance"]["inputs"])
+    assert metrics["provenance"]["refine"]["guidance"] == {"weight": 50, "soft_labels": volumes}
 
 
 def test_soft_labels_that_are_none_are_named(files, tmp_path):
@@ -81,7 +82,7 @@ def test_soft_labels_that_are_none_are_named(files, tmp_path):
         nib.save(nib.Nifti1Image(values.astype(np.float32), FIXED), tmp_path / f"{name}.nii")
     one, two, logits = (tmp_path / f"{name}.nii" for name in ("one", "two", "logits"))
     with pytest.raises(
-        ValueError, match=r"one.nii and .*two.nii must hold as many labels each, .* \(1, 5, 5, 5\) and \(2"
+        ValueError, match=r"fixed_soft_labels and moving_soft_labels must .* got 1 in .*one.nii and 2 in .*two.nii"
     ):
         refine_pair(*images, tmp_path / "no", soft_labels=(one, two))
     with pytest.raises(ValueError, match=r"logits.nii must hold probabilities in \[0, 1\], got 3 to 3; a label map"):
@@ -92,6 +93,24 @@ def test_soft_labels_that_are_none_are_named(files, tmp_path):
         ValueError, match="uncertainty cannot be told together with fixed_soft_labels and moving_soft_la"
     ):
         refine_pair(*images, tmp_path / "no", soft_labels=(one, one), uncertainty=True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_soft_labels_that_are_not_where_their_image_is_are_named_with_both_grids(files, tmp_path):
+    images, here = (files["fixed"], files["moving"]), (files["fixed_label"], tmp_path / "soft.nii")
+    ball, how = nib.load(files["moving_label"]).get_fdata(dtype=np.float32), {"report": False, "settings": QUICK}
+    grids = r".*soft.nii has 22×21×20 voxels of 1×1×1 mm, .*moving.nii.gz 22×21×20 voxels of 1×1.2×1.6 mm"
+    far = np.eye(4)
+    far[:3, 3] = 500
+    nib.save(nib.Nifti1Image(ball, far), here[1])
+    with pytest.raises(ValueError, match=f"moving_soft_labels must lie where moving does, .*: {grids}"):
+        refine_pair(*images, tmp_path / "no", soft_labels=here, **how)
+    nib.save(nib.Nifti1Image(ball, np.eye(4)), here[1])
+    with pytest.warns(UserWarning, match=f"moving_soft_labels have as many voxels as moving, .* elsewhere: {grids}"):
+        refine_pair(*images, tmp_path / "no", soft_labels=here, dry_run=True, **how)
+    nib.save(nib.Nifti1Image(ball[..., 0], np.eye(4)), here[1])
+    with pytest.raises(ValueError, match=r"moving_soft_labels must have as many axes as moving: .* has 22×21 voxels"):
+        refine_pair(*images, tmp_path / "no", soft_labels=here, **how)
     assert not (tmp_path / "no").exists()
 
 

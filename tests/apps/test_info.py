@@ -69,6 +69,8 @@ def test_affines_points_and_transforms(tmp_path):
     assert (said["kind"], said["determinant"]) == ("affine", pytest.approx(2))
     (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n-1,5,0\n")
     assert describe_file(tmp_path / "p.csv")["lowest"] == "-1 2 0"
+    (tmp_path / "p.txt").write_text("id x_lps y_lps z_lps\n7 1 2 3\n8 -1 5 0\n")
+    assert describe_file(tmp_path / "p.txt")["highest"] == "1 -2 3"
     write_itk_transform(tmp_path / "u.h5", bump(), GRID, initial=turn)
     assert describe_file(tmp_path / "u.h5")["parts"] == "DisplacementFieldTransform, then AffineTransform"
 

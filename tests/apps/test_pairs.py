@@ -373,6 +373,14 @@ def test_metrics_json_says_what_it_is_of_and_what_to_think_of_it(pair, tmp_path)
     assert made_of["inputs"]["fixed"]["bytes"] == pair["fixed"].stat().st_size
 
 
+def test_an_image_that_shows_nothing_where_the_fixed_one_lies_is_not_called_constant_as_a_whole(pair, tmp_path):
+    values = np.zeros((80, 27, 20), np.float32)
+    values[60:] = np.random.default_rng(0).random((20, 27, 20))
+    moving = save(tmp_path / "beyond.nii.gz", values, MOVING)
+    with pytest.warns(UserWarning, match=r"moving is constant on the grid of fixed .* do the images overlap\?"):
+        refined(pair | {"moving": moving}, tmp_path / "out", labels=None, points=None)
+
+
 def test_noise_for_an_image_is_doubted(pair, tmp_path):
     noise = np.random.default_rng(0).standard_normal((26, 27, 20)).astype(np.float32)
     metrics = refined(
@@ -483,3 +491,27 @@ def test_an_affine_that_is_neither_a_file_nor_a_way_to_find_one_is_named(pair, t
         FileNotFoundError, match=r"affine must be a file or one of .*'rigid'.*, found no file similarity"
     ):
         refined(pair, tmp_path / "out", settings=QUICK, affine="similarity")
+
+
+def test_pictures_without_a_resolution_are_told_and_nothing_is_held_against_the_field(tmp_path):
+    pictures = pytest.importorskip("PIL.Image", reason="Pillow, of the report extra, is not installed")
+    values = (200 * gaussian_smooth(torch.rand(1, 1, 40, 48, generator=torch.Generator().manual_seed(0)), 2.0))[0, 0]
+    kinds = {"f.png": {}, "m.png": {}, "m.tif": {"dpi": (300, 300)}}
+    for name, options in kinds.items():
+        pictures.fromarray(values.roll(int(name[0] == "m"), 0).byte().numpy()).save(tmp_path / name, **options)
+    one = {"fixed": tmp_path / "f.png", "moving": tmp_path / "m.png", "report": True, "settings": QUICK}
+    metrics = pairs.refine_pair(**one, output_dir=tmp_path / "out")
+    assert metrics["remarks"].keys() == {"spacing"}
+    assert "of f.png and m.png. It counts as 1 mm: millimetres are voxels here" in metrics["remarks"]["spacing"]
+    assert metrics["verdict"] == "good"
+    assert 'data-warning="spacing"' in (tmp_path / "out" / "report.html").read_text()
+    assert pairs.refine_pair(**one, output_dir=tmp_path / "no", dry_run=True)["fixed"].endswith("1 x 1 mm, assumed")
+    beside = pairs.refine_pair(**one | {"moving": tmp_path / "m.tif"}, output_dir=tmp_path / "two")
+    told = r"of f.png. It counts as 1 mm, beside m.tif, which has 48×40 voxels of 0.08467×0.08467 mm"
+    assert told in beside["remarks"]["spacing"]
+    with pytest.warns(UserWarning, match="No size of a voxel is known of f.png and m.png"):
+        commands.evaluate_field(tmp_path / "out" / "ddf.nii.gz", one["fixed"], one["moving"])
+    both = pairs.refine_pair(
+        **one | {"fixed": tmp_path / "m.tif", "moving": tmp_path / "m.tif"}, output_dir=tmp_path / "3"
+    )
+    assert "spacing" not in both["remarks"]

@@ -191,3 +191,16 @@ def test_what_does_not_fit_together_is_refused(save, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_pair(image, moving, **extra)
+
+
+def test_landmarks_outside_of_their_image_are_told_as_voxels_taken_for_millimetres_are(save, tmp_path):
+    fixed = save("f.nii", np.arange(210).reshape(SIZE), np.diag([1.0, 1, 1, 1]) + 50 * np.eye(4, k=3))
+    voxels = np.array([[1.0, 2, 3], [4, 4, 4], [52, 3, 3]])
+    for name, x in (("voxels.csv", 0), ("mm.csv", 50)):
+        np.savetxt(tmp_path / name, voxels + np.array([x, 0, 0]), delimiter=",")
+    both = tmp_path / "mm.csv", tmp_path / "voxels.csv"
+    with pytest.warns(
+        UserWarning, match=r"^moving_points .*voxels.csv: 2 of 3 lie outside of .*: are they voxels\?"
+    ) as told:
+        load_pair(fixed, fixed, points=both)
+    assert len(told) == 1

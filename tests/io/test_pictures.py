@@ -33,6 +33,8 @@ def test_a_picture_lies_where_itk_has_it(tmp_path, name, options, edge):
     image = Image(save(tmp_path / name, COLORS, **options))
     assert image.grid.size == (30, 20)
     assert image.grid.spacing[0] == pytest.approx(edge)
+    assert image.is_measured == (edge != 1.0)
+    assert ("assumed" in describe_file(tmp_path / name)["spacing (mm)"]) == (edge == 1.0)
     sitk = pytest.importorskip("SimpleITK", reason="SimpleITK, of the itk extra, is not installed")
     theirs = sitk.ReadImage(str(tmp_path / name))
     assert image.grid.spacing[:2] == pytest.approx(theirs.GetSpacing())
@@ -78,7 +80,7 @@ def test_several_pictures_and_numbers_that_are_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"p.tif must hold one picture, got 3"):
         Image(tmp_path / "p.tif")
     save(tmp_path / "n.tif", np.full((5, 6), np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"n.tif must be finite, got 30 NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"n.tif must be finite, got 30 NaN or infinite values; np.nan_to_num makes"):
         Image(tmp_path / "n.tif")
 
 

@@ -20,6 +20,27 @@ def test_freesurfers_images(tmp_path, suffix, dtype):
     np.testing.assert_allclose(image.grid.affine, AFFINE, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".mgz", ".mha"])
+def test_what_is_not_finite_is_counted_and_has_a_remedy_that_works(tmp_path, suffix):
+    values, path = VALUES.astype(np.float32), tmp_path / f"i{suffix}"
+
+    def save():
+        if suffix == ".mha":
+            sitk = pytest.importorskip("SimpleITK")
+            sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+        else:
+            nib.save((nib.MGHImage if suffix == ".mgz" else nib.Nifti1Image)(values, AFFINE), path)
+
+    values[0, :2, 0] = np.nan
+    save()
+    for label, end in ((True, "$"), (False, r", and a mask \(fixed_mask, moving_mask\) of zeros there hides them")):
+        with pytest.raises(ValueError, match=f"must be finite, got 2 NaN .*; np.nan_to_num makes zeros of NaN{end}"):
+            Image(path, label)
+    values = np.nan_to_num(values)
+    save()
+    assert Image(path).data.isfinite().all()
+
+
 def test_broken_mgh_files_are_named(tmp_path):
     nib.save(nib.MGHImage(VALUES.astype(np.float32), AFFINE), tmp_path / "i.mgh")
     whole = (tmp_path / "i.mgh").read_bytes()
@@ -83,3 +104,25 @@ def test_labels_that_a_slope_breaks_are_refused_by_name(tmp_path, slope):
     with pytest.raises(ValueError, match=rf"l.nii must hold labels, .* stores them scaled by {slope} .*get_unscaled"):
         Image(path, label=True)
     assert Image(path).data.max() == pytest.approx(slope * VALUES.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_whether_a_file_says_how_long_its_voxels_are(tmp_path, suffix):
+    pytest.importorskip("SimpleITK")
+    if suffix == ".mha":
+        head, edges, end = (
+            "NDims = 3\nDimSize = 7 6 5\nElementType = MET_UCHAR\n",
+            "ElementSpacing = 1 1 2\n",
+            ("ElementDataFile = LOCAL\n"),
+        )
+    else:
+        head, edges, end = (
+            "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 7 6 5\n",
+            "spacings: 1 1 2\n",
+            "encoding: raw\n\n",
+        )
+    for said in ("", edges):
+        path = tmp_path / f"i{suffix}"
+        path.write_bytes((head + said + end).encode() + VALUES.astype(np.uint8).tobytes())
+        image = Image(path)
+        assert (image.is_measured, image.grid.spacing) == (bool(said), (1, 1, 2 if said else 1))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from monai_lm.report.evidence import Evidence
-from monai_lm.report.findings import Case, FieldMetrics, _far_apart, measure_field, verdict, warnings_of
+from monai_lm.report.findings import Case, FieldMetrics, _cut_short, _far_apart, measure_field, verdict, warnings_of
+from monai_lm.solver.result import Iteration
 
 
 @pytest.fixture
@@ -87,3 +88,13 @@ def test_images_far_apart_are_told_only_if_they_did_not_come_together(shifted):
         assert "--affine auto" in _far_apart(far, evidence, doubted)["misaligned"]
     assert _far_apart(far, replace(together, sdlogj=0.6, witness="mind"), doubted=False) == {}
     assert "misaligned" in _far_apart(far, together, doubted=True)
+    told = _far_apart(replace(far, aligned="Aligned first, by a shift."), together, doubted=True)["misaligned"]
+    assert "--affine auto" not in told
+    assert "give an affine of another program" in told
+
+
+def test_nobody_who_let_images_be_aligned_is_told_to_do_that_when_iterations_run_out(shifted):
+    falling = [[Iteration(1.0, 0.8 - 0.01 * k, 1.0, 0.0, True, 0.0) for k in range(20)]]
+    cut = replace(shifted, result=replace(shifted.result, history=falling))
+    assert _cut_short(cut)["iterations"].endswith("or start from a better field (--affine auto).")
+    assert _cut_short(replace(cut, aligned="Aligned."))["iterations"].endswith("or start from a better field.")

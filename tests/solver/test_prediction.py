@@ -190,8 +190,13 @@ def test_images_that_do_not_overlap_are_refused_before_the_work(written):
     far = FLAT.copy()
     far[0, 3] = 500
     nib.save(nib.Nifti1Image(nib.load(written / "moving.nii.gz").get_fdata().astype("f4"), far), written / "far.nii.gz")
-    with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel of the one lies in the other"):
+    with pytest.raises(ValueError, match=r"far.nii.gz must overlap, no voxel .* in the other; pass an affine"):
         pairs.refine_pair(written / "fixed.nii.gz", written / "far.nii.gz", written / "out_far")
+    np.savetxt(written / "away.txt", far)
+    with pytest.raises(ValueError, match=r"must overlap, .* in the other; the affine must lead from points of"):
+        pairs.refine_pair(
+            written / "fixed.nii.gz", written / "moving.nii.gz", written / "out_far", affine=written / "away.txt"
+        )
     assert not (written / "out_far").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 from monai_lm.similarity import LNCC, MI, MSE, NCC
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.refinement import check_keywords
-from monai_lm.solver.schedule import automatic_scales, make_schedule, reduced
+from monai_lm.solver.schedule import DAMPING, automatic_scales, make_schedule, reduced
 
 
 def refusal(kind, message):
@@ -57,7 +57,7 @@ def test_automatic_scales_do_not_depend_on_the_order_of_the_axes():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(2, [2.0, 2.0, 2.0]), (0.5, [0.5, 0.5, 0.5]), ((3, 2, 1), [3.0, 2.0, 1.0]), ([4, 3, 2, 1], [3.0, 2.0, 1.0])],
+    [(2, [2.0, 2.0, 2.0]), (0.5, [0.5, 0.5, 0.5]), ((3, 2, 1), [3.0, 2.0, 1.0]), ([*DAMPING], [0.1, 0.3, 1.0])],
 )
 def test_a_setting_is_spread_over_the_levels_from_the_fine_end(value, expected):
     assert dampings(value) == expected
@@ -96,6 +96,15 @@ def test_more_measures_than_levels_are_cut_where_levels_are_automatic_only():
 def test_measures_of_levels_that_are_none_are_refused(value, kind, message):
     with pytest.raises(kind, match=message):
         make_schedule((2, 1), "auto", 1.0, 1.0, value, (64, 64), (1.0, 1.0), False)
+
+
+def test_more_values_than_levels_are_cut_where_levels_are_automatic_only():
+    assert dampings([5, 4, 3, 2, 1], "auto") == [3.0, 2.0, 1.0]
+    message = "{} must be one number or one per level, 3 for scales [4, 2, 1], got 5; leave out the first 2, of coarser"
+    for name in ("damping", "smooth_gradient"):
+        given = {"damping": 1.0, "smooth_gradient": 1.0} | {name: [5, 4, 3, 2, 1]}
+        with refusal(ValueError, f"{message.format(name)} levels"):
+            make_schedule((4, 2, 1), "auto", *given.values(), "lncc", (64, 64), (1.0, 1.0), False)
 
 
 def test_too_few_values_for_the_levels_are_refused():
@@ -189,8 +198,8 @@ def test_settings_that_are_kept_are_checked_for_images_of_any_size(settings, kin
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"smooth_residual": "auto"}, {"iterations": (9, 9, 9)}, {"iterations": np.array([9, 9])}, {"similarity": ("mi", "mi", "lncc")},
-        {"damping": 1},
+        {}, {"smooth_residual": "auto"}, {"iterations": (9, 9, 9)}, {"iterations": np.array([9, 9])},
+        {"similarity": ("mi", "mi", "lncc")}, {"damping": 1},
     ],
 )  # fmt: skip
 def test_settings_that_fit_some_images_are_kept(settings):

@@ -56,7 +56,7 @@ def test_frames_come_from_the_reference_outwards(series):
             torch.stack([torch.full((1, 8, 8), value) for value in (0.0, float("nan"), 1.0, float("inf"))]),
             0,
             ValueError,
-            r"frames must be finite, got NaN or infinite values in the frames \[1, 3\] of 4, from 0",
+            r"frames must be finite, got NaN or infinite values in the frames \[1, 3\] of 4, from 0; leave them",
         ),
         (torch.zeros(3, 1, 8, 8), 1.0, TypeError, "reference must be a whole number"),
     ],

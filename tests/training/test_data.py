@@ -4,8 +4,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from monai_lm.training import PairDataModule
+from monai_lm.training.data import read_points
 from tests.gpu.pretend import Pretend
 
 
@@ -72,6 +74,15 @@ def test_landmarks_follow_their_image_onto_the_grid(cohort, tmp_path):
         torch.testing.assert_close(
             batch["fixed_points"][0], torch.tensor([[3.0, 4.5, 2.0], [0, 0, 0]]) + torch.tensor(shift)
         )
+
+
+@pytest.mark.parametrize("text", ["x,y,z\n1,2,3\n", "1;2;3\n", "1,2\n"])
+def test_landmarks_that_are_no_voxels_are_named(cohort, tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    stored = str(cohort / "images" / "s0.nii.gz")
+    image = MetaTensor(torch.zeros(1, 12, 14, 10))
+    with pytest.raises(ValueError, match=r"p.csv: must be lines of 3 numbers between commas, voxels without a header"):
+        read_points(str(tmp_path / "p.csv"), stored, image)
 
 
 @pytest.mark.parametrize(

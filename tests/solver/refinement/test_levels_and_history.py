@@ -123,8 +123,6 @@ def test_settings_per_level_are_aligned_at_the_finest():
     fixed, moving, _ = pair(FLAT)
     settings = {"scales": (2, 1), "iterations": (4, 3)}
     result = run(fixed, moving, damping=(0.3, 1.0), smooth_gradient=(2.0, 1.0), **settings).ddf
-    longer = run(fixed, moving, damping=(9, 9, 0.3, 1.0), smooth_gradient=[5, 2.0, 1.0], **settings).ddf
-    assert torch.equal(longer, result)
     default = run(fixed, moving, **settings).ddf
     assert torch.equal(default, result)  # the documented defaults end in 0.3, 1 and 2.0, 1
     assert not torch.equal(run(fixed, moving, damping=(1.0, 0.3), smooth_gradient=(2.0, 1.0), **settings).ddf, result)
