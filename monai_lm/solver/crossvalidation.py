@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monai_lm.fields import gaussian_smooth, warp
 from monai_lm.similarity import Similarity
-from monai_lm.similarity.weighted import filled
+from monai_lm.similarity.weighted import continued
 from monai_lm.solver.pyramid import make_level, move_field, shrink
 from monai_lm.solver.result import RefinementResult
 from monai_lm.solver.smoothing import Adaptive, Elastic
@@ -80,7 +80,8 @@ def adapted(
         return values.repeat(2, *[1] * (values.dim() - 1))
 
     images = (
-        one if mask is None else filled(one.float(), mask) for one, mask in zip((fixed, moving), masks, strict=True)
+        one if mask is None else continued(one.float(), mask > 0)
+        for one, mask in zip((fixed, moving), masks, strict=True)
     )
     still, image = (twice(shrink(one.float(), level)) for one in images)
     start = None if prediction is None else twice(move_field(prediction.float(), grid, level))
@@ -89,6 +90,9 @@ def adapted(
     fitted, judging = (half.repeat_interleave(pairs, 0) for half in (fitted, judging))
     if shown is not None:
         fitted, judging = fitted * shown, judging * shown
+    empty = ~fitted.flatten(1).any(1).view(-1, *[1] * (fitted.dim() - 1))  # of one colour all is hidden: none judges
+    fitted = torch.where(empty, torch.ones_like(fitted) if shown is None else shown, fitted)
+    judging = judging * ~empty
     pool = F.avg_pool3d if len(blocks) == 3 else F.avg_pool2d
 
     def per_block(values: Tensor) -> Tensor:

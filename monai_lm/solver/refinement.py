@@ -214,8 +214,7 @@ def refine(
         check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
     edges = check_spacing(spacing, n)
     stages = make_schedule(scales, iterations, damping, smooth_gradient, similarity, size, edges, ddf is not None)
-    adaptive = isinstance(smooth_residual, str) and smooth_residual == "auto"
-    smoothing = Elastic() if adaptive else smooth_residual
+    smoothing, adaptive = _smoothing(smooth_residual)
     method = make_method(descent, control, acceptance, smoothing, window, int(seed))
     if symmetric and isinstance(method.smoothing, Elastic):
         method = replace(method, smoothing=Elastic(_LESS * method.smoothing.sigma))
@@ -292,13 +291,19 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
     promised = isinstance(control, Damping) and control.needs_promise
     guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
-    adaptive = isinstance(how["smooth_residual"], str) and how["smooth_residual"] == "auto"
+    how["smooth_residual"], adaptive = _smoothing(how["smooth_residual"])
     check_together(how["symmetric"] is True, promised, guided, lesions, regularized, adaptive)
-    how = how | {"smooth_residual": Elastic()} if adaptive else how
     check_schedule(how)
     for check in (make_method, _check_values):
         check(**{name: how[name] for name in inspect.signature(check).parameters})
     make_regularizer(how["regularizer"])
+
+
+def _smoothing(given: str | float | Smoothing) -> tuple[float | Smoothing, bool]:
+    """What is smoothed by, or by at least, and whether more is to be looked for."""
+    if isinstance(given, str) and given != "auto":
+        raise ValueError(f"smooth_residual must be 'auto', a number or a Smoothing, got {given!r}")
+    return (Elastic(), True) if isinstance(given, str) else (given, False)
 
 
 def _check_values(

@@ -6,6 +6,7 @@ import torch
 from monai_lm import refine
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.inferers import RegistrationInferer
 from monai_lm.similarity import LNCC
 from monai_lm.solver.crossvalidation import SMOOTHER, adapted, halves_of
 from monai_lm.solver.smoothing import Elastic
@@ -124,8 +125,39 @@ def test_a_usual_smoothness_beyond_all_others_is_kept(image):
 def test_what_it_cannot_be_asked_with(image):
     with pytest.raises(ValueError, match="smooth_residual must not be 'auto' with symmetric=True"):
         refine(image, image, smooth_residual="auto", symmetric=True)
-    with pytest.raises(TypeError, match="smooth_residual must be a number or a Smoothing, got 'much'"):
-        refine(image, image, smooth_residual="much")
+    for refused in (lambda: refine(image, image, smooth_residual="much"), lambda: kept("much")):
+        with pytest.raises(ValueError, match="smooth_residual must be 'auto', a number or a Smoothing, got 'much'"):
+            refused()
+    kept("auto")
+
+
+def kept(value):
+    RegistrationInferer(refine={"smooth_residual": value})
+
+
+@pytest.mark.parametrize("hidden", ["fixed", "moving", "lesion"])
+def test_what_a_mask_hides_changes_nothing(hidden, image, truth):
+    """Not even NaN: the field is the same whatever is there."""
+    fixed, moving = warp(image, truth), image
+    mask = torch.ones(1, 1, *SIZE)
+    mask[..., 60:] = 0
+    given = {"fixed": {"mask": 255 * mask}, "moving": {"moving_mask": mask}, "lesion": {"lesion": 1 - mask}}[hidden]
+    fields = []
+    for value in (0.0, 100.0) if hidden == "lesion" else (0.0, float("nan")):
+        images = {"fixed": fixed.clone(), "moving": moving.clone()}
+        images["moving" if hidden == "moving" else "fixed"][..., 66:] = value
+        fields.append(refine(**images, iterations=10, smooth_residual="auto", **given).ddf)
+    torch.testing.assert_close(fields[0], fields[1], atol=1e-3, rtol=0)
+
+
+def test_where_nothing_can_be_divided_all_is_as_usual(image):
+    """A grid of one block, and a mask that shows one."""
+    for size in ((6, 6), (40, 40)):
+        fixed, moving = (image[..., at : at + size[0], : size[1]] for at in (2, 3))
+        mask = torch.zeros_like(fixed)
+        mask[..., :6, :6] = 1
+        results = [refine(fixed, moving, mask=mask, iterations=5, smooth_residual=s).ddf for s in (0.6, "auto")]
+        torch.testing.assert_close(results[0], results[1])
 
 
 def test_images_of_other_contrast_are_compared_as_the_measure_makes_them(image, truth):
