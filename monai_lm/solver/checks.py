@@ -160,9 +160,7 @@ def check_guidance(guidance: Any, fixed: Tensor) -> tuple[Guidance, ...]:
     return tuple(guides)
 
 
-def check_together(
-    symmetric: bool, promised: bool, guided: bool, lesions: bool, regularized: bool, adaptive: bool
-) -> None:
+def check_together(symmetric: bool, promised: bool, guided: bool, lesions: bool, regularized: bool) -> None:
     """ValueError for what excludes each other of the arguments of :func:`monai_lm.refine`.
 
     Args:
@@ -171,14 +169,11 @@ def check_together(
         guided: whether something guides.
         lesions: whether there are lesions.
         regularized: whether there is a regulariser.
-        adaptive: whether the smoothness is to be found.
     """
     if symmetric and guided:
         raise ValueError("guidance must be None with symmetric=True: it is of the fixed image's points")
     if symmetric and lesions:
         raise ValueError("lesion and moving_lesion must be None with symmetric=True, whose two fields both give way")
-    if symmetric and adaptive:
-        raise ValueError("smooth_residual must not be 'auto' with symmetric=True, whose two fields smooth each other")
     for name, given in (("guidance", guided), ("regularizer", regularized)):
         if promised and given:
             raise ValueError(

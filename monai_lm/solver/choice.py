@@ -20,7 +20,7 @@ from monai_lm.solver.run import Problem, Settings, descend, engine_of, warped_by
 from monai_lm.solver.schedule import Stage
 from monai_lm.solver.symmetric import swapped
 
-__all__ = ["begun"]
+__all__ = ["begun", "led"]
 
 _APART = 2
 """Images are not asked about their contrasts on coarser levels: they do not lie on each other there yet."""
@@ -45,15 +45,15 @@ def begun(
         idle: pairs that stay, ``(B,)``.
     """
     coarse = [stage for stage in stages if stage.level.scale > _APART]
-    led = any(stage.similarity.learns for stage in coarse)
-    if not led and not any(stage.similarity.undecided for stage in stages):
+    learning = any(stage.similarity.learns for stage in coarse)
+    if not learning and not any(stage.similarity.undecided for stage in stages):
         return list(stages), None, 0
     measure = next(stage.similarity for stage in reversed(stages) if stage.similarity.learns)
     best: Residual | None = None
     lowest = torch.zeros(0)
-    for start in measure.starts[: None if led else 1] if coarse else ():
+    for start in measure.starts[: None if learning else 1] if coarse else ():
         leading = [replace(stage, similarity=start) if stage.similarity.learns else stage for stage in coarse]
-        residual = _after(leading, finest, problem, settings, idle)
+        residual = led(leading, finest, problem, settings, idle)
         loss = _loss(measure.unaligned, *_seen(problem, residual, finest))
         loss = loss + swapped(loss) if settings.symmetric else loss
         if best is None:
@@ -67,10 +67,16 @@ def begun(
     return decided, best if learns else None, len(coarse) if learns else 0
 
 
-def _after(stages: Sequence[Stage], finest: Stage, problem: Problem, settings: Settings, idle: Tensor) -> Residual:
-    """Where some stages lead to."""
+def led(
+    stages: Sequence[Stage],
+    finest: Stage,
+    problem: Problem,
+    settings: Settings,
+    idle: Tensor,
+    residual: Residual | None = None,
+) -> Residual:
+    """Where stages, one at least unless there is a residual, lead to from a residual, ``None`` for zero."""
     record = Record(len(idle), Stopwatch(problem.fixed.device, perf_counter()))
-    residual: Residual | None = None
     with tqdm(disable=True) as bar:
         for stage in stages:
             engine = engine_of(stage, finest, problem, residual, settings)
@@ -82,7 +88,7 @@ def _after(stages: Sequence[Stage], finest: Stage, problem: Problem, settings: S
 
 def _seen(problem: Problem, residual: Residual | None, finest: Stage) -> tuple[Tensor, Tensor]:
     """The fixed and the warped image as they are looked at."""
-    level = make_level(finest.level.size, problem.edges, _SCALE)
+    level = make_level(finest.level.size, problem.edges, max(1.0, _SCALE / finest.level.scale))
     return shrink(problem.fixed, level), shrink(warped_by(residual, finest, problem), level)
 
 

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
@@ -32,10 +31,10 @@ from monai_lm.solver.checks import (
     plain_images,
 )
 from monai_lm.solver.choice import begun
-from monai_lm.solver.crossvalidation import MOST, REDUCTION, adapted
 from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
+from monai_lm.solver.halves import compared
 from monai_lm.solver.images import Masks, constant_pairs, normal, refined_images, weighted
 from monai_lm.solver.lesion import Lesion, checked_lesion, outside
 from monai_lm.solver.memory import MODES, automatic_mode
@@ -53,7 +52,6 @@ from monai_lm.solver.schedule import (
     Stage,
     check_schedule,
     make_schedule,
-    reduced,
 )
 from monai_lm.solver.smoothing import Elastic, Smoothing
 from monai_lm.solver.symmetric import SymmetricEngine, both_ways, reconciled
@@ -70,10 +68,6 @@ _LESS = 0.5**0.5
 """How much of the elastic smoothing is left where a field and its inverse give way to each other, which smooths, too:
 two brains of the validation set, with 1 and this, have a Dice of .591 and .595 at SDlogJ of .138 and .159; one
 direction alone .604 and .172."""
-
-_TRIED = 0.1
-"""Share of a time budget for each degree of smoothness that is tried."""
-
 _OF_PAIR = ("moving_mask", "lesion", "moving_lesion")
 """Keyword arguments that are no settings: they belong to a pair."""
 
@@ -97,7 +91,7 @@ def refine(
     acceptance: str | Acceptance = "always",
     window: int = 1,
     smooth_gradient: float | Sequence[float] = SMOOTH_GRADIENT,
-    smooth_residual: str | float | Smoothing = 0.6,
+    smooth_residual: str | float | Smoothing = "auto",
     regularizer: str | Regularizer | None = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
     symmetric: bool = False,
@@ -159,8 +153,9 @@ def refine(
         smooth_residual: how far the residual is smoothed after every step, as an elastic solid comes to rest, in
             voxels of the finest axis: the field gets smoother, and fits less. Or a
             :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`. ``"auto"``
-            is 0.6, and more where cross-validation finds that a less smooth field follows noise or textures that do
-            not correspond, see :mod:`monai_lm.solver.crossvalidation`; not with ``symmetric``.
+            is 0.6, and more, or the field as it began, where two halves of the fixed image do not agree on less, see
+            :mod:`monai_lm.solver.halves`: what is there is noise, or does not correspond. With ``symmetric``, and for
+            measures that cannot weigh voxels, it is 0.6.
         regularizer: what is minimised of the residual beside the dissimilarity, both per voxel: ``"diffusion"``,
             ``"bending"`` or ``"sliding"``, in millimetres where there is a ``spacing``, or a
             :class:`~monai_lm.solver.regularizer.Regularizer`, which has a weight. Losses are then the sum of both. Not
@@ -214,7 +209,7 @@ def refine(
         check_field("ddf", ddf, fixed.shape[0], size, fixed.device)
     edges = check_spacing(spacing, n)
     stages = make_schedule(scales, iterations, damping, smooth_gradient, similarity, size, edges, ddf is not None)
-    smoothing, adaptive = _smoothing(smooth_residual)
+    smoothing, adaptive = _smoothing(smooth_residual, symmetric)
     method = make_method(descent, control, acceptance, smoothing, window, int(seed))
     if symmetric and isinstance(method.smoothing, Elastic):
         method = replace(method, smoothing=Elastic(_LESS * method.smoothing.sigma))
@@ -225,8 +220,7 @@ def refine(
         checked_lesion(moving_lesion, moving, "moving_lesion", "moving"),
     )
     promised, holed = method.damping.needs_promise, lesions != (None, None)
-    check_together(symmetric, promised, bool(guides), holed, regularizer is not None, adaptive)
-    asked = stages
+    check_together(symmetric, promised, bool(guides), holed, regularizer is not None)
     masks = outside(mask, lesions[0], "mask"), outside(moving_mask, lesions[1], "moving_mask")
     measures, masks = weighted([s.similarity for s in stages], (fixed, moving), masks, symmetric)
     stages = [replace(stage, similarity=measure) for stage, measure in zip(stages, measures, strict=True)]
@@ -234,18 +228,10 @@ def refine(
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline, symmetric=symmetric,
-        regularizer=make_regularizer(regularizer),
+        regularizer=make_regularizer(regularizer), adaptive=adaptive,
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     constant = constant_pairs((fixed, moving), masks, [image.dtype for image in images])
-    if adaptive:
-        again = partial(
-            refine, **reduced(asked, REDUCTION, MOST), step=step, descent=descent, control=control, window=window,
-            acceptance=acceptance, regularizer=regularizer, tolerance=tolerance, seed=seed, kernels=kernels,
-            seconds=None if seconds is None else _TRIED * seconds,
-        )  # fmt: skip
-        found = adapted(fixed, moving, ddf, masks, edges, Elastic(), asked[-1].similarity, again)
-        settings = replace(settings, method=replace(method, smoothing=found))
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -291,19 +277,19 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
     promised = isinstance(control, Damping) and control.needs_promise
     guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
-    how["smooth_residual"], adaptive = _smoothing(how["smooth_residual"])
-    check_together(how["symmetric"] is True, promised, guided, lesions, regularized, adaptive)
+    how["smooth_residual"], _ = _smoothing(how["smooth_residual"], how["symmetric"])
+    check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
     check_schedule(how)
     for check in (make_method, _check_values):
         check(**{name: how[name] for name in inspect.signature(check).parameters})
     make_regularizer(how["regularizer"])
 
 
-def _smoothing(given: str | float | Smoothing) -> tuple[float | Smoothing, bool]:
-    """What is smoothed by, or by at least, and whether more is to be looked for."""
+def _smoothing(given: str | float | Smoothing, symmetric: bool) -> tuple[float | Smoothing, bool]:
+    """What the residual is smoothed by, usually, and whether more is to be looked for."""
     if isinstance(given, str) and given != "auto":
         raise ValueError(f"smooth_residual must be 'auto', a number or a Smoothing, got {given!r}")
-    return (Elastic(), True) if isinstance(given, str) else (given, False)
+    return (Elastic(), not symmetric) if isinstance(given, str) else (given, False)
 
 
 def _check_values(
@@ -373,6 +359,9 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
+    halves = compared(problem, stages, finest, settings, idle) if settings.adaptive else None
+    if halves is not None:
+        settings = replace(settings, method=replace(settings.method, smoothing=halves.smoothing))
     stages, residual, done = begun(problem, stages, finest, settings, idle)
     finest = replace(finest, similarity=stages[-1].similarity)
     bar.update(sum(stage.iterations for stage in stages[:done]))
@@ -386,7 +375,8 @@ def _coarse_to_fine(
         engine = engine_of(finest, finest, problem, residual, settings)
         loss = engine.loss(engine.residual.field)
     assert engine is not None  # for mypy: there is a stage
-    return _finish(engine, loss, (ddf, repaired, used), constant, record, name_of(finest.similarity))
+    result = _finish(engine, loss, (ddf, repaired, used), constant, record, name_of(finest.similarity))
+    return result if halves is None else replace(result, apart=halves.apart, held=halves.held)
 
 
 def _finish(

@@ -124,6 +124,10 @@ class RefinementResult:
         backward: ``(B, n, *S)`` field of the inverse map, without folds, where it was found with the field
             (``symmetric=True``); else ``None``.
         similarity: name of the measure that was minimised, also where the images chose it (``similarity="auto"``).
+        apart: ``(B,)`` how far apart two halves of the fixed image lead, a root mean square in lengths of the finest
+            voxel edge; ``None`` where they were not asked, see ``smooth_residual``.
+        held: ``(B,)`` share in [0, 1] of what the fixed image shows where the field was therefore kept smoother than
+            usual, or left as it began; ``None`` like ``apart``.
     """
 
     ddf: Tensor
@@ -136,6 +140,8 @@ class RefinementResult:
     prediction_used: Tensor | None = None
     backward: Tensor | None = None
     similarity: str = "lncc"
+    apart: Tensor | None = None
+    held: Tensor | None = None
 
     @property
     def unused(self) -> list[int]:

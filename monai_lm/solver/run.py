@@ -14,6 +14,7 @@ from monai_lm import kernels
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.guidance.base import Grid, Guidance, Guide
 from monai_lm.similarity import Similarity
+from monai_lm.solver.chequerboard import in_halves
 from monai_lm.solver.engine import Engine
 from monai_lm.solver.lesion import Lesion, Lesions
 from monai_lm.solver.method import Method
@@ -46,6 +47,8 @@ class Problem:
         edges: voxel edge per axis, in millimetres; for the guidance and the regulariser.
         guidance: what guides beside the images.
         lesions: of the fixed and of the moving image, ``(B, 1, *S)`` of zeros and ones, or ``None``.
+        halved: whether the second half of the batch is the first again, and either sees one colour of every level's
+            grid; the fixed image has a weight then.
     """
 
     fixed: Tensor
@@ -54,11 +57,15 @@ class Problem:
     edges: tuple[float, ...] = ()
     guidance: tuple[Guidance, ...] = ()
     lesions: Lesions = (None, None)
+    halved: bool = False
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What does not change from level to level; see the arguments of :func:`monai_lm.refine`."""
+    """What does not change from level to level; see the arguments of :func:`monai_lm.refine`.
+
+    ``adaptive``: whether the smoothing of the method is the usual one, and more is to be looked for.
+    """
 
     method: Method
     step: float
@@ -67,6 +74,7 @@ class Settings:
     deadline: float
     symmetric: bool = False
     regularizer: Regularizer | None = None
+    adaptive: bool = False
 
 
 def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual | None, settings: Settings) -> Engine:
@@ -89,6 +97,8 @@ def engine_of(stage: Stage, finest: Stage, problem: Problem, residual: Residual 
         residual = Residual(len(problem.fixed), level, problem.fixed.device, dtype)
     measure, fixed, moving = _compared(stage, finest, problem, residual)
     fixed, moving = (shrink(image, level) for image in (fixed, moving))
+    if problem.halved:
+        fixed = in_halves(fixed)
     residual.move_to(level, dtype, prediction)
     return (SymmetricEngine if settings.symmetric else Engine)(
         fixed=fixed,

@@ -15,7 +15,7 @@ from monai_lm.similarity import Similarity, get_similarity
 from monai_lm.solver.pyramid import SHORTEST, Level, make_level
 
 __all__ = [
-    "DAMPING", "SMOOTH_GRADIENT", "Measure", "Stage", "automatic_scales", "check_schedule", "make_schedule", "reduced",
+    "DAMPING", "SMOOTH_GRADIENT", "Measure", "Stage", "automatic_scales", "check_schedule", "make_schedule",
 ]  # fmt: skip
 
 Measure: TypeAlias = str | Similarity | nn.Module
@@ -80,22 +80,6 @@ def make_schedule(
     sigmas = _per_level("smooth_gradient", smooth_gradient, given, cut or _is(smooth_gradient, SMOOTH_GRADIENT))
     measures = _measures(similarity, given, cut)
     return [Stage(*values) for values in zip(levels, counts, dampings, sigmas, measures, strict=True)]
-
-
-def reduced(stages: Sequence[Stage], reduction: float, most: int) -> dict[str, Any]:
-    """Keyword arguments of :func:`monai_lm.refine` that run the stages on images that are reduced already.
-
-    Args:
-        stages: of the images as they are; those that are finer than the reduced ones are left out, unless all are.
-        reduction: of the images.
-        most: iterations of a level.
-    """
-    kept = [stage for stage in stages if stage.level.scale >= reduction] or [*stages[-1:]]
-    return {
-        "scales": [max(1.0, stage.level.scale / reduction) for stage in kept],
-        "iterations": [min(stage.iterations, most) for stage in kept],
-        **{name: [getattr(stage, name) for stage in kept] for name in ("damping", "smooth_gradient", "similarity")},
-    }
 
 
 def check_schedule(how: Mapping[str, Any]) -> None:

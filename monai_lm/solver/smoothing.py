@@ -60,29 +60,34 @@ class Elastic(Smoothing):
 
 @dataclass(frozen=True, eq=False)
 class Adaptive(Smoothing):
-    """An elastic solid that is stiffer in some places than in others: a mean of two, with weights.
+    """An elastic solid that is stiffer in some places than in others, and held fast in some: a weighted mean of two.
 
     Attributes:
         low: the softest.
         high: the stiffest.
         share: ``(B, 1, *S)`` in [0, 1], how much of ``high``, on a grid over the same space as the levels'.
+        still: ``(B, 1, *S)`` in [0, 1], how far the residual is held at zero.
     """
 
     low: Elastic
     high: Elastic
     share: Tensor = field(repr=False)
-    _on: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    still: Tensor = field(repr=False)
+    _on: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     @override
     def relax(self, moved: Tensor, unit: Sequence[float], weight: Tensor, out: Tensor) -> None:
         stiff = out.clone()
         self.low.relax(moved, unit, weight, out)
         self.high.relax(moved, unit, weight, stiff)
-        out.lerp_(stiff, self._share_on(tuple(moved.shape[2:]))[: len(out)].to(out))
+        share, still = (one[: len(out)].to(out) for one in self._on_grid(tuple(moved.shape[2:])))
+        far = weight.clamp(min=0).to(out).view(-1, *[1] * (out.dim() - 1))
+        out.lerp_(stiff, share).mul_(1 - far * still)
 
-    def _share_on(self, size: tuple[int, ...]) -> Tensor:
+    def _on_grid(self, size: tuple[int, ...]) -> list[Tensor]:
         if size not in self._on:
             self._on.clear()  # of the level before
             mode = "trilinear" if len(size) == 3 else "bilinear"
-            self._on[size] = F.interpolate(self.share, size=size, mode=mode, align_corners=False)
+            weights = self.share, self.still
+            self._on[size] = [F.interpolate(one, size=size, mode=mode, align_corners=False) for one in weights]
         return self._on[size]

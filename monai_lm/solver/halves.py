@@ -1,0 +1,237 @@
+"""How smooth a field must be, place by place: two halves of an image that know nothing of each other must agree on it.
+
+Where images are noisy, show textures that do not correspond, or have little in common, a field follows what happens to
+look alike, and that differs from voxel to voxel. So the grid of every level is divided like a chequerboard, and either
+colour is refined on its own. Where both fields lead to about the same place, the images tell where it is. Where they do
+not, smoother fields are tried; and where no field holds, the refinement leaves what it began with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_lm import kernels
+from monai_lm.fields import gaussian_smooth
+from monai_lm.fields.topology import repair_in_place
+from monai_lm.similarity import Similarity
+from monai_lm.similarity.weighted import Weighted
+from monai_lm.solver.chequerboard import colours
+from monai_lm.solver.choice import begun, led
+from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
+from monai_lm.solver.run import Problem, Settings
+from monai_lm.solver.schedule import Stage
+from monai_lm.solver.smoothing import Adaptive, Elastic, Smoothing
+from monai_lm.solver.trust import per_voxel
+
+__all__ = ["SMOOTHER", "Halves", "compared"]
+
+SMOOTHER = (1.2, 2.4)
+"""Degrees of smoothness that are tried beside the usual one, ``sigma`` of :class:`Elastic`."""
+
+_REDUCTION = 2
+"""Of the images that are divided; what holds there is taken for all levels."""
+
+_MOST, _LAST = 20, 10
+"""Iterations of a level, and of the one that takes the time, at most: more of them move the halves no further apart."""
+
+_TRIED = 0.1
+"""Share of a time budget for each degree of smoothness."""
+
+_TOGETHER, _AROUND = 2.5, 1.5
+"""Mean squared distance, in voxels of the reduced images, up to which both halves lead to the same place: all over the
+image for the usual smoothness, and around a place."""
+
+_ALIKE, _GAIN = 0.6, 0.08
+"""Far apart as they are, as motion is large, both halves are right where their fields correlate more than this, and
+either raises the squared local correlation of what neither it nor its coarser levels have seen by more than that."""
+
+_NEIGHBOURHOOD = 6.0
+"""Standard deviation in voxels of the Gaussian over which a place asks."""
+
+_WIDTH, _EPSILON = 5, 2e-3
+"""Of the windows in which images are compared, as those of :class:`monai_lm.similarity.LNCC`."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What two halves of the fixed image say of a refinement.
+
+    Attributes:
+        smoothing: of the residual.
+        apart: ``(B,)`` root mean squared distance, in lengths of the finest voxel edge, between the fields that either
+            half leads to with the usual smoothness.
+        held: ``(B,)`` share of what the fixed image shows where the field is kept smoother than usual, or left alone.
+    """
+
+    smoothing: Smoothing
+    apart: Tensor
+    held: Tensor
+
+
+def compared(
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor
+) -> Halves | None:
+    """Refine two halves of the fixed image, and compare where they lead; None for measures that cannot weigh voxels.
+
+    Args:
+        problem: what is refined.
+        stages: of the refinement, coarse to fine.
+        finest: stage on the grid of the problem.
+        settings: of the refinement; their smoothing is the usual one.
+        idle: pairs that stay, ``(B,)``.
+    """
+    usual = settings.method.smoothing
+    assert isinstance(usual, Elastic)  # for mypy
+    if not all(_plain(stage.similarity).weighable for stage in stages):
+        return None
+    halved, level = _halved(problem, stages, finest)
+    stages, finest = _reduced(stages, level, halved.edges)
+    counts = _structure(halved.fixed[: len(idle)])
+    total = gaussian_smooth(counts, _NEIGHBOURHOOD).clamp(min=1e-6)
+    degrees = [usual.sigma, *(sigma for sigma in SMOOTHER if sigma > usual.sigma)]
+    nothing = len(degrees)
+    best = torch.full_like(counts, nothing, dtype=torch.long)
+    apart = torch.zeros(len(idle), device=idle.device)
+    for number, sigma in enumerate(degrees):
+        tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
+        how = replace(
+            settings, method=replace(settings.method, smoothing=Elastic(sigma)), memory="full", deadline=tried
+        )
+        fields, measure = _refined(halved, stages, finest, how, idle.repeat(2))
+        unit = torch.tensor(finest.level.unit, device=idle.device).view(1, -1, *[1] * (counts.dim() - 2))
+        one, other = (fields / unit).chunk(2)
+        away = (one - other).square().sum(1, keepdim=True)
+        holds = gaussian_smooth(counts * away, _NEIGHBOURHOOD) / total <= _AROUND
+        if number == 0:
+            square = _mean(away, counts)
+            apart = _REDUCTION * square.sqrt()
+            right = (_correlation(one, other, counts) > _ALIKE) & (
+                _gain(halved, stages, measure, fields, counts) > _GAIN
+            )
+            holds |= per_voxel((square <= _TOGETHER) | right, holds)
+        best = torch.where(holds & (best == nothing), number, best)
+        if bool((best < nothing).all()):
+            break
+    held = _mean((best > 0).to(counts), counts)
+    if not bool(best.any()):
+        return Halves(usual, apart, held)
+    squares = torch.tensor([*degrees, degrees[-1]], device=idle.device).square()
+    share = ((squares - squares[0]) / (squares[-1] - squares[0]).clamp(min=1e-6))[best]
+    still = (best == nothing).to(share)
+    share, still = (gaussian_smooth(values, _NEIGHBOURHOOD / 2).clamp(0, 1) for values in (share, still))
+    return Halves(Adaptive(usual, Elastic(degrees[-1]), share, still), apart, held)
+
+
+def _halved(problem: Problem, stages: Sequence[Stage], finest: Stage) -> tuple[Problem, Level]:
+    """The problem on reduced images, each pair once for every half, and their level."""
+    level = make_level(finest.level.size, problem.edges, _REDUCTION)
+    fixed, moving = (shrink(image, level).float() for image in (problem.fixed, problem.moving))
+    measure = stages[-1].similarity
+    if not (isinstance(measure, Weighted) and measure.weighs_fixed):
+        fixed = torch.cat([fixed, torch.ones_like(fixed[:, :1])], 1)
+    prediction = problem.prediction
+    if prediction is not None:
+        prediction = move_field(prediction.float(), finest.level, level)
+        repair_in_place(prediction)
+        prediction = torch.cat([prediction, prediction])
+    edges = tuple(edge * factor for edge, factor in zip(problem.edges, level.factor, strict=True))
+    return Problem(torch.cat([fixed, fixed]), torch.cat([moving, moving]), prediction, edges, halved=True), level
+
+
+def _reduced(stages: Sequence[Stage], level: Level, edges: Sequence[float]) -> tuple[list[Stage], Stage]:
+    """The stages that run on the reduced images, or the last one, and that on their grid; scales are kept."""
+    own = []
+    for stage in [stage for stage in stages if stage.level.scale >= _REDUCTION] or [*stages[-1:]]:
+        grid = make_level(level.size, edges, max(1.0, stage.level.scale / _REDUCTION))
+        most = min(stage.iterations, _MOST if grid.scale > 1 else _LAST)
+        grid = replace(grid, scale=stage.level.scale)
+        own.append(replace(stage, level=grid, iterations=most, similarity=_weighing(stage.similarity)))
+    return own, replace(own[-1], level=replace(make_level(level.size, edges, 1), scale=_REDUCTION))
+
+
+def _refined(
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor
+) -> tuple[Tensor, Similarity]:
+    """Fields of the halves, ``(2 B, n, *S)`` beside the prediction, and the measure that the last level had."""
+    stages, residual, done = begun(problem, stages, finest, settings, idle)
+    residual = led(stages[done:], finest, problem, settings, idle, residual)
+    return move_field(residual.field.float(), residual.level, finest.level), stages[-1].similarity
+
+
+def _plain(measure: Similarity) -> Similarity:
+    return measure.measure if isinstance(measure, Weighted) else measure
+
+
+def _weighing(measure: Similarity) -> Weighted:
+    """The measure with a weight for every voxel of the fixed image."""
+    return Weighted(_plain(measure), True, isinstance(measure, Weighted) and measure.weighs_moving)
+
+
+def _correlation(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
+    """Of two fields ``(B, n, *S)`` about zero, ``(B,)``."""
+    both, first, second = ((a * b).sum(1, keepdim=True) for a, b in ((one, other), (one, one), (other, other)))
+    squares = _mean(first, counts) * _mean(second, counts)
+    return _mean(both, counts) / squares.sqrt().clamp(min=1e-12)
+
+
+def _gain(problem: Problem, stages: Sequence[Stage], measure: Similarity, fields: Tensor, counts: Tensor) -> Tensor:
+    """By how much the squared local correlation rises where a half has seen nothing on any level, ``(B,)``; the less.
+
+    Args:
+        problem: of both halves.
+        stages: that they were refined on.
+        measure: of the last one; of one that learns a map of intensities, images are compared as it makes them.
+        fields: ``(2 B, n, *S)``.
+        counts: ``(B, 1, *S)``.
+    """
+    size, pool = fields.shape[2:], F.max_pool3d if fields.dim() == 5 else F.max_pool2d
+    divided = [own for own in (colours(stage.level.size, fields.device) for stage in stages) if not bool(own.all())]
+    seen = torch.stack([F.interpolate(own, size=size) for own in divided]).amax(0) if divided else counts[:1] * 0 + 1
+    unseen = 1 - pool(seen, 3, 1, 1)
+    weight = unseen.repeat_interleave(len(counts), 0) * torch.cat([counts, counts])
+    before, after = torch.empty_like(problem.moving), torch.empty_like(problem.moving)
+    kernels.sample(problem.moving, None, problem.prediction, None, None, before)
+    kernels.sample(problem.moving, fields, problem.prediction, None, None, after)
+    measure, of_fixed, of_moving = measure.matched(problem.fixed, after)
+    first = int(measure.weighs_moving)
+    known = of_fixed(problem.fixed)[:, :1]
+    fits = [_mean(_alike(known, of_moving(image)[:, first : first + 1], weight), weight) for image in (before, after)]
+    return torch.minimum(*(fits[1] - fits[0]).chunk(2))
+
+
+def _alike(fixed: Tensor, warped: Tensor, weight: Tensor) -> Tensor:
+    """Squared local correlation ``(B, 1, *S)`` of the voxels with a weight."""
+    pool = F.avg_pool3d if fixed.dim() == 5 else F.avg_pool2d
+
+    def mean(values: Tensor) -> Tensor:
+        return pool(values * weight, _WIDTH, 1, _WIDTH // 2) / total
+
+    total = pool(weight, _WIDTH, 1, _WIDTH // 2).clamp(min=1e-6)
+    means = [mean(image) for image in (fixed, warped)]
+    squares = [mean(image.square()) for image in (fixed, warped)]
+    variances = [(square - m.square()).clamp(min=0) for square, m in zip(squares, means, strict=True)]
+    covariance = mean(fixed * warped) - means[0] * means[1]
+    known, other = (v + _EPSILON * per_voxel(_mean(v, weight), v) for v in variances)
+    return covariance.square() / (known * other).clamp(min=1e-12)
+
+
+def _structure(fixed: Tensor) -> Tensor:
+    """How far each place of images with weights shows something, ``(B, 1, *S)`` in [0, weight]."""
+    pool = F.avg_pool3d if fixed.dim() == 5 else F.avg_pool2d
+    image, weight = fixed[:, :-1], fixed[:, -1:]
+    mean, square = (pool(values, _WIDTH, 1, _WIDTH // 2) for values in (image, image.square()))
+    variance = (square - mean.square()).clamp(min=0)
+    variance = variance / variance.mean(tuple(range(2, image.dim())), keepdim=True).clamp(min=1e-12)
+    variance = variance.mean(1, keepdim=True)
+    return weight * variance / (variance + 0.1)
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted, of every pair, ``(B,)``."""
+    return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-12)
