@@ -51,6 +51,10 @@ class Stopwatch:
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
 
+    def again(self) -> Stopwatch:
+        """One that has noted nothing, and counts from the same start."""
+        return Stopwatch(self._device, self._started)
+
     def lap(self) -> None:
         """Note the moment when all work given so far is done."""
         if self._device.type == "cuda":

@@ -11,7 +11,7 @@ from monai_lm.similarity.mapped import MappedLNCC, monotony
 
 __all__ = ["Auto"]
 
-_MONOTONE = 0.87
+_MONOTONE = 0.8
 """Least :func:`~monai_lm.similarity.mapped.monotony` of images that LNCC is taken for. On pairs of four anatomies it
 tells contrasts that are the same or inverted from all others (``python -m benchmarks contrasts``)."""
 

@@ -13,7 +13,6 @@ from monai_lm.kernels.devices import widest_float
 from monai_lm.kernels.reference import over_voxels, spatial_gradient
 from monai_lm.similarity.base import Matched, Range, Similarity, standard_range
 from monai_lm.similarity.lncc import LNCC
-from monai_lm.similarity.mi import MI
 from monai_lm.similarity.mind import MIND
 
 __all__ = ["IntensityMap", "MappedLNCC", "intensity_maps", "monotony"]
@@ -36,9 +35,9 @@ class MappedLNCC(LNCC):
     The better of two :func:`intensity_maps`, of the fixed image's intensities and of the moving one's, is learned at
     the start of every level, from the images on the finest grid as they lie on each other by then, and held until
     the next; the iterations are those of :class:`~monai_lm.similarity.LNCC`. Coarser
-    than half the resolution, before anything is known of the contrasts, :class:`~monai_lm.similarity.MIND` and
-    :class:`~monai_lm.similarity.MI` lead, each on its own; the refinement goes on from where the images are less unlike
-    by MIND, and has no history of what was before. As a loss on its own it learns the map from the two images that it
+    than half the resolution, where little is known of the contrasts, :class:`~monai_lm.similarity.MIND` leads, and
+    apart from it this measure itself; either goes on to half the resolution, and the refinement from where the images
+    are less unlike then. As a loss on its own it learns the map from the two images that it
     is given, and the derivative is that of both.
 
     The map is one function of intensity: tissues that are alike in the image that is mapped, and not in the other one,
@@ -67,7 +66,7 @@ class MappedLNCC(LNCC):
     @property
     @override
     def starts(self) -> tuple[Similarity, ...]:
-        return MIND(), MI()
+        return MIND(), self
 
     @override
     def matched(self, fixed: Tensor, warped: Tensor, weight: Tensor | None = None) -> Matched:

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_lm import kernels
 from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.weighted import Weighted
-from monai_lm.solver.chequerboard import colours
 from monai_lm.solver.choice import begun, led
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
+from monai_lm.solver.result import Record
 from monai_lm.solver.run import Problem, Settings
 from monai_lm.solver.schedule import Stage
 from monai_lm.solver.smoothing import Adaptive, Elastic, Smoothing
@@ -47,15 +46,14 @@ _TOGETHER, _AROUND = 2.5, 1.5
 """Mean squared distance, in voxels of the reduced images, up to which both halves lead to the same place: all over the
 image for the usual smoothness, and around a place."""
 
-_ALIKE, _GAIN = 0.6, 0.08
-"""Far apart as they are, as motion is large, both halves are right where their fields correlate more than this, and
-either raises the squared local correlation of what neither it nor its coarser levels have seen by more than that."""
+_ALIKE = 0.65
+"""Correlation of both fields above which both halves mean the same, far apart as they are where motion is large."""
 
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
 
-_WIDTH, _EPSILON = 5, 2e-3
-"""Of the windows in which images are compared, as those of :class:`monai_lm.similarity.LNCC`."""
+_WIDTH = 5
+"""Of the windows in which an image shows something."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Halves:
 
 
 def compared(
-    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
 ) -> Halves | None:
     """Refine two halves of the fixed image, and compare where they lead; None for measures that cannot weigh voxels.
 
@@ -85,6 +83,7 @@ def compared(
         finest: stage on the grid of the problem.
         settings: of the refinement; their smoothing is the usual one.
         idle: pairs that stay, ``(B,)``.
+        record: of the refinement, which has nothing of this.
     """
     usual = settings.method.smoothing
     assert isinstance(usual, Elastic)  # for mypy
@@ -98,23 +97,21 @@ def compared(
     nothing = len(degrees)
     best = torch.full_like(counts, nothing, dtype=torch.long)
     apart = torch.zeros(len(idle), device=idle.device)
+    unit = torch.tensor(finest.level.unit, device=idle.device).view(1, -1, *[1] * (counts.dim() - 2))
     for number, sigma in enumerate(degrees):
         tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
         how = replace(
             settings, method=replace(settings.method, smoothing=Elastic(sigma)), memory="full", deadline=tried
         )
-        fields, measure = _refined(halved, stages, finest, how, idle.repeat(2))
-        unit = torch.tensor(finest.level.unit, device=idle.device).view(1, -1, *[1] * (counts.dim() - 2))
+        fields = _refined(halved, stages, finest, how, idle.repeat(2), record.again(2))
         one, other = (fields / unit).chunk(2)
         away = (one - other).square().sum(1, keepdim=True)
         holds = gaussian_smooth(counts * away, _NEIGHBOURHOOD) / total <= _AROUND
         if number == 0:
             square = _mean(away, counts)
             apart = _REDUCTION * square.sqrt()
-            right = (_correlation(one, other, counts) > _ALIKE) & (
-                _gain(halved, stages, measure, fields, counts) > _GAIN
-            )
-            holds |= per_voxel((square <= _TOGETHER) | right, holds)
+            agreed = (square <= _TOGETHER) | (_correlation(one, other, counts) > _ALIKE)
+            holds |= per_voxel(agreed, holds)
         best = torch.where(holds & (best == nothing), number, best)
         if bool((best < nothing).all()):
             break
@@ -156,12 +153,12 @@ def _reduced(stages: Sequence[Stage], level: Level, edges: Sequence[float]) -> t
 
 
 def _refined(
-    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor
-) -> tuple[Tensor, Similarity]:
-    """Fields of the halves, ``(2 B, n, *S)`` beside the prediction, and the measure that the last level had."""
-    stages, residual, done = begun(problem, stages, finest, settings, idle)
-    residual = led(stages[done:], finest, problem, settings, idle, residual)
-    return move_field(residual.field.float(), residual.level, finest.level), stages[-1].similarity
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
+) -> Tensor:
+    """Fields of the halves, ``(2 B, n, *S)``, beside the prediction."""
+    stages, residual, done = begun(problem, stages, finest, settings, idle, record)
+    residual = led(stages[done:], finest, problem, settings, idle, residual, record)
+    return move_field(residual.field.float(), residual.level, finest.level)
 
 
 def _plain(measure: Similarity) -> Similarity:
@@ -178,47 +175,6 @@ def _correlation(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
     both, first, second = ((a * b).sum(1, keepdim=True) for a, b in ((one, other), (one, one), (other, other)))
     squares = _mean(first, counts) * _mean(second, counts)
     return _mean(both, counts) / squares.sqrt().clamp(min=1e-12)
-
-
-def _gain(problem: Problem, stages: Sequence[Stage], measure: Similarity, fields: Tensor, counts: Tensor) -> Tensor:
-    """By how much the squared local correlation rises where a half has seen nothing on any level, ``(B,)``; the less.
-
-    Args:
-        problem: of both halves.
-        stages: that they were refined on.
-        measure: of the last one; of one that learns a map of intensities, images are compared as it makes them.
-        fields: ``(2 B, n, *S)``.
-        counts: ``(B, 1, *S)``.
-    """
-    size, pool = fields.shape[2:], F.max_pool3d if fields.dim() == 5 else F.max_pool2d
-    divided = [own for own in (colours(stage.level.size, fields.device) for stage in stages) if not bool(own.all())]
-    seen = torch.stack([F.interpolate(own, size=size) for own in divided]).amax(0) if divided else counts[:1] * 0 + 1
-    unseen = 1 - pool(seen, 3, 1, 1)
-    weight = unseen.repeat_interleave(len(counts), 0) * torch.cat([counts, counts])
-    before, after = torch.empty_like(problem.moving), torch.empty_like(problem.moving)
-    kernels.sample(problem.moving, None, problem.prediction, None, None, before)
-    kernels.sample(problem.moving, fields, problem.prediction, None, None, after)
-    measure, of_fixed, of_moving = measure.matched(problem.fixed, after)
-    first = int(measure.weighs_moving)
-    known = of_fixed(problem.fixed)[:, :1]
-    fits = [_mean(_alike(known, of_moving(image)[:, first : first + 1], weight), weight) for image in (before, after)]
-    return torch.minimum(*(fits[1] - fits[0]).chunk(2))
-
-
-def _alike(fixed: Tensor, warped: Tensor, weight: Tensor) -> Tensor:
-    """Squared local correlation ``(B, 1, *S)`` of the voxels with a weight."""
-    pool = F.avg_pool3d if fixed.dim() == 5 else F.avg_pool2d
-
-    def mean(values: Tensor) -> Tensor:
-        return pool(values * weight, _WIDTH, 1, _WIDTH // 2) / total
-
-    total = pool(weight, _WIDTH, 1, _WIDTH // 2).clamp(min=1e-6)
-    means = [mean(image) for image in (fixed, warped)]
-    squares = [mean(image.square()) for image in (fixed, warped)]
-    variances = [(square - m.square()).clamp(min=0) for square, m in zip(squares, means, strict=True)]
-    covariance = mean(fixed * warped) - means[0] * means[1]
-    known, other = (v + _EPSILON * per_voxel(_mean(v, weight), v) for v in variances)
-    return covariance.square() / (known * other).clamp(min=1e-12)
 
 
 def _structure(fixed: Tensor) -> Tensor:

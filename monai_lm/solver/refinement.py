@@ -359,10 +359,10 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
-    halves = compared(problem, stages, finest, settings, idle) if settings.adaptive else None
+    halves = compared(problem, stages, finest, settings, idle, record) if settings.adaptive else None
     if halves is not None:
         settings = replace(settings, method=replace(settings.method, smoothing=halves.smoothing))
-    stages, residual, done = begun(problem, stages, finest, settings, idle)
+    stages, residual, done = begun(problem, stages, finest, settings, idle, record)
     finest = replace(finest, similarity=stages[-1].similarity)
     bar.update(sum(stage.iterations for stage in stages[:done]))
     engine: Engine | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,6 +76,18 @@ class Record:
         if self._callback is not None:
             self._read()
 
+    def again(self, times: int = 1) -> Record:
+        """One that tells nobody, of the same pairs so many times."""
+        return Record(times * self._pairs, self._watch.again())
+
+    def take(self, others: Sequence[Record], chosen: Tensor) -> None:
+        """Go on with what one of several others has noted of each pair, its number in ``chosen``, ``(B,)``."""
+        self._read()
+        histories = [other.history() for other in others]
+        for pair, number in enumerate(chosen[: self._pairs].tolist()):
+            for entry in histories[number][pair]:
+                self._note(pair, entry)
+
     def elapsed(self) -> float:
         """Seconds since the call."""
         return self._watch.elapsed()
@@ -102,9 +114,12 @@ class Record:
         for pair, (*values, on) in enumerate(zip(*table, strict=True)):
             for *row, kept in zip(levels, *values, seconds, on, strict=True):
                 if kept:
-                    self._history[pair].append(Iteration(*row))
-                    if self._callback is not None:
-                        self._callback(pair, len(self._history[pair]) - 1, self._history[pair][-1])
+                    self._note(pair, Iteration(*row))
+
+    def _note(self, pair: int, entry: Iteration) -> None:
+        self._history[pair].append(entry)
+        if self._callback is not None:
+            self._callback(pair, len(self._history[pair]) - 1, entry)
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,13 +12,13 @@ from tests.solver.helpers import noise
 class Halfway(Adaptive):
     """Of any dimensions."""
 
-    def _share_on(self, size):
-        return torch.full((1, 1, *size), 0.5)
+    def _on_grid(self, size):
+        return [torch.full((1, 1, *size), 0.5), torch.zeros(1, 1, *size)]
 
 
 EVERY = {
     "elastic": Elastic(0.8), "elastic, none": Elastic(0.0),
-    "adaptive": Halfway(Elastic(0.6), Elastic(2.4), torch.zeros(1)),
+    "adaptive": Halfway(Elastic(0.6), Elastic(2.4), torch.zeros(1), torch.zeros(1)),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_the_adaptive_one_is_soft_here_and_stiff_there_pair_by_pair():
     soft, stiff, out = (torch.zeros_like(moved) for _ in range(3))
     Elastic(0.6).relax(moved, (1.0, 1.0), weight, soft)
     Elastic(2.4).relax(moved, (1.0, 1.0), weight, stiff)
-    adaptive = Adaptive(Elastic(0.6), Elastic(2.4), share)
+    adaptive = Adaptive(Elastic(0.6), Elastic(2.4), share, torch.zeros_like(share))
     adaptive.relax(moved, (1.0, 1.0), weight, out)
     torch.testing.assert_close(out[0, :, :7], soft[0, :, :7])
     torch.testing.assert_close(out[0, :, 9:], stiff[0, :, 9:])
@@ -87,3 +87,16 @@ def test_the_adaptive_one_is_soft_here_and_stiff_there_pair_by_pair():
     adaptive.relax(torch.ones_like(fine), (1.0, 1.0), weight, fine)  # of the next level
     Elastic(0.6).relax(torch.ones_like(fine), (1.0, 1.0), weight, expected)
     torch.testing.assert_close(fine, expected)
+
+
+def test_the_adaptive_one_holds_the_residual_at_zero_where_it_is_told_as_far_as_steps_go():
+    moved, still = noise(3, 2, 16, 12), torch.zeros(3, 1, 16, 12)
+    still[:, :, 8:] = 1
+    before, free = noise(3, 2, 16, 12, seed=1), torch.zeros_like(moved)
+    out, weight = before.clone(), torch.tensor([1.0, 0.5, -1.0], dtype=torch.float64)
+    Elastic(0.6).relax(moved, (1.0, 1.0), weight, free)
+    Adaptive(Elastic(0.6), Elastic(2.4), torch.zeros_like(still), still).relax(moved, (1.0, 1.0), weight, out)
+    torch.testing.assert_close(out[:2, :, :8], free[:2, :, :8])
+    assert not bool(out[0, :, 8:].any())
+    torch.testing.assert_close(out[1, :, 8:], 0.5 * free[1, :, 8:])
+    assert torch.equal(out[2], before[2])  # a pair that does not move

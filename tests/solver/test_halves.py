@@ -1,0 +1,157 @@
+"""Two halves of an image: what both show is followed, what either makes up is not, and places are told apart."""
+
+import pytest
+import torch
+from monai.losses import SSIMLoss
+
+from monai_lm import refine
+from monai_lm.fields import fold_count, warp
+from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.inferers import RegistrationInferer
+
+SIZE = (96, 88)
+
+
+@pytest.fixture
+def image(smooth_image):
+    return smooth_image((1, 1, *SIZE), 3.0, 0, torch.float32)
+
+
+@pytest.fixture
+def truth(smooth_field):
+    return smooth_field((1, 2, *SIZE), 2.0, 8.0, 1, torch.float32)
+
+
+def noise(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy(image, level, seed):
+    return image + level * image.std() * noise(image.shape, seed)
+
+
+def error(ddf, truth):
+    return float((ddf - truth)[..., 8:-8, 8:-8].square().sum(1).sqrt().mean())
+
+
+def test_what_both_halves_show_is_followed_as_before(image, truth):
+    fixed = warp(image, truth)
+    usual, auto = (refine(fixed, image, smooth_residual=smooth) for smooth in (0.6, "auto"))
+    assert error(usual.ddf, truth) < 0.4
+    assert torch.equal(auto.ddf, usual.ddf)
+    assert float(auto.held) == 0
+    assert 0 < float(auto.apart) < 3
+    assert usual.apart is usual.held is None
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_noise_is_not_followed(predicted, image, truth):
+    """Nothing corresponds: what one half makes up the other one does not, and the field stays where it began."""
+    fixed, moving = noise(image.shape, 2), noise(image.shape, 3)
+    start = truth if predicted else None
+    usual, auto = (refine(fixed, moving, start, smooth_residual=smooth) for smooth in (0.6, "auto"))
+    began = truth if predicted else torch.zeros_like(truth)
+    assert error(auto.ddf, began) < 0.25 * error(usual.ddf, began)
+    assert float(auto.apart) > 3
+    assert float(auto.held) > 0.9
+    assert int(fold_count(auto.ddf)) == 0
+
+
+def test_places_are_told_apart(image, truth):
+    """One half of the images is noise, the other is not."""
+    fixed, moving = warp(image, truth), image.clone()
+    for one, seed in ((fixed, 2), (moving, 3)):
+        one[..., 44:] = 3 * noise(one[..., 44:].shape, seed)
+    usual, auto = (refine(fixed, moving, smooth_residual=smooth) for smooth in (0.6, "auto"))
+    quiet, loud = (slice(8, 30), slice(56, 80))
+    away = [(result.ddf - truth).square().sum(1).sqrt()[:, 8:-8] for result in (usual, auto)]
+    assert float(away[1][..., quiet].mean()) < float(away[0][..., quiet].mean()) + 0.1
+    rough = [float(sd_log_jacobian(result.ddf[:, :, 8:-8, loud])) for result in (usual, auto)]
+    assert rough[1] < 0.5 * rough[0]
+    assert 0.3 < float(auto.held) < 0.95
+
+
+def test_large_motion_that_both_halves_mean_is_followed(smooth_image, smooth_field):
+    """Either half misses some of it, so they end apart; but they go the same way."""
+    image = smooth_image((1, 1, *SIZE), 1.5, 0, torch.float32)
+    truth = smooth_field((1, 2, *SIZE), 9.0, 16.0, 1, torch.float32)
+    fixed = warp(image, truth)
+    usual, auto = (refine(fixed, image, smooth_residual=smooth) for smooth in (0.6, "auto"))
+    assert torch.equal(auto.ddf, usual.ddf)
+
+
+def test_pairs_are_on_their_own(image, truth):
+    fixed = torch.cat([warp(image, truth), noise(image.shape, 2), warp(image, truth)])
+    moving = torch.cat([image, noise(image.shape, 3), image])
+    both = refine(fixed, moving, iterations=15)
+    assert (both.held > 0.5).tolist() == [False, True, False]
+    for pair in range(3):
+        alone = refine(fixed[pair : pair + 1], moving[pair : pair + 1], iterations=15)
+        torch.testing.assert_close(alone.ddf, both.ddf[pair : pair + 1], atol=2e-3, rtol=0)
+        torch.testing.assert_close(alone.held, both.held[pair : pair + 1])
+        torch.testing.assert_close(alone.apart, both.apart[pair : pair + 1])
+
+
+def test_of_volumes_and_thick_slices():
+    fixed, moving = (noise((1, 1, 48, 44, 8), seed) for seed in (0, 1))
+    settings = {"spacing": (1.0, 1.0, 6.0), "scales": (2, 1), "iterations": (20, 10)}
+    usual, auto = (refine(fixed, moving, smooth_residual=smooth, **settings) for smooth in (0.6, "auto"))
+    assert float(auto.ddf.square().sum(1).sqrt().mean()) < 0.3 * float(usual.ddf.square().sum(1).sqrt().mean())
+
+
+@pytest.mark.parametrize("hidden", ["fixed", "moving", "lesion"])
+def test_what_a_mask_hides_changes_nothing(hidden, image, truth):
+    """Not even NaN: the field is the same whatever is there."""
+    fixed, moving = warp(image, truth), image
+    mask = torch.ones(1, 1, *SIZE)
+    mask[..., 60:] = 0
+    given = {"fixed": {"mask": 255 * mask}, "moving": {"moving_mask": mask}, "lesion": {"lesion": 1 - mask}}[hidden]
+    found = []
+    for value in (0.0, 100.0) if hidden == "lesion" else (0.0, float("nan")):
+        images = {"fixed": fixed.clone(), "moving": moving.clone()}
+        images["moving" if hidden == "moving" else "fixed"][..., 66:] = value
+        found.append(refine(**images, iterations=10, **given))
+    torch.testing.assert_close(found[0].ddf, found[1].ddf, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[0].apart, found[1].apart)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (11, 20)])
+def test_where_nothing_can_be_divided_all_is_as_usual(size):
+    fixed, moving = (noise((1, 1, *size), seed) for seed in (0, 1))
+    usual, auto = (refine(fixed, moving, iterations=5, smooth_residual=s) for s in (0.6, "auto"))
+    assert torch.equal(usual.ddf, auto.ddf)
+    assert float(auto.apart) == 0
+
+
+@pytest.mark.parametrize("settings", [{"symmetric": True}, {"similarity": SSIMLoss(spatial_dims=2)}])
+def test_those_who_cannot_be_asked_are_smoothed_as_usual(settings, image, truth):
+    auto, usual = (
+        refine(warp(image, truth), image, iterations=4, **settings, **s) for s in ({}, {"smooth_residual": 0.6})
+    )
+    assert torch.equal(auto.ddf, usual.ddf)
+    assert auto.apart is None
+
+
+def test_half_precision_and_a_time_budget(image):
+    fixed, moving = noise(image.shape, 2), noise(image.shape, 3)
+    full, half = (refine(fixed, moving, memory=memory) for memory in ("full", "half"))
+    torch.testing.assert_close(half.apart, full.apart, rtol=0.2, atol=0)
+    assert float(half.held) > 0.9
+    assert refine(fixed, moving, seconds=1e-4).held is not None
+
+
+def test_what_it_is_not_told():
+    image = torch.rand(1, 1, 16, 16)
+    for refused in (
+        lambda: refine(image, image, smooth_residual="much"),
+        lambda: RegistrationInferer(refine={"smooth_residual": "much"}),
+    ):
+        with pytest.raises(ValueError, match="smooth_residual must be 'auto', a number or a Smoothing, got 'much'"):
+            refused()
+
+
+def test_images_of_other_contrast_are_compared_as_the_measure_makes_them(image, truth):
+    """What is darkest and what is brightest in the fixed image looks alike in the moving one."""
+    fixed, moving = warp(image, truth), (image - image.mean()).abs()
+    usual, auto = (refine(fixed, moving, similarity="mapped_lncc", smooth_residual=s) for s in (0.6, "auto"))
+    assert error(auto.ddf, truth) < error(usual.ddf, truth) + 0.05
