@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from monai_lm.fields import gaussian_smooth
@@ -37,7 +36,7 @@ _REDUCTION = 2
 """Of the images that are divided; what holds there is taken for all levels."""
 
 _MOST, _LAST = 20, 10
-"""Iterations of a level, and of the one that takes the time, at most: more of them move the halves no further apart."""
+"""Iterations of a level, and of one that takes the time after others, at most: more of them tell no more."""
 
 _TRIED = 0.1
 """Share of a time budget for each degree of smoothness."""
@@ -52,8 +51,8 @@ _ALIKE = 0.65
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
 
-_WIDTH = 5
-"""Of the windows in which an image shows something."""
+_WINDOW = 1.5
+"""Standard deviation in voxels of the Gaussian under which an image shows something."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def compared(
         return None
     halved, level = _halved(problem, stages, finest)
     stages, finest = _reduced(stages, level, halved.edges)
-    counts = _structure(halved.fixed[: len(idle)])
+    counts = _structure(halved.fixed[: len(idle)].float())
     total = gaussian_smooth(counts, _NEIGHBOURHOOD).clamp(min=1e-6)
     degrees = [usual.sigma, *(sigma for sigma in SMOOTHER if sigma > usual.sigma)]
     nothing = len(degrees)
@@ -128,13 +127,13 @@ def compared(
 def _halved(problem: Problem, stages: Sequence[Stage], finest: Stage) -> tuple[Problem, Level]:
     """The problem on reduced images, each pair once for every half, and their level."""
     level = make_level(finest.level.size, problem.edges, _REDUCTION)
-    fixed, moving = (shrink(image, level).float() for image in (problem.fixed, problem.moving))
+    fixed, moving = (shrink(image, level) for image in (problem.fixed, problem.moving))
     measure = stages[-1].similarity
     if not (isinstance(measure, Weighted) and measure.weighs_fixed):
         fixed = torch.cat([fixed, torch.ones_like(fixed[:, :1])], 1)
     prediction = problem.prediction
     if prediction is not None:
-        prediction = move_field(prediction.float(), finest.level, level)
+        prediction = move_field(prediction, finest.level, level)
         repair_in_place(prediction)
         prediction = torch.cat([prediction, prediction])
     edges = tuple(edge * factor for edge, factor in zip(problem.edges, level.factor, strict=True))
@@ -143,10 +142,10 @@ def _halved(problem: Problem, stages: Sequence[Stage], finest: Stage) -> tuple[P
 
 def _reduced(stages: Sequence[Stage], level: Level, edges: Sequence[float]) -> tuple[list[Stage], Stage]:
     """The stages that run on the reduced images, or the last one, and that on their grid; scales are kept."""
-    own = []
-    for stage in [stage for stage in stages if stage.level.scale >= _REDUCTION] or [*stages[-1:]]:
+    own, kept = [], [stage for stage in stages if stage.level.scale >= _REDUCTION] or [*stages[-1:]]
+    for stage in kept:
         grid = make_level(level.size, edges, max(1.0, stage.level.scale / _REDUCTION))
-        most = min(stage.iterations, _MOST if grid.scale > 1 else _LAST)
+        most = min(stage.iterations, _LAST if grid.scale == 1 and len(kept) > 1 else _MOST)
         grid = replace(grid, scale=stage.level.scale)
         own.append(replace(stage, level=grid, iterations=most, similarity=_weighing(stage.similarity)))
     return own, replace(own[-1], level=replace(make_level(level.size, edges, 1), scale=_REDUCTION))
@@ -179,11 +178,11 @@ def _correlation(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
 
 def _structure(fixed: Tensor) -> Tensor:
     """How far each place of images with weights shows something, ``(B, 1, *S)`` in [0, weight]."""
-    pool = F.avg_pool3d if fixed.dim() == 5 else F.avg_pool2d
-    image, weight = fixed[:, :-1], fixed[:, -1:]
-    mean, square = (pool(values, _WIDTH, 1, _WIDTH // 2) for values in (image, image.square()))
+    image, weight, axes = fixed[:, :-1], fixed[:, -1:], tuple(range(2, fixed.dim()))
+    image = image / image.abs().amax(axes, keepdim=True).clamp(min=torch.finfo(image.dtype).tiny)
+    mean, square = (gaussian_smooth(values, _WINDOW) for values in (image, image.square()))
     variance = (square - mean.square()).clamp(min=0)
-    variance = variance / variance.mean(tuple(range(2, image.dim())), keepdim=True).clamp(min=1e-12)
+    variance = variance / variance.mean(axes, keepdim=True).clamp(min=1e-12)
     variance = variance.mean(1, keepdim=True)
     return weight * variance / (variance + 0.1)
 

@@ -129,6 +129,8 @@ def rehearse(problem: Problem, weighed: bool, stages: Sequence[Stage], settings:
         return
     for precisions in PRECISIONS if settings.memory == "half" else PRECISIONS[:1]:
         _perform(rehearsal_of(problem, weighed, stages, settings, precisions))
+        if settings.adaptive and not weighed:  # halves of an image are told by weights
+            _perform(rehearsal_of(problem, True, stages, settings, precisions))
 
 
 def rehearsal_of(

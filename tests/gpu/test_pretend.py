@@ -122,7 +122,7 @@ def test_a_wait_is_told_with_file_and_line(pretend, monkeypatch):
     monkeypatch.setattr(Elastic, "relax", reading)
     fixed = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)).to("cuda:1")
     pretend.waits.clear()
-    refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4, tolerance=0)
+    refine(fixed, fixed.roll(1, 2), scales=(1,), iterations=4, tolerance=0, smooth_residual=0.6)
     places = {where: count for (what, where), count in pretend.waits.items() if what == "_local_scalar_dense"}
     assert max(places.values()) == 4
     assert max(places, key=places.get).startswith("solver/engine.py:")

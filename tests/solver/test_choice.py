@@ -31,7 +31,7 @@ def levels(result):
         ("mapped_lncc", "mapped_lncc", [4, 2, 1]),
         (("mi", "mapped_lncc"), "mapped_lncc", [4, 2, 1]),
         (("mi", "auto"), "mapped_lncc", [4, 2, 1]),  # MI led, to see what suits the images
-        (("auto", "lncc"), "lncc", [2, 1]),
+        (("auto", "lncc"), "lncc", [4, 2, 1]),
         (("mi", MSE()), "mse", [4, 2, 1]),
         (LNCC(3), "lncc", [4, 2, 1]),
         (SSIMLoss(spatial_dims=2), "SSIMLoss", [4, 2, 1]),

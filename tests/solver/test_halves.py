@@ -51,33 +51,36 @@ def test_noise_is_not_followed(predicted, image, truth):
     start = truth if predicted else None
     usual, auto = (refine(fixed, moving, start, smooth_residual=smooth) for smooth in (0.6, "auto"))
     began = truth if predicted else torch.zeros_like(truth)
-    assert error(auto.ddf, began) < 0.25 * error(usual.ddf, began)
+    assert error(auto.ddf, began) < (0.55 if predicted else 0.25) * error(usual.ddf, began)
     assert float(auto.apart) > 3
     assert float(auto.held) > 0.9
     assert int(fold_count(auto.ddf)) == 0
 
 
-def test_places_are_told_apart(image, truth):
+def test_places_are_told_apart(smooth_image, smooth_field):
     """One half of the images is noise, the other is not."""
+    image = smooth_image((1, 1, 80, 240), 3.0, 0, torch.float32)
+    truth = smooth_field((1, 2, 80, 240), 2.0, 8.0, 1, torch.float32)
     fixed, moving = warp(image, truth), image.clone()
     for one, seed in ((fixed, 2), (moving, 3)):
-        one[..., 44:] = 3 * noise(one[..., 44:].shape, seed)
+        one[..., 120:] = image.std() * noise(one[..., 120:].shape, seed)
     usual, auto = (refine(fixed, moving, smooth_residual=smooth) for smooth in (0.6, "auto"))
-    quiet, loud = (slice(8, 30), slice(56, 80))
+    quiet, loud = (slice(8, 90), slice(150, 232))
     away = [(result.ddf - truth).square().sum(1).sqrt()[:, 8:-8] for result in (usual, auto)]
     assert float(away[1][..., quiet].mean()) < float(away[0][..., quiet].mean()) + 0.1
     rough = [float(sd_log_jacobian(result.ddf[:, :, 8:-8, loud])) for result in (usual, auto)]
     assert rough[1] < 0.5 * rough[0]
-    assert 0.3 < float(auto.held) < 0.95
+    assert 0.3 < float(auto.held) < 0.8
 
 
 def test_large_motion_that_both_halves_mean_is_followed(smooth_image, smooth_field):
     """Either half misses some of it, so they end apart; but they go the same way."""
-    image = smooth_image((1, 1, *SIZE), 1.5, 0, torch.float32)
-    truth = smooth_field((1, 2, *SIZE), 9.0, 16.0, 1, torch.float32)
+    image = smooth_image((1, 1, *SIZE), 3.0, 0, torch.float32)
+    truth = smooth_field((1, 2, *SIZE), 12.0, 16.0, 1, torch.float32)
     fixed = warp(image, truth)
     usual, auto = (refine(fixed, image, smooth_residual=smooth) for smooth in (0.6, "auto"))
     assert torch.equal(auto.ddf, usual.ddf)
+    assert float(auto.apart) > 3.2
 
 
 def test_pairs_are_on_their_own(image, truth):
@@ -96,7 +99,7 @@ def test_of_volumes_and_thick_slices():
     fixed, moving = (noise((1, 1, 48, 44, 8), seed) for seed in (0, 1))
     settings = {"spacing": (1.0, 1.0, 6.0), "scales": (2, 1), "iterations": (20, 10)}
     usual, auto = (refine(fixed, moving, smooth_residual=smooth, **settings) for smooth in (0.6, "auto"))
-    assert float(auto.ddf.square().sum(1).sqrt().mean()) < 0.3 * float(usual.ddf.square().sum(1).sqrt().mean())
+    assert float(auto.ddf.square().sum(1).sqrt().mean()) < 0.5 * float(usual.ddf.square().sum(1).sqrt().mean())
 
 
 @pytest.mark.parametrize("hidden", ["fixed", "moving", "lesion"])

@@ -87,9 +87,11 @@ def test_all_that_is_launched_was_rehearsed(n, predicted, settings, similarity, 
     refine(fixed, moving, prediction if predicted else None, mask, **settings)
     refined = set(launched)
     launched.clear()
-    for precisions in PRECISIONS if settings.get("memory") else PRECISIONS[:1]:
-        for part in rehearsal_of(*given[0], precisions).parts():
-            part()
+    problem, weighed, stages, how = given[0]
+    for weights in {weighed, True}:  # halves of an image are told by weights
+        for precisions in PRECISIONS if settings.get("memory") else PRECISIONS[:1]:
+            for part in rehearsal_of(problem, weights, stages, how, precisions).parts():
+                part()
     assert sorted(map(str, refined - launched)) == []
     assert {name for name, *_ in refined} >= {"sample", similarity, "step", "elastic", "unfolded"}
 

@@ -8,7 +8,7 @@ import pytest
 from monai_lm.similarity import LNCC, MI, MSE, NCC
 from monai_lm.solver.pyramid import make_level
 from monai_lm.solver.refinement import check_keywords
-from monai_lm.solver.schedule import DAMPING, automatic_scales, make_schedule, reduced
+from monai_lm.solver.schedule import DAMPING, automatic_scales, make_schedule
 
 
 def refusal(kind, message):
@@ -135,29 +135,6 @@ def test_values_of_levels_that_are_no_numbers_are_refused(value):
 def test_a_setting_that_is_neither_number_nor_sequence_is_refused_by_name(value):
     with pytest.raises(TypeError, match="damping must be"):
         dampings(value)
-
-
-@pytest.mark.parametrize(
-    ("scales", "expected", "iterations", "damping"),
-    [
-        ((8, 4, 2, 1), [4, 2, 1], [20, 20, 7], [0.1, 0.1, 0.3]),
-        ((3, 1.5), [1.5], [20], [0.3]),
-        ((1,), [1], [5], [1.0]),
-    ],
-)
-def test_a_schedule_of_reduced_images_leaves_out_what_is_finer(scales, expected, iterations, damping):
-    counts = (100, 100, 7, 5)[-len(scales) :] if len(scales) != 2 else (100, 5)
-    stages = make_schedule(
-        scales, counts, (0.1, 0.1, 0.3, 1.0), 2.0, ["mse", "lncc"][-len(scales) :], (64, 64), (1.0, 1.0), False
-    )
-    found = reduced(stages, 2, 20)
-    assert found["scales"] == expected
-    assert found["iterations"] == iterations
-    assert found["damping"] == damping
-    assert found["smooth_gradient"] == [2.0] * len(expected)
-    assert [type(measure).__name__ for measure in found["similarity"]] == ["MSE" if len(scales) > 1 else "LNCC"] * len(
-        expected
-    )
 
 
 @pytest.mark.parametrize(
