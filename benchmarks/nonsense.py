@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases import SETS, Case
 from benchmarks.contrasts import recolored
+from benchmarks.textures import stained, textured, ultrasound
 from monai_lm import refine
 from monai_lm.fields import gaussian_smooth, warp
 
@@ -29,7 +30,8 @@ KINDS: tuple[str, ...] = (
 )  # fmt: skip
 """The moving image and the measure. ``known``: a smooth field of so many voxels on average, and noise of such a part of
 the range on both images; 0 is a pair that lies exactly already. ``shifted``: by such a part of the image along an axis.
-``begun``: from what LNCC found between the images of one contrast. ``noise``: smoothed by so many voxels."""
+``begun``: from what LNCC found between the images of one contrast. ``ultrasound``, ``stained``: see
+:mod:`benchmarks.textures`. ``noise``: smoothed by so many voxels."""
 
 
 UNFIT = ("like T2, lncc", "random, lncc", "inverted, mse")
@@ -62,6 +64,11 @@ def trial(case: Case, kind: str, seed: int, name: str) -> Trial | None:
     generator = torch.Generator().manual_seed(seed)
     if what in ("inverted", "like T2", "random"):
         return Trial(case._replace(moving=recolored(case.moving, what, seed)), similarity)
+    if what == "ultrasound":
+        return Trial(case._replace(moving=ultrasound(case.moving, seed)), similarity)
+    if what == "stained":
+        images = {"fixed": textured(case.fixed, seed), "moving": stained(case.moving, seed)}
+        return Trial(case._replace(**images), similarity)
     if what == "begun":
         start = refine(case.fixed, case.moving, spacing=case.spacing).ddf
         moving = recolored(case.moving, values[0], seed) if values else case.moving

@@ -1,4 +1,4 @@
-"""Whether cross-validation knows how smooth a field must be."""
+"""Whether two halves of an image know how smooth a field must be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import compare_labels, sd_log_jacobian
 from monai_lm.kernels.devices import find_device
 
-KINDS: tuple[str, ...] = ("real, lncc", "like T2, mapped_lncc", "known 3 .06, lncc", "known 0 .15, lncc")
+KINDS: tuple[str, ...] = (
+    "real, lncc", "like T2, auto", "random, auto", "known 3 .06, lncc", "known 0 .15, lncc", "ultrasound, lncc",
+    "ultrasound, auto", "stained, lncc", "stained, auto",
+)  # fmt: skip
 
 
 def smoothness(

@@ -371,6 +371,8 @@ def _figures(found: _Found, aligned: Alignment | None) -> dict[str, Any]:
         "folds_predicted": int(result.predicted_folds), "repair_shift": float(result.repair_shift),
         "prediction_used": None if result.prediction_used is None else not result.unused,
         "similarity": result.similarity,
+        **({} if result.apart is None else {"apart": float(result.apart)}),
+        **({} if result.held is None else {"held": float(result.held)}),
         **({} if aligned is None else {"alignment": aligned.values() | {"text": str(aligned)}}),
         **({} if found.away is None else {"uncertainty_mm": float(found.away.mean())}),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from monai_lm.similarity.outliers import squeezed, without_outliers
 
 __all__ = [
     "CENTRED",
+    "HELD",
     "LARGE_MISALIGNMENT",
     "STRAINED",
     "Assessment",
@@ -44,6 +45,10 @@ ALIKE = 0.98
 
 LARGE_MISALIGNMENT = 0.1
 """A start is far off if the two centres of mass are further apart than this part of the longest edge of the grid."""
+
+HELD = 0.2
+"""Share of what the fixed image shows that a field may be held in without a word, see
+:class:`monai_lm.RefinementResult`."""
 
 CENTRED, STRAINED = {"lncc": -0.05, "mind": -0.2}, 0.47
 """Images that were far apart have not come together if, with their centres on each other, they match better by this
@@ -241,6 +246,13 @@ def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[s
         found["repaired"] = (
             f"The prediction folded space in {folds} cells; it was repaired first, which moved it by {shift:.3g} "
             "voxels on average."
+        )
+    held = case.result.held
+    if case.result.apart is not None and held is not None and float(held[0]) > HELD:
+        found["halves"] = (
+            f"Two halves of the fixed image, refined on their own, lead {float(case.result.apart[0]):.1f} voxels "
+            f"apart. So in {100 * float(held[0]):.0f} % of what it shows the field was kept smoother than usual, or "
+            "left as it began: there the images do not tell where things belong. Look at contrasts, noise and alignment."
         )
     found.update(_worse(before, after))
     budget = case.settings.get("seconds")

@@ -99,9 +99,7 @@ def compared(
     unit = torch.tensor(finest.level.unit, device=idle.device).view(1, -1, *[1] * (counts.dim() - 2))
     for number, sigma in enumerate(degrees):
         tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
-        how = replace(
-            settings, method=replace(settings.method, smoothing=Elastic(sigma)), memory="full", deadline=tried
-        )
+        how = replace(settings, method=replace(settings.method, smoothing=Elastic(sigma)), deadline=tried)
         fields = _refined(halved, stages, finest, how, idle.repeat(2), record.again(2))
         one, other = (fields / unit).chunk(2)
         away = (one - other).square().sum(1, keepdim=True)

@@ -245,6 +245,9 @@ def _described(result: RefinementResult, fixed: Any, moving: Any, between: Betwe
     }
     if result.prediction_used is not None:  # MONAI collates no None
         out.meta["refinement"]["prediction_used"] = not result.unused
+    for name, value in (("apart", result.apart), ("held", result.held)):
+        if value is not None:
+            out.meta["refinement"][name] = float(value[0])
     return out
 
 

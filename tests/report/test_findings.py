@@ -79,6 +79,16 @@ def test_outcomes_in_plain_words(shifted):
     assert warnings_of(shifted, better, better) == {}
 
 
+def test_what_was_held_is_told_with_how_far_halves_lead_apart(shifted):
+    value = FieldMetrics({1: 0.9}, None, None, 0.1, 0, 0, 0.0)
+    for held, expected in ((0.1, set()), (0.6, {"halves"})):
+        result = replace(shifted.result, apart=torch.tensor([5.25]), held=torch.tensor([held]))
+        found = warnings_of(replace(shifted, result=result), value, value)
+        assert set(found) == expected
+    assert "lead 5.2 voxels apart. So in 60 % of what it shows" in found["halves"]
+    assert verdict(shifted, found)[:2] == ("check", "improved")
+
+
 def test_images_far_apart_are_told_only_if_they_did_not_come_together(shifted):
     far = replace(shifted, moving=shifted.fixed.roll(9, 2))
     together = Evidence(0.95, 0.3, 0.01, centred=0.0)

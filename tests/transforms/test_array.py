@@ -119,6 +119,7 @@ def test_the_metadata_tells_how_it_went():
     assert record["initial_loss"] == pytest.approx(float(expected.initial_loss))
     assert record["final_loss"] == pytest.approx(float(expected.final_loss))
     assert record["final_loss"] < record["initial_loss"]
+    assert record["held"] == 0 <= record["apart"]
     assert record["improved"]
     still = RefineDDF(**SETTINGS)(moving, moving).meta["refinement"]
     assert not still["improved"]
