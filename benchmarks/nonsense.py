@@ -67,8 +67,8 @@ def trial(case: Case, kind: str, seed: int, name: str) -> Trial | None:
     if what == "ultrasound":
         return Trial(case._replace(moving=ultrasound(case.moving, seed)), similarity)
     if what == "stained":
-        images = {"fixed": textured(case.fixed, seed), "moving": stained(case.moving, seed)}
-        return Trial(case._replace(**images), similarity)
+        sections = textured(case.fixed, seed), stained(case.moving, seed)
+        return Trial(case._replace(fixed=sections[0], moving=sections[1]), similarity)
     if what == "begun":
         start = refine(case.fixed, case.moving, spacing=case.spacing).ddf
         moving = recolored(case.moving, values[0], seed) if values else case.moving
