@@ -184,6 +184,7 @@ def _options(
     scales: list[Scale] | Literal["auto"] = "auto",
     iterations: Count | list[Count] | Literal["auto"] = "auto",
     step: Positive = 0.5,
+    smooth_residual: Weight | Literal["auto"] = "auto",
     regularizer: Regularization | None = None,
     regularizer_weight: Weight | None = None,
     symmetric: bool = False,
@@ -212,6 +213,7 @@ def _options(
         scales: reduction per level, coarse to fine, as 4,2,1, or auto.
         iterations: most iterations per level, one number for all or as 100,50,25, or auto.
         step: largest displacement per iteration, in voxels.
+        smooth_residual: how smooth the field is kept, in voxels, as 0.6, or auto: smoother where images tell little.
         regularizer: of the field, in millimetres, beside the similarity: diffusion, bending or sliding.
         regularizer_weight: how much it counts.
         symmetric: refine field and inverse together, so that the order of the images does not matter.
@@ -231,7 +233,7 @@ def _options(
     guided = guide_labels is not None or guide_points
     settings = {
         "similarity": similarity, "scales": scales, "iterations": iterations, "step": step,
-        "regularizer": _weighed(regularizer, regularizer_weight),
+        "smooth_residual": smooth_residual, "regularizer": _weighed(regularizer, regularizer_weight),
         "symmetric": symmetric, "seconds": seconds, "memory": memory, "kernels": kernels,
     }  # fmt: skip
     if bundle is not None:

@@ -119,6 +119,7 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
     monkeypatch.setattr(pairs, "refine_pair", lambda *_, **how: given.append(how) or {})
     monkeypatch.setattr("monai_lm.apps.cohort.refine_cohort", lambda *_, **how: given.append(how) or ([], {}))
     words = ["--output_dir", "out", "--report", "--scales", "[4,2]", "--step", "0.3", "--file_format", "fsl"]
+    words += ["--smooth_residual", "0.6"]
     for start in (["refine", "--fixed", "f.nii", "--moving", "m.nii"], ["cohort", "--pairs", "pairs.csv"]):
         for more in ([], ["--bundle", "folder"]):
             monkeypatch.setattr(sys, "argv", ["monai-lm", *start, *words, *more])
@@ -128,7 +129,7 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
         assert (one["report"], one["file_format"], one["device"]) == (True, "fsl", "auto")
         assert one["settings"] == other["settings"]  # no progress bar: stderr is no terminal here
     assert of_cohort[0]["settings"].keys() > {"similarity", "seconds", "memory"}
-    assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3}  # what differs from the bundle's own
+    assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3, "smooth_residual": 0.6}  # what differs from the bundle's own
     assert (of_cohort[1]["bundle"], of_cohort[0]["bundle"]) == ("folder", None)
 
 

@@ -91,6 +91,7 @@ def said(monkeypatch, capsys, tmp_path):
         (f"{PAIR} --seconds -1", "--seconds must be a number greater than 0, got '-1'"),
         (f"{PAIR} --memory ful", "--memory must be auto, full or half, got 'ful'"),
         (f"{PAIR} --kernels c", "--kernels must be auto, native or reference, got 'c'"),
+        (f"{PAIR} --smooth_residual x", "--smooth_residual must be a number of at least 0, or auto, got 'x'"),
         (f"{PAIR} --regularizer l2", "--regularizer must be diffusion, bending or sliding, got 'l2'"),
         (
             f"{PAIR} --regularizer_weight 2",
