@@ -24,6 +24,7 @@ from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import compare_labels
 from monai_lm.fields.space import Grid
+from monai_lm.solver.smoothing import Elastic
 from tests.bundles import run_bundle
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
@@ -225,6 +226,7 @@ def test_refine_entries_are_the_defaults_of_refine_but_the_schedule():
     entries = {k: tuple(v) if isinstance(v, list) else v for k, v in config("inference")["refine"].items()}
     del entries["scales"], entries["iterations"]
     assert entries.pop("similarity") == "@similarity"  # of the images and the codes
+    assert entries.pop("smooth_residual") == Elastic().sigma  # its figures were measured with that
     assert entries == {name: defaults[name] for name in entries}
 
 

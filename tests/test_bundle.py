@@ -24,6 +24,7 @@ from monai_lm.apps.bundle import RegistrationBundle
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.space import Grid
 from monai_lm.io.datalist import named
+from monai_lm.solver.smoothing import Elastic
 
 jsonschema = pytest.importorskip("jsonschema", reason="the bundle extra is not installed")
 pytest.importorskip("ignite", reason="the bundle extra is not installed")
@@ -173,6 +174,7 @@ def test_refine_entries_but_similarity_and_damping_are_the_defaults_of_refine():
     entries = {k: tuple(v) if isinstance(v, list) else v for k, v in parser()["refine"].items()}
     assert entries.pop("similarity") == "@similarity"
     assert entries.pop("damping") == (0.1, 0.1, 0.1, 0.3)  # chosen on validation pairs, for soft labels
+    assert entries.pop("smooth_residual") == Elastic().sigma  # its figures were measured with that
     assert entries == {name: defaults[name] for name in entries}
 
 

@@ -129,7 +129,8 @@ def test_refine_and_cohort_take_the_same_options(monkeypatch):
         assert (one["report"], one["file_format"], one["device"]) == (True, "fsl", "auto")
         assert one["settings"] == other["settings"]  # no progress bar: stderr is no terminal here
     assert of_cohort[0]["settings"].keys() > {"similarity", "seconds", "memory"}
-    assert of_cohort[1]["settings"] == {"scales": [4, 2], "step": 0.3, "smooth_residual": 0.6}  # what differs from the bundle's own
+    different = {"scales": [4, 2], "step": 0.3, "smooth_residual": 0.6}
+    assert of_cohort[1]["settings"] == different  # from the bundle's own
     assert (of_cohort[1]["bundle"], of_cohort[0]["bundle"]) == ("folder", None)
 
 
