@@ -41,7 +41,7 @@ _MOST, _LAST = 20, 10
 _TRIED = 0.1
 """Share of a time budget for each degree of smoothness."""
 
-_TOGETHER, _AROUND = 2.5, 1.5
+_TOGETHER, _AROUND = 4.0, 1.5
 """Mean squared distance, in voxels of the reduced images, up to which both halves lead to the same place: all over the
 image for the usual smoothness, and around a place."""
 
