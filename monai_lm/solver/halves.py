@@ -19,6 +19,7 @@ from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.weighted import Weighted
+from monai_lm.solver.chequerboard import BLOCK
 from monai_lm.solver.choice import begun, led
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
 from monai_lm.solver.result import Record
@@ -41,12 +42,16 @@ _MOST, _LAST = 20, 10
 _TRIED = 0.1
 """Share of a time budget for each degree of smoothness."""
 
-_TOGETHER, _AROUND = 4.0, 1.5
-"""Mean squared distance, in voxels of the reduced images, up to which both halves lead to the same place: all over the
-image for the usual smoothness, and around a place."""
+_TOGETHER = 1.2, 1.8, 2.2
+"""Distance, a root mean square in voxels of the reduced images, up to which both halves lead to the same place, after
+one level, two, and more, which reach further."""
 
-_ALIKE = 0.65
-"""Correlation of both fields above which both halves mean the same, far apart as they are where motion is large."""
+_AROUND = 1.5
+"""Mean squared distance up to which they do around a place."""
+
+_ALIKE, _BEYOND = 0.65, 0.5
+"""Correlation of both fields above which both halves mean the same, far apart as they are; and where motion is longer,
+in the root mean square, than the blocks are wide, so that neither half can know what happens in the other's."""
 
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
@@ -107,8 +112,8 @@ def compared(
         if number == 0:
             square = _mean(away, counts)
             apart = _REDUCTION * square.sqrt()
-            agreed = (square <= _TOGETHER) | (_correlation(one, other, counts) > _ALIKE)
-            holds |= per_voxel(agreed, holds)
+            together = square.sqrt() <= _TOGETHER[min(len(stages), len(_TOGETHER)) - 1]
+            holds |= per_voxel(together | _alike(one, other, counts), holds)
         best = torch.where(holds & (best == nothing), number, best)
         if bool((best < nothing).all()):
             break
@@ -167,11 +172,13 @@ def _weighing(measure: Similarity) -> Weighted:
     return Weighted(_plain(measure), True, isinstance(measure, Weighted) and measure.weighs_moving)
 
 
-def _correlation(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
-    """Of two fields ``(B, n, *S)`` about zero, ``(B,)``."""
-    both, first, second = ((a * b).sum(1, keepdim=True) for a, b in ((one, other), (one, one), (other, other)))
-    squares = _mean(first, counts) * _mean(second, counts)
-    return _mean(both, counts) / squares.sqrt().clamp(min=1e-12)
+def _alike(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
+    """Whether two fields ``(B, n, *S)`` mean the same, far apart as they may be, ``(B,)``."""
+    both, first, second = (
+        _mean((a * b).sum(1, keepdim=True), counts) for a, b in ((one, other), (one, one), (other, other))
+    )
+    least = torch.where(0.5 * (first + second) > BLOCK**2, _BEYOND, _ALIKE)
+    return both > least * (first * second).sqrt()
 
 
 def _structure(fixed: Tensor) -> Tensor:
