@@ -154,8 +154,8 @@ def refine(
             voxels of the finest axis: the field gets smoother, and fits less. Or a
             :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`. ``"auto"``
             is 0.6, and more, or the field as it began, where two halves of the fixed image do not agree on less, see
-            :mod:`monai_lm.solver.halves`: what is there is noise, or does not correspond. With ``symmetric``, and for
-            measures that cannot weigh voxels, it is 0.6.
+            :mod:`monai_lm.solver.halves`: what is there is noise, or does not correspond. With ``symmetric`` or
+            ``guidance``, which may know where images do not, and for measures that cannot weigh voxels, it is 0.6.
         regularizer: what is minimised of the residual beside the dissimilarity, both per voxel: ``"diffusion"``,
             ``"bending"`` or ``"sliding"``, in millimetres where there is a ``spacing``, or a
             :class:`~monai_lm.solver.regularizer.Regularizer`, which has a weight. Losses are then the sum of both. Not
@@ -228,7 +228,7 @@ def refine(
         memory = automatic_mode(fixed, symmetric, regularizer is not None)
     settings = Settings(
         method=method, step=step, tolerance=tolerance, memory=memory, deadline=deadline, symmetric=symmetric,
-        regularizer=make_regularizer(regularizer), adaptive=adaptive,
+        regularizer=make_regularizer(regularizer), adaptive=adaptive and not guides,
     )  # fmt: skip
     finest = replace(stages[-1], level=make_level(size, edges, 1))
     constant = constant_pairs((fixed, moving), masks, [image.dtype for image in images])

@@ -11,6 +11,7 @@ from torch import Tensor
 from monai_lm.fields import compose, gaussian_smooth, invert
 from monai_lm.solver.checks import check_field, check_images, check_spacing, plain
 from monai_lm.solver.refinement import refine
+from monai_lm.solver.smoothing import Elastic
 
 __all__ = ["uncertainty"]
 
@@ -43,7 +44,8 @@ def uncertainty(
         mask: as for the refinement.
         moving_mask: as for the refinement.
         spacing: voxel edge per axis, in millimetres. Default: 1.
-        settings: of :func:`monai_lm.refine`; not ``guidance`` nor ``symmetric``.
+        settings: of :func:`monai_lm.refine`; not ``guidance`` nor ``symmetric``. ``smooth_residual="auto"``, the
+            default, is the usual smoothness here.
 
     Returns:
         ``(B, 1, *S)`` in millimetres, float32 on the fixed grid. It ranks errors better than it measures them; see
@@ -63,6 +65,8 @@ def uncertainty(
     ddf = plain("ddf", ddf)
     check_field("ddf", ddf, len(fixed), size, fixed.device)
     edges = check_spacing(spacing, n)
+    if settings.get("smooth_residual", "auto") == "auto":  # a way back that is held would say that nothing is missed
+        settings["smooth_residual"] = Elastic()
     back = None if prediction is None else invert(plain("prediction", prediction))[0]
     there = refine(moving, fixed, back, moving_mask, moving_mask=mask, spacing=spacing, **settings).ddf
     with torch.no_grad():

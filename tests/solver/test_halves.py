@@ -7,6 +7,7 @@ from monai.losses import SSIMLoss
 from monai_lm import refine
 from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import sd_log_jacobian
+from monai_lm.guidance import Keypoints
 from monai_lm.inferers import RegistrationInferer
 
 SIZE = (96, 88)
@@ -51,7 +52,7 @@ def test_noise_is_not_followed(predicted, image, truth):
     start = truth if predicted else None
     usual, auto = (refine(fixed, moving, start, smooth_residual=smooth) for smooth in (0.6, "auto"))
     began = truth if predicted else torch.zeros_like(truth)
-    assert error(auto.ddf, began) < (0.55 if predicted else 0.25) * error(usual.ddf, began)
+    assert error(auto.ddf, began) < (0.5 if predicted else 0.1) * error(usual.ddf, began)
     assert float(auto.apart) > 3
     assert float(auto.held) > 0.9
     assert int(fold_count(auto.ddf)) == 0
@@ -90,7 +91,7 @@ def test_pairs_are_on_their_own(image, truth):
     assert (both.held > 0.5).tolist() == [False, True, False]
     for pair in range(3):
         alone = refine(fixed[pair : pair + 1], moving[pair : pair + 1], iterations=15)
-        torch.testing.assert_close(alone.ddf, both.ddf[pair : pair + 1], atol=2e-3, rtol=0)
+        assert torch.equal(alone.ddf, both.ddf[pair : pair + 1])
         torch.testing.assert_close(alone.held, both.held[pair : pair + 1])
         torch.testing.assert_close(alone.apart, both.apart[pair : pair + 1])
 
@@ -99,7 +100,7 @@ def test_of_volumes_and_thick_slices():
     fixed, moving = (noise((1, 1, 48, 44, 8), seed) for seed in (0, 1))
     settings = {"spacing": (1.0, 1.0, 6.0), "scales": (2, 1), "iterations": (20, 10)}
     usual, auto = (refine(fixed, moving, smooth_residual=smooth, **settings) for smooth in (0.6, "auto"))
-    assert float(auto.ddf.square().sum(1).sqrt().mean()) < 0.5 * float(usual.ddf.square().sum(1).sqrt().mean())
+    assert float(auto.ddf.square().sum(1).sqrt().mean()) < 0.4 * float(usual.ddf.square().sum(1).sqrt().mean())
 
 
 @pytest.mark.parametrize("hidden", ["fixed", "moving", "lesion"])
@@ -124,6 +125,16 @@ def test_where_nothing_can_be_divided_all_is_as_usual(size):
     usual, auto = (refine(fixed, moving, iterations=5, smooth_residual=s) for s in (0.6, "auto"))
     assert torch.equal(usual.ddf, auto.ddf)
     assert float(auto.apart) == 0
+
+
+def test_what_guides_is_followed_where_the_images_tell_nothing(image):
+    fixed, moving = noise(image.shape, 2), noise(image.shape, 3)
+    points = torch.tensor([[[20.0, 30.0], [60.0, 40.0], [40.0, 70.0]]])
+    result = refine(fixed, moving, guidance=Keypoints(points, points + 4.0, weight=10.0))
+    there = points[0].long()
+    led = result.ddf[0, :, there[:, 0], there[:, 1]].T
+    assert float((led - 4).norm(dim=1).mean()) < 0.5 * 4 * 2**0.5
+    assert result.apart is None
 
 
 @pytest.mark.parametrize("settings", [{"symmetric": True}, {"similarity": SSIMLoss(spatial_dims=2)}])

@@ -7,7 +7,7 @@ from monai_lm.fields import compose, gaussian_smooth, invert, warp
 from monai_lm.solver.refinement import refine
 from monai_lm.solver.uncertainty import uncertainty
 
-SETTINGS = {"scales": (2, 1), "iterations": (20, 20)}
+SETTINGS = {"scales": (2, 1), "iterations": (20, 20), "smooth_residual": 0.6}
 
 
 @pytest.fixture
@@ -30,6 +30,15 @@ def test_it_is_large_where_the_images_tell_nothing(pair):
     told, untold = (..., slice(4, 14)), (..., slice(22, 32))
     assert error[untold].mean() > 3 * error[told].mean()
     assert found[untold].mean() > 3 * found[told].mean()
+
+
+def test_a_field_that_is_held_where_nothing_is_told_is_not_called_certain():
+    """There both ways would be held, and there and back again would end where it started."""
+    images = [torch.randn(1, 1, 96, 88, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    result = refine(*images)
+    assert float(result.held) > 0.9
+    assert float(result.ddf.norm(dim=1).mean()) < 0.5
+    assert float(uncertainty(*images, result.ddf).mean()) > 1
 
 
 def test_it_is_the_round_trip_in_millimetres(pair):
