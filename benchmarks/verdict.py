@@ -106,6 +106,8 @@ def _measured(made: Trial, device: torch.device) -> Row:
     out: Row = {"nonsense": made.nonsense, "verdict": found.state, "outcome": found.outcome}
     out |= {"remarks": list(found.remarks), "seconds": result.seconds, **dataclasses.asdict(found.evidence)}
     out |= {"loss_before": float(result.initial_loss), "loss_after": float(result.final_loss)}
+    halves = {"apart": result.apart, "held": result.held}
+    out |= {name: float("nan") if value is None else float(value) for name, value in halves.items()}
     inside = (case.fixed > case.fixed.mean()).to(ddf)
     for when, field in (("before", start), ("after", ddf)):
         moved = warp(case.labels[1], field, mode="nearest")

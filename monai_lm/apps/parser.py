@@ -164,8 +164,12 @@ class Parser(ArgumentParser):
         return list(dict.fromkeys(named)) if self._file is None else [self._file]
 
     def _pairs(self) -> list[tuple[str, str]]:
-        """The words, each with the one after it."""
-        return list(zip(self._words, [*self._words[1:], ""], strict=False))
+        """The words, each with the one after it, and options with what they have after an equals sign."""
+        out = []
+        for word, after in zip(self._words, [*self._words[1:], ""], strict=False):
+            name, equals, value = word.partition("=")
+            out.append((name, value) if equals and self._kind(name) is not None else (word, after))
+        return out
 
     def _name(self) -> str:
         """Program and command."""

@@ -89,6 +89,7 @@ def said(monkeypatch, capsys, tmp_path):
         (f"{PAIR} --step abc", "--step must be a number greater than 0, got 'abc'"),
         (f"{PAIR} --step 0", "--step must be a number greater than 0, got '0'"),
         (f"{PAIR} --seconds -1", "--seconds must be a number greater than 0, got '-1'"),
+        (f"{PAIR} --seconds=-1", "--seconds must be a number greater than 0, got '-1'"),
         (f"{PAIR} --memory ful", "--memory must be auto, full or half, got 'ful'"),
         (f"{PAIR} --kernels c", "--kernels must be auto, native or reference, got 'c'"),
         (f"{PAIR} --smooth_residual x", "--smooth_residual must be a number of at least 0, or auto, got 'x'"),

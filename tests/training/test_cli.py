@@ -1,11 +1,14 @@
 """``python -m monai_lm.training`` with a yaml file."""
 
 import csv
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning
 import torch
 import yaml
 from pytorch_lightning.cli import LightningCLI
@@ -41,6 +44,20 @@ def config(tmp_path, cohort):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+class Ended(pytorch_lightning.Callback):
+    def on_train_batch_start(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_sigterm_ends_does_not_look_as_if_it_were_done(config):
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Ended"}]
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(config)])
+    assert ended.value.code == 143
 
 
 def test_fit_then_predict_from_the_checkpoint(config, tmp_path):
