@@ -24,10 +24,14 @@ from monai_lm.report.findings import assess
 _FAR = 0.1
 """A pair moved far off that ends with so much less Dice than the same pair where it was has not arrived."""
 
+_SAME = {"dice": 0.005, "error": 0.01}
+"""A field that changes Dice, or the error in voxels, by less has made nothing better or worse."""
+
 _DOUBTS = (
     "agreement", "contrast", "information", "noise", "mirror", "rough", "extreme", "misaligned", "iterations",
     "similarity",
 )  # fmt: skip
+_TRUTHS = ("good", "bad", "same", "not arrived", "left and right")
 
 
 def verdict(
@@ -43,9 +47,11 @@ def verdict(
     """Register real pairs of the validation sets, other contrasts and nonsense, and count what the verdict doubts.
 
     A field is *bad* if it lowered Dice from where it started, of pairs with a known field raised the mean error, or is
-    of nonsense: noise, another organ, a mirror image. Pairs that were moved far off and end with .1 Dice less than
-    where they were have *not arrived*. Brains whose left and right are exchanged are counted by themselves: no image
-    tells them. All others are *good*. Pairs are of two halves of the subjects, A and B: bounds were chosen on A.
+    of nonsense: noise, another organ, a mirror image. It is the *same* if it changed Dice by less than .005, or the
+    error by less than .01 voxels. Pairs that were moved far off and end with .1 Dice less than where they were have
+    *not arrived*. Brains whose left and right are exchanged are counted by themselves: no image tells them. All others
+    are *good*. A field is doubted if the outcome is another one than "improved". Pairs are of two halves of the
+    subjects, A and B: bounds were chosen on A.
 
     Args:
         sets: of :data:`benchmarks.halves.HALVES`.
@@ -123,26 +129,24 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _truth(row: Row, reached: dict[tuple[Any, ...], float]) -> str:
-    """``good``, ``bad``, ``not arrived`` or ``left and right``."""
+    """One of :data:`_TRUTHS`."""
     if row["set"].startswith("brain") and row["kind"].startswith("mirrored 0"):
         return "left and right"
     if row["nonsense"]:
         return "bad"
-    if "error_after" in row:
-        return "bad" if row["error_after"] > row["error_before"] else "good"
-    if row["dice_after"] < row["dice_before"]:
-        return "bad"
     where = reached.get((row["set"], row["pair"]))
-    far = row["kind"].startswith("shifted") and where is not None and row["dice_after"] < where - _FAR
-    return "not arrived" if far else "good"
+    if row["kind"].startswith("shifted") and where is not None and row["dice_after"] < where - _FAR:
+        return "not arrived"
+    name, sign = ("error", -1) if "error_after" in row else ("dice", 1)
+    gained = sign * (row[f"{name}_after"] - row[f"{name}_before"])
+    return "same" if abs(gained) < _SAME[name] else "good" if gained > 0 else "bad"
 
 
 def _print(rows: list[Row]) -> None:
     reached = {(row["set"], row["pair"]): row["dice_after"] for row in rows if row["kind"] == "real, lncc"}
     told = [(row, _truth(row, reached)) for row in rows]
-    columns = ("good", "bad", "not arrived", "left and right")
-    print(f"| moving image, measure | {' | doubted | '.join(columns)} | doubted |")
-    print("|" + "---|" * 9)
+    print(f"| moving image, measure | {' | doubted | '.join(_TRUTHS)} | doubted |")
+    print("|" + "---|" * (1 + 2 * len(_TRUTHS)))
     every = list(dict.fromkeys(row["kind"] for row in rows))
     suited = [kind for kind in every if kind not in UNFIT]
     for title, kinds, halves in (
@@ -152,16 +156,17 @@ def _print(rows: list[Row]) -> None:
     ):
         some = [(row, truth) for row, truth in told if row["kind"] in kinds and row["half"] in halves]
         cells = []
-        for which in columns:
+        for which in _TRUTHS:
             of = [row for row, truth in some if truth == which]
             cells += [f"{len(of)}", f"{sum(map(_doubted, of))}" if of else ""]
         print(f"| {title} | {' | '.join(cells)} |")
-    print("| remark | of good | of bad | of not arrived |")
-    print("|" + "---|" * 4)
+    shown = _TRUTHS[:4]
+    print(f"| remark | {' | '.join(f'of {truth}' for truth in shown)} |")
+    print("|" + "---|" * (1 + len(shown)))
     for remark in _DOUBTS:
-        counts = [sum(remark in row["remarks"] for row, truth in told if truth == which) for which in columns[:3]]
+        counts = [sum(remark in row["remarks"] for row, truth in told if truth == which) for which in shown]
         print(f"| {remark} | {' | '.join(map(str, counts))} |")
 
 
 def _doubted(row: Row) -> bool:
-    return bool(row["verdict"] != "good")
+    return bool(row["outcome"] != "improved")

@@ -50,10 +50,10 @@ HELD = 0.2
 """Share of what the fixed image shows that a field may be held in without a word, see
 :class:`monai_lm.RefinementResult`."""
 
-CENTRED, STRAINED = {"lncc": -0.05, "mind": -0.2}, 0.47
-"""Images that were far apart have not come together if, with their centres on each other, they match better by this
-share (:attr:`~monai_lm.report.rivals.Rivals.centred`), or if a field between images of one contrast has an SDlogJ above
-the second. Across contrasts fields vary more, and centres of mass differ anyway."""
+CENTRED, STRAINED = -0.2, 0.47
+"""Images that were far apart have not come together if the field has an SDlogJ above the second, and, across contrasts,
+where fields vary more, they match better by the first, a share, with their centres on each other
+(:attr:`~monai_lm.report.rivals.Rivals.centred`)."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ def _misalignment(case: Case) -> tuple[float, float]:
 def _far_apart(case: Case, evidence: Evidence, doubted: bool) -> dict[str, str]:
     """A remark on images that were far apart, unless all speaks for it that the field brought them together."""
     distance, longest = _misalignment(case)
-    strained = evidence.witness == "lncc" and evidence.sdlogj > STRAINED
-    missed = doubted or strained or evidence.centred < CENTRED[evidence.witness]
+    missed = doubted or (evidence.sdlogj > STRAINED and (evidence.witness == "lncc" or evidence.centred < CENTRED))
     if not (distance > LARGE_MISALIGNMENT * longest and missed):
         return {}
     way_out = "Align them first (--affine auto, monai_lm.align), or start from a better field."
