@@ -3,7 +3,8 @@
 Where images are noisy, show textures that do not correspond, or have little in common, a field follows what happens to
 look alike, and that differs from voxel to voxel. So the grid of every level is divided like a chequerboard, and either
 colour is refined on its own. Where both fields lead to about the same place, the images tell where it is. Where they do
-not, smoother fields are tried; and where no field holds, the refinement leaves what it began with.
+not, smoother fields are tried; and where no field holds, the refinement leaves what it began with. Of several ways to
+begin, the one is taken on which the halves agree best.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +22,13 @@ from monai_lm.fields.topology import repair_in_place
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.weighted import Weighted
 from monai_lm.solver.chequerboard import BLOCK
-from monai_lm.solver.choice import begun, led
+from monai_lm.solver.choice import led, ways
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
 from monai_lm.solver.result import Record
 from monai_lm.solver.run import Problem, Settings
 from monai_lm.solver.schedule import Stage
 from monai_lm.solver.smoothing import Adaptive, Elastic, Smoothing
+from monai_lm.solver.symmetric import swapped
 from monai_lm.solver.trust import per_voxel
 
 __all__ = ["SMOOTHER", "Halves", "compared"]
@@ -65,12 +68,14 @@ class Halves:
     """What two halves of the fixed image say of a refinement.
 
     Attributes:
+        way: ``(B,)`` number of the one of :func:`~monai_lm.solver.choice.ways` on which they agree best.
         smoothing: of the residual.
         apart: ``(B,)`` root mean squared distance, in lengths of the finest voxel edge, between the fields that either
             half leads to with the usual smoothness.
         held: ``(B,)`` share of what the fixed image shows where the field is kept smoother than usual, or left alone.
     """
 
+    way: Tensor
     smoothing: Smoothing
     apart: Tensor
     held: Tensor
@@ -83,52 +88,151 @@ def compared(
 
     Args:
         problem: what is refined.
-        stages: of the refinement, coarse to fine.
+        stages: of the refinement, coarse to fine, with measures that are decided.
         finest: stage on the grid of the problem.
-        settings: of the refinement; their smoothing is the usual one.
+        settings: of the refinement; their smoothing is the usual one, and remains it unless they are ``adaptive``.
         idle: pairs that stay, ``(B,)``.
         record: of the refinement, which has nothing of this.
     """
-    usual = settings.method.smoothing
-    assert isinstance(usual, Elastic)  # for mypy
     if not all(_plain(stage.similarity).weighable for stage in stages):
         return None
-    halved, level = _halved(problem, stages, finest)
-    stages, finest = _reduced(stages, level, halved.edges)
-    counts = _structure(halved.fixed[: len(idle)].float())
+    halved, usual = _halved(problem, stages, finest, settings, idle, record), settings.method.smoothing
+    way = torch.zeros_like(idle, dtype=torch.long)
+    fields = halved.led(usual, way)
+    unlike = halved.relation(fields).unlike
+    for number in range(1, len(halved.ways)):
+        others = halved.led(usual, torch.full_like(way, number))
+        less = halved.relation(others).unlike
+        nearer = (less + swapped(less) < unlike + swapped(unlike)) if settings.symmetric else less < unlike
+        way, unlike = torch.where(nearer, number, way), torch.where(nearer, less, unlike)
+        fields = torch.where(per_voxel(nearer.repeat(2), fields), others, fields)
+    apart = _REDUCTION * halved.relation(fields).square.sqrt()
+    if not settings.adaptive:
+        return Halves(way, usual, apart, torch.zeros_like(apart))
+    smoothing, held = _smoothing(halved, way, fields)
+    return Halves(way, smoothing, apart, held)
+
+
+def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing, Tensor]:
+    """With what the halves agree, and :attr:`Halves.held`.
+
+    Args:
+        halved: what is asked.
+        way: that they take, ``(B,)``.
+        fields: where it leads with the usual smoothness, ``(2 B, n, *S)``.
+    """
+    usual, counts = halved.settings.method.smoothing, halved.counts
+    assert isinstance(usual, Elastic)  # for mypy
     total = gaussian_smooth(counts, _NEIGHBOURHOOD).clamp(min=1e-6)
     degrees = [usual.sigma, *(sigma for sigma in SMOOTHER if sigma > usual.sigma)]
     nothing = len(degrees)
     best = torch.full_like(counts, nothing, dtype=torch.long)
-    apart = torch.zeros(len(idle), device=idle.device)
-    unit = torch.tensor(finest.level.unit, device=idle.device).view(1, -1, *[1] * (counts.dim() - 2))
     for number, sigma in enumerate(degrees):
-        tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
-        how = replace(settings, method=replace(settings.method, smoothing=Elastic(sigma)), deadline=tried)
-        fields = _refined(halved, stages, finest, how, idle.repeat(2), record.again(2))
-        one, other = (fields / unit).chunk(2)
+        fields = halved.led(Elastic(sigma), way) if number > 0 else fields
+        one, other = fields.chunk(2)
         away = (one - other).square().sum(1, keepdim=True)
         holds = gaussian_smooth(counts * away, _NEIGHBOURHOOD) / total <= _AROUND
         if number == 0:
-            square = _mean(away, counts)
-            apart = _REDUCTION * square.sqrt()
-            together = square.sqrt() <= _TOGETHER[min(len(stages), len(_TOGETHER)) - 1]
-            holds |= per_voxel(together | _alike(one, other, counts), holds)
+            holds |= per_voxel(halved.agree(fields), holds)
         best = torch.where(holds & (best == nothing), number, best)
         if bool((best < nothing).all()):
             break
     held = _mean((best > 0).to(counts), counts)
     if not bool(best.any()):
-        return Halves(usual, apart, held)
-    squares = torch.tensor([*degrees, degrees[-1]], device=idle.device).square()
+        return usual, held
+    squares = torch.tensor([*degrees, degrees[-1]], device=counts.device).square()
     share = ((squares - squares[0]) / (squares[-1] - squares[0]).clamp(min=1e-6))[best]
     still = (best == nothing).to(share)
     share, still = (gaussian_smooth(values, _NEIGHBOURHOOD / 2).clamp(0, 1) for values in (share, still))
-    return Halves(Adaptive(usual, Elastic(degrees[-1]), share, still), apart, held)
+    return Adaptive(usual, Elastic(degrees[-1]), share, still), held
 
 
-def _halved(problem: Problem, stages: Sequence[Stage], finest: Stage) -> tuple[Problem, Level]:
-    """The problem on reduced images, each pair once for every half, and their level."""
+class _Relation(NamedTuple):
+    """How two fields lie to each other, ``(B,)`` each.
+
+    Attributes:
+        square: mean squared distance.
+        correlation: of their vectors.
+        motion: mean square of both.
+    """
+
+    square: Tensor
+    correlation: Tensor
+    motion: Tensor
+
+    @property
+    def unlike(self) -> Tensor:
+        """Less, the nearer they are and the more they mean the same.
+
+        Where motion is long distance tells little, where it is short correlation does. Of several products this one
+        chose best on half A of the validation subjects; on half B all are about as good.
+        """
+        return self.square.sqrt() * (1 - self.correlation).square()
+
+
+@dataclass(frozen=True)
+class _Halved:
+    """Two halves of reduced images, ready to be refined.
+
+    Attributes:
+        problem: each pair once for either half.
+        ways: of the refinement, stages on the reduced grids.
+        finest: stage on the grid of the problem.
+        settings: of the refinement.
+        idle: pairs that stay, ``(B,)``.
+        record: of the refinement.
+        counts: how far each place shows something, ``(B, 1, *S)``.
+    """
+
+    problem: Problem
+    ways: list[list[Stage]]
+    finest: Stage
+    settings: Settings
+    idle: Tensor
+    record: Record
+    counts: Tensor
+
+    def led(self, smoothing: Smoothing, way: Tensor) -> Tensor:
+        """Fields of the halves, ``(2 B, n, *S)``, beside the prediction, in lengths of the finest edge.
+
+        Args:
+            smoothing: of the residual.
+            way: number of each pair's, ``(B,)``.
+        """
+        settings, unit = self.settings, self.counts.new_tensor(self.finest.level.unit)
+        tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
+        method = replace(settings.method, smoothing=smoothing)
+        how = replace(settings, method=method, deadline=tried, symmetric=False)
+        fields: Tensor | None = None
+        for number in way.unique().tolist():
+            taken = (way == number).repeat(2)
+            idle, own = self.idle.repeat(2) | ~taken, self.record.again(2)
+            residual = led(self.ways[number], self.finest, self.problem, how, idle, None, own)
+            there = move_field(residual.field.float(), residual.level, self.finest.level)
+            fields = there if fields is None else torch.where(per_voxel(taken, there), there, fields)
+        assert fields is not None  # for mypy: there are pairs
+        return fields / unit.view(1, -1, *[1] * (fields.dim() - 2))
+
+    def relation(self, fields: Tensor) -> _Relation:
+        """Of the fields of the halves, ``(2 B, n, *S)``."""
+        one, other = fields.chunk(2)
+        both, first, second, square = (
+            _mean((a * b).sum(1, keepdim=True), self.counts)
+            for a, b in ((one, other), (one, one), (other, other), (one - other, one - other))
+        )
+        return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
+
+    def agree(self, fields: Tensor) -> Tensor:
+        """Whether the halves' fields lead to the same place, or mean the same, far apart as they may be, ``(B,)``."""
+        square, correlation, motion = self.relation(fields)
+        most = _TOGETHER[min(len(self.ways[0]), len(_TOGETHER)) - 1]
+        return (square.sqrt() <= most) | (correlation > torch.where(motion > BLOCK**2, _BEYOND, _ALIKE))
+
+
+def _halved(
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
+) -> _Halved:
+    """What :func:`compared` is given, on reduced images."""
     level = make_level(finest.level.size, problem.edges, _REDUCTION)
     fixed, moving = (shrink(image, level) for image in (problem.fixed, problem.moving))
     measure = stages[-1].similarity
@@ -140,27 +244,21 @@ def _halved(problem: Problem, stages: Sequence[Stage], finest: Stage) -> tuple[P
         repair_in_place(prediction)
         prediction = torch.cat([prediction, prediction])
     edges = tuple(edge * factor for edge, factor in zip(problem.edges, level.factor, strict=True))
-    return Problem(torch.cat([fixed, fixed]), torch.cat([moving, moving]), prediction, edges, halved=True), level
+    halves = Problem(torch.cat([fixed, fixed]), torch.cat([moving, moving]), prediction, edges, halved=True)
+    reduced = [_reduced(way, level, edges) for way in ways(stages)]
+    last = replace(reduced[0][-1], level=replace(make_level(level.size, edges, 1), scale=_REDUCTION))
+    return _Halved(halves, reduced, last, settings, idle, record, _structure(fixed.float()))
 
 
-def _reduced(stages: Sequence[Stage], level: Level, edges: Sequence[float]) -> tuple[list[Stage], Stage]:
-    """The stages that run on the reduced images, or the last one, and that on their grid; scales are kept."""
+def _reduced(stages: Sequence[Stage], level: Level, edges: Sequence[float]) -> list[Stage]:
+    """The stages that run on the reduced images, or the last one; scales are kept."""
     own, kept = [], [stage for stage in stages if stage.level.scale >= _REDUCTION] or [*stages[-1:]]
     for stage in kept:
         grid = make_level(level.size, edges, max(1.0, stage.level.scale / _REDUCTION))
         most = min(stage.iterations, _LAST if grid.scale == 1 and len(kept) > 1 else _MOST)
         grid = replace(grid, scale=stage.level.scale)
         own.append(replace(stage, level=grid, iterations=most, similarity=_weighing(stage.similarity)))
-    return own, replace(own[-1], level=replace(make_level(level.size, edges, 1), scale=_REDUCTION))
-
-
-def _refined(
-    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
-) -> Tensor:
-    """Fields of the halves, ``(2 B, n, *S)``, beside the prediction."""
-    stages, residual, done = begun(problem, stages, finest, settings, idle, record)
-    residual = led(stages[done:], finest, problem, settings, idle, residual, record)
-    return move_field(residual.field.float(), residual.level, finest.level)
+    return own
 
 
 def _plain(measure: Similarity) -> Similarity:
@@ -170,15 +268,6 @@ def _plain(measure: Similarity) -> Similarity:
 def _weighing(measure: Similarity) -> Weighted:
     """The measure with a weight for every voxel of the fixed image."""
     return Weighted(_plain(measure), True, isinstance(measure, Weighted) and measure.weighs_moving)
-
-
-def _alike(one: Tensor, other: Tensor, counts: Tensor) -> Tensor:
-    """Whether two fields ``(B, n, *S)`` mean the same, far apart as they may be, ``(B,)``."""
-    both, first, second = (
-        _mean((a * b).sum(1, keepdim=True), counts) for a, b in ((one, other), (one, one), (other, other))
-    )
-    least = torch.where(0.5 * (first + second) > BLOCK**2, _BEYOND, _ALIKE)
-    return both > least * (first * second).sqrt()
 
 
 def _structure(fixed: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
-from monai_lm.solver.choice import begun
+from monai_lm.solver.choice import begun, decided
 from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -359,14 +359,17 @@ def _coarse_to_fine(
     problem = replace(problem, fixed=fixed, moving=moving, prediction=repaired)
     if settings.symmetric and repaired is not None:
         problem = replace(problem, prediction=both_ways(repaired))
-    halves = compared(problem, stages, finest, settings, idle, record) if settings.adaptive else None
+    stages, begins = decided(problem, stages, finest, settings, idle, record)
+    asked = settings.adaptive or len(begins) > 1
+    halves = compared(problem, stages, finest, settings, idle, record) if asked else None
     if halves is not None:
         settings = replace(settings, method=replace(settings.method, smoothing=halves.smoothing))
-    stages, residual, done = begun(problem, stages, finest, settings, idle, record)
+    way = torch.zeros_like(idle, dtype=torch.long) if halves is None else halves.way
+    left, residual = begun(stages, begins, way, record)
     finest = replace(finest, similarity=stages[-1].similarity)
-    bar.update(sum(stage.iterations for stage in stages[:done]))
+    bar.update(sum(stage.iterations for stage in stages) - sum(stage.iterations for stage in left))
     engine: Engine | None = None
-    for stage in stages[done:]:
+    for stage in left:
         engine = None  # all that the level before keeps, its residual aside
         engine = engine_of(stage, finest, problem, residual, settings)
         residual, loss = engine.residual, descend(engine, stage, settings, record, bar, idle)
@@ -376,7 +379,9 @@ def _coarse_to_fine(
         loss = engine.loss(engine.residual.field)
     assert engine is not None  # for mypy: there is a stage
     result = _finish(engine, loss, (ddf, repaired, used), constant, record, name_of(finest.similarity))
-    return result if halves is None else replace(result, apart=halves.apart, held=halves.held)
+    if halves is None or not settings.adaptive:
+        return result
+    return replace(result, apart=halves.apart, held=halves.held)
 
 
 def _finish(

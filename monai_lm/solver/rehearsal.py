@@ -14,6 +14,7 @@ from monai_lm import kernels
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.base import KernelSimilarity
 from monai_lm.similarity.weighted import Weighted
+from monai_lm.solver.choice import ways
 from monai_lm.solver.method import Method
 from monai_lm.solver.run import Problem, Settings
 from monai_lm.solver.schedule import Stage
@@ -129,7 +130,7 @@ def rehearse(problem: Problem, weighed: bool, stages: Sequence[Stage], settings:
         return
     for precisions in PRECISIONS if settings.memory == "half" else PRECISIONS[:1]:
         _perform(rehearsal_of(problem, weighed, stages, settings, precisions))
-        if settings.adaptive and not weighed:  # halves of an image are told by weights
+        if (settings.adaptive or len(ways(stages)) > 1) and not weighed:  # halves of an image are told by weights
             _perform(rehearsal_of(problem, True, stages, settings, precisions))
 
 

@@ -32,12 +32,6 @@ class Residual:
         self._best: Tensor | None = None
         self._previous: Tensor | None = None
 
-    def copied(self) -> Residual:
-        """The same field, nothing else, in memory of its own."""
-        copy = Residual(0, self.level, self.field.device, self.field.dtype)
-        copy.field = self.field.clone()
-        return copy
-
     def move_to(self, level: Level, dtype: torch.dtype, prediction: Tensor | None) -> None:
         """Go to the grid and precision of another level; folds that resampling and rounding make are repaired.
 
