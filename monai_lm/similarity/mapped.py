@@ -36,8 +36,8 @@ class MappedLNCC(LNCC):
     the start of every level, from the images on the finest grid as they lie on each other by then, and held until
     the next; the iterations are those of :class:`~monai_lm.similarity.LNCC`. Coarser
     than half the resolution, where little is known of the contrasts, :class:`~monai_lm.similarity.MIND` leads, and
-    apart from it this measure itself; either goes on to half the resolution, and the refinement from where the images
-    are less unlike then. As a loss on its own it learns the map from the two images that it
+    apart from it this measure itself; the refinement begins where either half of the fixed image comes to the more
+    alike fields, see :mod:`monai_lm.solver.halves`. As a loss on its own it learns the map from the two images that it
     is given, and the derivative is that of both.
 
     The map is one function of intensity: tissues that are alike in the image that is mapped, and not in the other one,

@@ -72,6 +72,23 @@ def test_every_pair_begins_where_the_better_of_the_starts_leads(pair, monkeypatc
         assert 0 < seconds[0] < seconds[-1] <= plain.seconds
 
 
+@pytest.mark.parametrize("settings", [{}, {"smooth_residual": 0.6}, {"symmetric": True}])
+def test_of_two_starts_the_better_one_is_taken(settings, smooth_image, smooth_field, monkeypatch):
+    """Whose order does not matter. What dark and bright that look alike are squared differences mistake."""
+    image = smooth_image((1, 1, 96, 88), 3.0, 0, torch.float32)
+    truth = smooth_field((1, 2, 96, 88), 4.0, 10.0, 1, torch.float32)
+    pair = warp(image, truth), (image - image.mean()).abs()
+    settings = {"scales": (4, 2, 1), "iterations": (20, 10, 5), "similarity": "mapped_lncc"} | settings
+    found = {}
+    for starts in ((MIND(), MIND()), (MSE(), MSE()), (MSE(), MIND()), (MIND(), MSE())):
+        monkeypatch.setattr(MappedLNCC, "starts", starts)
+        found[tuple(type(start) for start in starts)] = refine(*pair, **settings).ddf
+    away = {way: float((found[way] - truth).norm(dim=1).mean()) for way in ((MIND, MIND), (MSE, MSE))}
+    assert away[MIND, MIND] < away[MSE, MSE]
+    for way in ((MSE, MIND), (MIND, MSE)):
+        assert torch.equal(found[way], found[MIND, MIND])
+
+
 def test_who_is_told_hears_of_the_levels_that_led(pair):
     heard = []
     settings = {**SETTINGS, "smooth_residual": 0.6}
