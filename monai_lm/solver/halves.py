@@ -204,7 +204,7 @@ class _Halved:
         method = replace(settings.method, smoothing=smoothing)
         how = replace(settings, method=method, deadline=tried, symmetric=False)
         fields: Tensor | None = None
-        for number in way.unique().tolist():
+        for number in way.unique().tolist() if len(self.ways) > 1 else [0]:
             taken = (way == number).repeat(2)
             idle, own = self.idle.repeat(2) | ~taken, self.record.again(2)
             residual = led(self.ways[number], self.finest, self.problem, how, idle, None, own)
