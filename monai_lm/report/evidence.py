@@ -242,6 +242,7 @@ def _standardized(image: Tensor, mask: Tensor | None) -> Tensor:
     """Without its mean, in units of its contrast, of what the mask shows."""
     shown = torch.ones_like(image) if mask is None else (mask > 0).to(image)
     centred = image - (image * shown).sum() / shown.sum()
+    centred = centred / centred.abs().max().clamp(min=torch.finfo(image.dtype).tiny)  # squares of the smallest are 0
     return centred / over_voxels(contrast(centred * shown), image).clamp(min=1e-12)
 
 

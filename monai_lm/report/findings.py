@@ -251,7 +251,8 @@ def warnings_of(case: Case, before: FieldMetrics, after: FieldMetrics) -> dict[s
         found["halves"] = (
             f"Two halves of the fixed image, refined on their own, lead {float(case.result.apart[0]):.1f} voxels "
             f"apart. So in {100 * float(held[0]):.0f} % of what it shows the field was kept smoother than usual, or "
-            "left as it began: there the images do not tell where things belong. Look at contrasts, noise, alignment."
+            "left as it began: there the images do not tell where things belong. Look at contrasts, noise, alignment; "
+            "if these are fine, smooth_residual 0.6 follows the images all the same."
         )
     found.update(_worse(before, after))
     budget = case.settings.get("seconds")

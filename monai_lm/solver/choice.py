@@ -84,7 +84,8 @@ def decided(
     suited = list(stages)
     looks: list[Residual | None] = [begin.residual for begin in begins]
     for residual in looks or [None]:
-        seen = _seen(problem, residual, finest)
+        asked = idle | True if bool(idle.all()) else ~idle  # a pair that stays has no say
+        seen = [images[asked] for images in _seen(problem, residual, finest)]
         suited = [replace(stage, similarity=stage.similarity.decided(*seen)) for stage in stages]
         if not any(stage.similarity.learns for stage in suited):
             return suited, []

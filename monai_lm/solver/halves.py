@@ -42,19 +42,20 @@ _REDUCTION = 2
 _MOST, _LAST = 20, 10
 """Iterations of a level, and of one that takes the time after others, at most: more of them tell no more."""
 
-_TRIED = 0.1
-"""Share of a time budget for each degree of smoothness."""
+_TRIED = 0.2
+"""Share of a time budget for each degree of smoothness and each way; where it does not suffice nothing is asked."""
 
-_TOGETHER = 1.2, 1.8, 2.2
+_TOGETHER = 1.2, 1.8, 2.8
 """Distance, a root mean square in voxels of the reduced images, up to which both halves lead to the same place, after
 one level, two, and more, which reach further."""
 
 _AROUND = 1.5
 """Mean squared distance up to which they do around a place."""
 
-_ALIKE, _BEYOND = 0.65, 0.5
-"""Correlation of both fields above which both halves mean the same, far apart as they are; and where motion is longer,
-in the root mean square, than the blocks are wide, so that neither half can know what happens in the other's."""
+_ALIKE, _BEYOND = (0.45, 0.65), 0.5
+"""Correlation of both fields above which both halves mean the same, far apart as they are: after one level, which leads
+neither to the end, and after more; and where motion is longer, in the root mean square, than the blocks are wide, so
+that neither half can know what happens in the other's."""
 
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
@@ -84,7 +85,9 @@ class Halves:
 def compared(
     problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
 ) -> Halves | None:
-    """Refine two halves of the fixed image, and compare where they lead; None for measures that cannot weigh voxels.
+    """Refine two halves of the fixed image, and compare where they lead.
+
+    None for measures that cannot weigh voxels, and where there is too little time.
 
     Args:
         problem: what is refined.
@@ -98,9 +101,12 @@ def compared(
         return None
     halved, usual = _halved(problem, stages, finest, settings, idle, record), settings.method.smoothing
     way = torch.zeros_like(idle, dtype=torch.long)
-    fields = halved.led(usual, way)
-    for number in range(1, len(halved.ways)):
-        others = halved.led(usual, torch.full_like(way, number))
+    try:
+        ends = [halved.led(usual, torch.full_like(way, number)) for number in range(len(halved.ways))]
+    except _UnfinishedError:
+        return None
+    fields = ends[0]
+    for number, others in enumerate(ends[1:], 1):
         relations = halved.relation(others), halved.relation(fields)
         if settings.symmetric:  # a pair goes one way in both its places
             relations = relations[0].of_both_places(), relations[1].of_both_places()
@@ -112,6 +118,10 @@ def compared(
         return Halves(way, usual, apart, torch.zeros_like(apart))
     smoothing, held = _smoothing(halved, way, fields)
     return Halves(way, smoothing, apart, held)
+
+
+class _UnfinishedError(Exception):
+    """There was too little time."""
 
 
 def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing, Tensor]:
@@ -129,7 +139,10 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     nothing = len(degrees)
     best = torch.full_like(counts, nothing, dtype=torch.long)
     for number, sigma in enumerate(degrees):
-        fields = halved.led(Elastic(sigma), way) if number > 0 else fields
+        try:
+            fields = halved.led(Elastic(sigma), way) if number > 0 else fields
+        except _UnfinishedError:
+            break
         one, other = fields.chunk(2)
         away = (one - other).square().sum(1, keepdim=True)
         holds = gaussian_smooth(counts * away, _NEIGHBOURHOOD) / total <= _AROUND
@@ -168,8 +181,8 @@ class _Relation(NamedTuple):
     def better(self, other: _Relation) -> Tensor:
         """Whether two fields agree better than two others, ``(B,)``.
 
-        By their distance; where motion of all is longer than blocks are wide, which either half misses some of, by their
-        correlation.
+        By their distance; where motion of all is longer than blocks are wide, of which either half misses some, by
+        their correlation.
         """
         far = torch.minimum(self.motion, other.motion) > BLOCK**2
         return torch.where(far, self.correlation > other.correlation, self.square < other.square)
@@ -203,6 +216,9 @@ class _Halved:
         Args:
             smoothing: of the residual.
             way: number of each pair's, ``(B,)``.
+
+        Raises:
+            _UnfinishedError: the time budget does not allow it.
         """
         settings, unit = self.settings, self.counts.new_tensor(self.finest.level.unit)
         tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
@@ -215,6 +231,8 @@ class _Halved:
             residual = led(self.ways[number], self.finest, self.problem, how, idle, None, own)
             there = move_field(residual.field.float(), residual.level, self.finest.level)
             fields = there if fields is None else torch.where(per_voxel(taken, there), there, fields)
+        if time.perf_counter() > tried:
+            raise _UnfinishedError
         assert fields is not None  # for mypy: there are pairs
         return fields / unit.view(1, -1, *[1] * (fields.dim() - 2))
 
@@ -230,8 +248,9 @@ class _Halved:
     def agree(self, fields: Tensor) -> Tensor:
         """Whether the halves' fields lead to the same place, or mean the same, far apart as they may be, ``(B,)``."""
         square, correlation, motion = self.relation(fields)
-        most = _TOGETHER[min(len(self.ways[0]), len(_TOGETHER)) - 1]
-        return (square.sqrt() <= most) | (correlation > torch.where(motion > BLOCK**2, _BEYOND, _ALIKE))
+        most, alike = (bounds[min(len(self.ways[0]), len(bounds)) - 1] for bounds in (_TOGETHER, _ALIKE))
+        least = torch.where(motion > BLOCK**2, min(alike, _BEYOND), alike)
+        return (square.sqrt() <= most) | (correlation > least)
 
 
 def _halved(

@@ -19,6 +19,9 @@ from monai_lm.solver.trust import DAMPING_RANGE, Outcome, Trust
 
 __all__ = ["Method", "make_method"]
 
+_STIFFEST = 100.0
+"""Largest ``smooth_residual``: Gaussians that are wider than images take minutes and leave nothing."""
+
 T = TypeVar("T")
 
 
@@ -79,6 +82,8 @@ def make_method(
         raise TypeError(f"smooth_residual must be a number or a Smoothing, got {smooth_residual!r}")
     if not isinstance(smooth_residual, Smoothing):
         check_number("smooth_residual", smooth_residual, 0)
+        if smooth_residual > _STIFFEST:
+            raise ValueError(f"smooth_residual must be at most {_STIFFEST:g} voxels, got {smooth_residual}")
         smooth_residual = Elastic(smooth_residual)
     return Method(
         _named("descent", descent, Descent, {name: make(window) for name, make in DESCENTS.items()}),

@@ -175,6 +175,7 @@ def test_names_stand_for_the_parts():
         ("window", True, "window must be an odd number"),
         ("window", 3.0, "window must be an odd number"),
         ("smooth_residual", -1, "smooth_residual must be at least 0"),
+        ("smooth_residual", 101.0, "smooth_residual must be at most 100 voxels, got 101.0"),
         ("smooth_residual", "elastic", "smooth_residual must be a number or a Smoothing, got 'elastic'"),
     ],
 )
