@@ -45,7 +45,7 @@ _MOST, _LAST = 20, 10
 _TRIED = 0.2
 """Share of a time budget for each degree of smoothness and each way; where it does not suffice nothing is asked."""
 
-_TOGETHER = 1.2, 1.8, 2.8
+_TOGETHER = 1.2, 1.8, 4.0
 """Distance, a root mean square in voxels of the reduced images, up to which both halves lead to the same place, after
 one level, two, and more, which reach further."""
 
