@@ -148,6 +148,7 @@ def sequence(
     label: str | None = None,
     mask: str | None = None,
     similarity: list[Measure] | Measure = "lncc",
+    smooth_residual: Weight | Literal["auto"] = "auto",
     device: str = "auto",
     file_format: Written = "itk",
     overwrite: bool = False,
@@ -163,13 +164,15 @@ def sequence(
             else over the labels, else over the foreground.
         similarity: lncc, mapped_lncc, mi, mind, mse, ncc, or auto: one of the first two; or several, coarse to fine,
             as mi,lncc.
+        smooth_residual: how smooth the fields are kept, in voxels, as 0.6, or auto: smoother where images tell little.
         device: auto, cpu, cuda, cuda:1, ...
         file_format: of the fields written, from the reference to the frames.
         overwrite: replace outputs that exist.
     """
     from monai_lm.apps.sequence import register_sequence
 
-    how: dict[str, Any] = {"settings": {"similarity": similarity}, "command": shlex.join(["monai-lm", *sys.argv[1:]])}
+    settings = {"similarity": similarity, "smooth_residual": smooth_residual}
+    how: dict[str, Any] = {"settings": settings, "command": shlex.join(["monai-lm", *sys.argv[1:]])}
     shown = sys.stderr.isatty()
     rows = register_sequence(series, output_dir, reference, label, mask, file_format, device, overwrite, shown, **how)
     over = next(row["over"] for row in rows if "over" in row)

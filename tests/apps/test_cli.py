@@ -252,6 +252,19 @@ def test_every_level_may_have_a_measure(command, written, expected, monkeypatch)
     assert given[0]["similarity"] == expected
 
 
+@pytest.mark.parametrize(("written", "expected"), [("0.6", 0.6), ("auto", "auto")])
+def test_a_series_may_be_followed_as_usual(written, expected, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "monai_lm.apps.sequence.register_sequence",
+        lambda *_, **how: given.append(how["settings"]) or [{"over": "mask"}],
+    )
+    words = ["sequence", "--series", "s.nii", "--output_dir", "out", "--smooth_residual", written]
+    monkeypatch.setattr(sys, "argv", ["monai-lm", *words])
+    cli.main()
+    assert given[0]["smooth_residual"] == expected
+
+
 @pytest.mark.parametrize("values", [["4", "2", "1"], ["4,", "2,", "1"]])
 def test_a_list_of_words_is_told_how_it_is_written(values, monkeypatch, capsys):
     words = ["refine", "--fixed", "f.nii", "--moving", "m.nii", "--output_dir", "out", "--scales", *values]

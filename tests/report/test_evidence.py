@@ -48,6 +48,14 @@ def test_agreement_does_not_see_the_background_nor_the_slabs(smooth_image):
     assert agreement(image.transpose(2, 3), other.transpose(2, 3)) == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_agreement_does_not_see_the_unit_of_intensities(smooth_image, scale):
+    one, other = (smooth_image((1, 1, 24, 22, 20), 2.0, seed, torch.float32) for seed in (0, 1))
+    moving = one + 0.5 * other
+    assert agreement(one, scale * moving) == pytest.approx(agreement(one, moving), rel=1e-4)
+    assert agreement(scale * one, moving) == pytest.approx(agreement(one, moving), rel=1e-4)
+
+
 def test_a_constant_image_has_no_agreement():
     flat = torch.ones(1, 1, 12, 12)
     value = agreement(flat, flat)

@@ -89,6 +89,16 @@ def test_of_two_starts_the_better_one_is_taken(settings, smooth_image, smooth_fi
         assert torch.equal(found[way], found[MIND, MIND])
 
 
+def test_a_constant_pair_has_no_say_in_the_measure_of_a_batch(smooth_image, smooth_field):
+    image = smooth_image((1, 1, 56, 52), 4.0, 0, torch.float32)
+    fixed = warp(image, smooth_field((1, 2, 56, 52), 2.0, 8.0, 1, torch.float32))
+    alone = refine(fixed, image, similarity="auto", **SETTINGS)
+    with pytest.warns(UserWarning, match="constant"):
+        both = refine(torch.cat([fixed, fixed]), torch.cat([image, 0 * image]), similarity="auto", **SETTINGS)
+    assert alone.similarity == both.similarity == "lncc"
+    assert torch.equal(both.ddf[:1], alone.ddf)
+
+
 def test_who_is_told_hears_of_the_levels_that_led(pair):
     heard = []
     settings = {**SETTINGS, "smooth_residual": 0.6}
