@@ -155,7 +155,8 @@ def refine(
             :class:`~monai_lm.solver.smoothing.Smoothing`; see :class:`~monai_lm.solver.smoothing.Elastic`. ``"auto"``
             is 0.6, and more, or the field as it began, where two halves of the fixed image do not agree on less, see
             :mod:`monai_lm.solver.halves`: what is there is noise, or does not correspond. With ``symmetric`` or
-            ``guidance``, which may know where images do not, and for measures that cannot weigh voxels, it is 0.6.
+            ``guidance``, which may know where images do not, for measures that cannot weigh voxels, and where
+            ``seconds`` leave no time to ask, it is 0.6.
         regularizer: what is minimised of the residual beside the dissimilarity, both per voxel: ``"diffusion"``,
             ``"bending"`` or ``"sliding"``, in millimetres where there is a ``spacing``, or a
             :class:`~monai_lm.solver.regularizer.Regularizer`, which has a weight. Losses are then the sum of both. Not

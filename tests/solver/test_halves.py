@@ -9,6 +9,7 @@ from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.guidance import Keypoints
 from monai_lm.inferers import RegistrationInferer
+from monai_lm.solver import halves
 
 SIZE = (96, 88)
 
@@ -82,6 +83,42 @@ def test_large_motion_that_both_halves_mean_is_followed(smooth_image, smooth_fie
     usual, auto = (refine(fixed, image, smooth_residual=smooth) for smooth in (0.6, "auto"))
     assert torch.equal(auto.ddf, usual.ddf)
     assert float(auto.apart) > 3.2
+
+
+def turned(length, cosine):
+    """Two fields of one length, ``(2, 2, 8, 8)``, at an angle."""
+    directions = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])
+    return (length * directions)[:, :, None, None].expand(2, 2, 8, 8)
+
+
+def asked(levels):
+    ways = [[None] * levels]
+    return halves._Halved(None, ways, None, None, None, None, torch.ones(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("levels", "length", "cosine", "expected"),
+    [
+        (1, 1.1, 0.5, True), (1, 2.0, 0.5, True), (1, 2.0, 0.4, False),
+        (2, 1.7, 0.5, True), (2, 2.0, 0.5, False), (2, 3.0, 0.7, True),
+        (3, 3.9, 0.5, True), (3, 4.2, 0.5, False), (4, 3.9, 0.5, True),
+        (2, 7.0, 0.55, True), (2, 7.0, 0.45, False),  # longer than blocks are wide
+    ],
+)  # fmt: skip
+def test_halves_agree_by_distance_or_by_direction(levels, length, cosine, expected):
+    """With a cosine of .5 both fields are as far apart as they are long."""
+    relation = asked(levels).relation(turned(length, cosine))
+    assert float(relation.square) == pytest.approx(2 * length**2 * (1 - cosine), rel=1e-5)
+    assert float(relation.correlation) == pytest.approx(cosine, rel=1e-5)
+    assert bool(asked(levels).agree(turned(length, cosine))) is expected
+
+
+@pytest.mark.parametrize(("longer", "expected"), [(1.0, True), (5.0, False)])
+def test_a_way_is_better_by_distance_and_where_motion_is_long_by_direction(longer, expected):
+    near, alike = (asked(2).relation(longer * turned(*pair)) for pair in ((1.5, 0.2), (3.0, 0.7)))
+    assert float(near.square) < float(alike.square)
+    assert bool(near.better(alike)) is expected
+    assert bool(alike.better(near)) is not expected
 
 
 def test_small_images_that_fill_their_grid_are_followed(smooth_image, smooth_field):
