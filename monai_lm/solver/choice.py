@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -84,7 +85,7 @@ def decided(
     suited = list(stages)
     looks: list[Residual | None] = [begin.residual for begin in begins]
     for residual in looks or [None]:
-        asked = idle | True if bool(idle.all()) else ~idle  # a pair that stays has no say
+        asked = torch.ones_like(idle) if bool(idle.all()) else ~idle  # a pair that stays has no say
         seen = [images[asked] for images in _seen(problem, residual, finest)]
         suited = [replace(stage, similarity=stage.similarity.decided(*seen)) for stage in stages]
         if not any(stage.similarity.learns for stage in suited):
