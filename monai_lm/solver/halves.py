@@ -230,19 +230,20 @@ class _Halved:
             idle, own = self.idle.repeat(2) | ~taken, self.record.again(2)
             residual = led(self.ways[number], self.finest, self.problem, how, idle, None, own)
             there = move_field(residual.field.float(), residual.level, self.finest.level)
+            del residual  # and all that it has noted
             fields = there if fields is None else torch.where(per_voxel(taken, there), there, fields)
         if time.perf_counter() > tried:
             raise _UnfinishedError
         assert fields is not None  # for mypy: there are pairs
-        return fields / unit.view(1, -1, *[1] * (fields.dim() - 2))
+        return fields.div_(unit.view(1, -1, *[1] * (fields.dim() - 2)))
 
     def relation(self, fields: Tensor) -> _Relation:
         """Of the fields of the halves, ``(2 B, n, *S)``."""
         one, other = fields.chunk(2)
-        both, first, second, square = (
-            _mean((a * b).sum(1, keepdim=True), self.counts)
-            for a, b in ((one, other), (one, one), (other, other), (one - other, one - other))
+        both, first, second = (
+            _mean((a * b).sum(1, keepdim=True), self.counts) for a, b in ((one, other), (one, one), (other, other))
         )
+        square = (first + second - 2 * both).clamp(min=0)
         return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
 
     def agree(self, fields: Tensor) -> Tensor:
