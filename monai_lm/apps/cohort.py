@@ -24,6 +24,7 @@ from monai_lm.solver.refinement import check_keywords
 
 __all__ = ["refine_cohort"]
 
+_TABLE = "metrics.csv"
 _COLUMNS = [*(path for path in PATHS if path not in ("image", "label")), "name"]
 _BOTH = [
     ("fixed_label", "moving_label"), ("fixed_points", "moving_points"), ("fixed_soft_labels", "moving_soft_labels"),
@@ -83,7 +84,7 @@ def refine_cohort(
         entries = [{"affine": affine} | entry for entry in entries]
     _check_settings(entries, kwargs)
     folder = Path(output_dir)
-    check_outputs(folder, ["metrics.csv"], overwrite=True)
+    check_outputs(folder, [_TABLE], overwrite=True)
     file_suffix(kwargs.get("file_format", "itk"))
     kwargs["report"] = kwargs.get("report", True) and report_possible()
     done = set() if overwrite else _complete(entries, folder, kwargs)
@@ -100,7 +101,7 @@ def refine_cohort(
         metrics = json.loads((folder / name / "metrics.json").read_text())
         rows.append(_row(entry, metrics))
     if rows:
-        write_table(folder / "metrics.csv", rows)
+        write_table(folder / _TABLE, rows)
     return rows, failed
 
 
@@ -175,8 +176,8 @@ def _check(entries: Sequence[Entry]) -> None:
     problems = []
     for entry in entries:
         name = entry["name"]
-        if not name or Path(name).name != name or name.startswith("."):
-            problems.append(f"{name!r}: the name of a pair must do as the name of a folder")
+        if not name or Path(name).name != name or name.startswith(".") or name == _TABLE:
+            problems.append(f"{name!r}: the name of a pair must do as the name of a folder beside {_TABLE}")
         problems += [f"{name}: {a} and {b} must be given together" for a, b in _BOTH if (a in entry) != (b in entry)]
         problems += [
             f"{name}: no file {entry[key]}" for key in PATHS if key in entry and not Path(entry[key]).is_file()

@@ -43,7 +43,7 @@ def check_affine(name: str, affine: Any, in_plane: bool = False) -> np.ndarray:
 
     With ``in_plane``, ``(3, 3)`` with the last row ``0 0 1``, too; the third axis then stays as it is.
     """
-    expected = "an invertible (4, 4) matrix" + (", or (3, 3)" if in_plane else "")
+    expected = "an invertible (4, 4) matrix with the last row 0 0 0 1" + (", or (3, 3) with 0 0 1" if in_plane else "")
     values = affine.detach().cpu() if isinstance(affine, Tensor) else affine
     try:
         matrix = np.asarray(values, dtype=None if np.iscomplexobj(values) else np.float64)

@@ -77,7 +77,7 @@ def read_list(source: Any, root: str | Path | None = None, argument: str = "data
         source = [{**_entry(entry), "part": part} for part, entries in lists.items() for entry in entries]
     out: dict[str, list[Entry]] = {}
     for number, entry in enumerate(source):
-        if not isinstance(entry, Mapping) or not ({"image"} <= set(entry) or {"fixed", "moving"} <= set(entry)):
+        if not isinstance(entry, Mapping) or not _is_entry(entry):
             raise ValueError(f"entry {number} of {argument} must have an image, or fixed and moving, got {entry!r}")
         whole = {k: str(Path(root or ".", v).absolute()) if k in PATHS else v for k, v in entry.items()}
         part = str(whole.pop("part", ""))
@@ -87,10 +87,20 @@ def read_list(source: Any, root: str | Path | None = None, argument: str = "data
     return out
 
 
+def _is_entry(keys: Iterable[str]) -> bool:
+    """Whether they are those of a subject or of a pair."""
+    return {"image"} <= set(keys) or {"fixed", "moving"} <= set(keys)
+
+
 def _rows(path: Path, text: str) -> list[Entry]:
-    """The rows of a table, without what is empty; ValueError for values beyond the last column."""
+    """The rows of a table, without what is empty; ValueError for names or values that do not make columns."""
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
+    columns = [name.strip() for name in next(csv.reader([header], delimiter=separator, skipinitialspace=True), [])]
+    if not _is_entry(columns):
+        raise ValueError(f"{path} must name columns in its first line, image or fixed and moving, got {columns}")
+    if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
+        raise ValueError(f"{path} must name every column once, got {twice} more than once")
     rows = list(csv.DictReader(text.splitlines(), delimiter=separator, skipinitialspace=True))
     if crowded := [number for number, row in enumerate(rows, 2) if row.get(None)]:
         raise ValueError(f"{path} must have as many values as columns in every line, got more in lines {crowded[:5]}")

@@ -234,13 +234,16 @@ def load_pair(
     moving_lesion: str | Path | None = None,
     soft_labels: tuple[str | Path, str | Path] | None = None,
 ) -> Pair:
-    """Load a pair and what is known of it. Images are continued where they are not finite, under zeros of a mask.
+    """Load a pair and what is known of it. Images are continued where they are not finite, under what hides them.
+
+    Zeros of a mask hide, and lesions.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be used, or that does not fit the others.
     """
-    f, m = Image(fixed, finite=mask is None), Image(moving, finite=moving_mask is None)
+    hidden = mask is not None or lesion is not None, moving_mask is not None or moving_lesion is not None
+    f, m = Image(fixed, finite=not hidden[0]), Image(moving, finite=not hidden[1])
     n = len(f.grid.size)
     if len(m.grid.size) != n:
         raise ValueError(f"fixed and moving must both be 2D or 3D, got shapes {f.grid.size} and {m.grid.size}")
@@ -255,10 +258,14 @@ def load_pair(
                 f"{image.path} must lie on the grid of its image {its.path}, {its.grid.size} voxels, got "
                 f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
-    for image, its in ((weights[0], f), (weights[1], m)):
+    for image, hole, its in zip(weights, lesions, (f, m), strict=True):
+        shows = torch.ones_like(its.data)
         if image:
-            image.data = checked_mask(image.data, its.data, str(image.path), str(its.path))
-            check_shown(str(its.path), its.data, image.data)
+            shows = image.data = checked_mask(image.data, its.data, str(image.path), str(its.path))
+        if hole:
+            shows = shows * (hole.data <= 0)
+        if image or hole:
+            check_shown(str(its.path), its.data, shows)
             its.data = continued(its.data, torch.isfinite(its.data))
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None
     if points and landmarks and landmarks[0].shape != landmarks[1].shape:

@@ -32,7 +32,7 @@ def load_volume(path: str | Path, finite: bool = True, label: bool = False) -> t
     """
     data, affine = _load(path, label)
     if finite and not np.isfinite(data).all():
-        masked = "" if label else ", and a mask (fixed_mask, moving_mask) of zeros there hides them from a refinement"
+        masked = "" if label else ", and a mask (fixed_mask, moving_mask) or a lesion hides them"
         raise ValueError(
             f"{path} must be finite, got {int((~np.isfinite(data)).sum())} NaN or infinite values; np.nan_to_num makes "
             f"zeros of NaN{masked}"

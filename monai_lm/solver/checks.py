@@ -148,16 +148,22 @@ def checked_mask(mask: Any, image: Tensor, name: str = "mask", of: str = "fixed"
     return mask
 
 
-def check_guidance(guidance: Any, fixed: Tensor) -> tuple[Guidance, ...]:
-    """What guides, as a tuple, each fit for the images."""
+def guides_of(guidance: Any) -> tuple[Guidance, ...]:
+    """What guides, as a tuple; TypeError for anything else."""
     if guidance is None:
         return ()
     guides = (guidance,) if isinstance(guidance, Guidance) else guidance
     if not isinstance(guides, Sequence) or not all(isinstance(one, Guidance) for one in guides):
         raise TypeError(f"guidance must be a Guidance, a sequence of them, or None, got {guidance!r}")
+    return tuple(guides)
+
+
+def check_guidance(guidance: Any, fixed: Tensor) -> tuple[Guidance, ...]:
+    """:func:`guides_of`, each fit for the images."""
+    guides = guides_of(guidance)
     for one in guides:
         one.check(fixed)
-    return tuple(guides)
+    return guides
 
 
 def check_together(symmetric: bool, promised: bool, guided: bool, lesions: bool, regularized: bool) -> None:

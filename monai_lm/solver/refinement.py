@@ -27,6 +27,7 @@ from monai_lm.solver.checks import (
     check_images,
     check_spacing,
     check_together,
+    guides_of,
     plain,
     plain_images,
 )
@@ -277,7 +278,7 @@ def check_keywords(owner: str, settings: Mapping[str, Any], guided: bool = False
     how = usual | dict(settings)
     control = DAMPINGS.get(how["control"]) if isinstance(how["control"], str) else how["control"]
     promised = isinstance(control, Damping) and control.needs_promise
-    guided, regularized = guided or bool(how["guidance"]), how["regularizer"] is not None
+    guided, regularized = guided or bool(guides_of(how["guidance"])), how["regularizer"] is not None
     how["smooth_residual"], _ = _smoothing(how["smooth_residual"], how["symmetric"])
     check_together(how["symmetric"] is True, promised, guided, lesions, regularized)
     check_schedule(how)
@@ -407,7 +408,11 @@ def _finish(
     initial, loss = initial[:pairs], loss[:pairs]
     if not bool(torch.isfinite(initial).all()):
         numbers = (~torch.isfinite(initial)).nonzero().flatten().tolist()
-        warnings.warn(f"similarity is not finite at the prediction of pairs {numbers}", stacklevel=6)
+        warnings.warn(
+            f"similarity is not finite at the prediction of pairs {numbers}, which keep it; do the images overlap, "
+            "where their masks leave them?",
+            stacklevel=6,
+        )
     better = (loss <= initial) & torch.isfinite(initial) & ~constant
     rounded = engine.residual.field.dtype == torch.half
     ddf = engine.displacement(better.repeat(len(engine.moving) // pairs))

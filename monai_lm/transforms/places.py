@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import PadListDataCollate
@@ -29,18 +30,20 @@ def has_affine(image: Any) -> bool:
 
 
 def check_item(name: str, image: Any) -> None:
-    """ValueError for a batch, or for an image or field that still has the size of the batch that it was in."""
-    if not isinstance(image, MetaTensor):
+    """ValueError for a batch, and for an image or field that still has the size of the batch that it was in."""
+    if image is None:
         return
-    if image.is_batch:
+    described, shape = isinstance(image, MetaTensor), tuple(np.shape(image))
+    if described and image.is_batch:
         raise ValueError(
-            f"{name} must be one item (C, *S), got a batch {tuple(image.shape)}; monai.data.decollate_batch "
-            "makes items of it"
+            f"{name} must be one item (C, *S), got a batch {shape}; monai.data.decollate_batch makes items of it"
         )
-    last = image.applied_operations[-1] if image.applied_operations else {}
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{name} must be one item, (C, H, W) or (C, H, W, D), got shape {shape}")
+    last = image.applied_operations[-1] if described and image.applied_operations else {}
     if isinstance(last, dict) and last.get(TraceKeys.CLASS_NAME) == PadListDataCollate.__name__:
         raise ValueError(
-            f"{name} must have its own size, got {tuple(image.shape)}, to which pad_list_data_collate padded it; "
+            f"{name} must have its own size, got {shape}, to which pad_list_data_collate padded it; "
             "DataLoader(collate_fn=list) leaves items as they are"
         )
 

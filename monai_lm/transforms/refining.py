@@ -17,7 +17,7 @@ from monai_lm.fields.space import Grid, check_affine
 from monai_lm.guidance import Guidance, Keypoints, Labels, SoftLabels
 from monai_lm.io import read_affine
 from monai_lm.solver.between import Between
-from monai_lm.solver.checks import check_field, check_shown, checked_mask
+from monai_lm.solver.checks import check_field, check_shown, checked_mask, guides_of
 from monai_lm.solver.lesion import checked_lesion, outside
 from monai_lm.solver.refinement import check_keywords, refine
 from monai_lm.solver.result import RefinementResult
@@ -167,11 +167,11 @@ class RefineDDF(Transform):
         device: torch.device,
         labels: Any,
         points: Any,
-        given: Guidance | Sequence[Guidance] | None,
+        given: Any,
         between: Between | None,
     ) -> list[Guidance]:
         """What guides: what the transform was made with, and the labels and points of the pair."""
-        out = [] if given is None else [given] if isinstance(given, Guidance) else list(given)
+        out = list(guides_of(given))
         if labels is not None:
             maps = [convert_to_tensor(x, track_meta=False, device=device)[None] for x in labels]
             if between is not None:

@@ -113,14 +113,16 @@ def test_a_list_is_checked_before_the_work_all_at_once(tmp_path):
     pairs = [
         {"fixed": "no.nii.gz", "moving": "neither.nii.gz", "name": "../up"},
         {"fixed": "no.nii.gz", "moving": "no.nii.gz", "fixed_label": "no.nii.gz", "labels": 3},
+        {"fixed": __file__, "moving": __file__, "name": "metrics.csv"},
     ]
     with (
-        pytest.raises(ValueError, match="pairs has 7 problem") as error,
+        pytest.raises(ValueError, match="pairs has 8 problem") as error,
         pytest.warns(UserWarning, match=r"columns \['labels'\]"),
     ):
         refine_cohort(pairs, tmp_path / "out")
     for text in (
         "'../up': the name of a pair",
+        "'metrics.csv': the name of a pair must do as the name of a folder beside metrics.csv",
         "neither.nii.gz",
         "must be given together",
     ):

@@ -62,6 +62,11 @@ def test_a_mask_of_the_moving_image_hides_a_lesion_on_any_grid(pair, tmp_path):
         fields[name] = nib.load(tmp_path / name / "ddf.nii.gz").get_fdata()
     for other in ("other", "nan"):
         np.testing.assert_array_equal(fields["masked"], fields[other])
+    hole = save(tmp_path / "hole.nii.gz", 1 - shown, MOVING)
+    for name, value in (("hole", 4.0), ("nan_hole", np.nan)):
+        refined(pair | {"moving": paths[value]}, tmp_path / name, moving_lesion=hole)
+        fields[name] = nib.load(tmp_path / name / "ddf.nii.gz").get_fdata()
+    np.testing.assert_array_equal(fields["hole"], fields["nan_hole"])
     after = {name: m["tre_mm_after"] for name, m in metrics.items()}  # the landmarks lie in the lesion
     assert after["masked"] < 0.4 * metrics["masked"]["tre_mm_before"]
     assert after["masked"] < 0.3 * after["plain"]

@@ -8,6 +8,7 @@ from monai_lm.fields import fold_count
 from monai_lm.fields.metrics import target_registration_error
 from monai_lm.guidance import Keypoints, Labels
 from monai_lm.guidance.base import Grid, Guide
+from monai_lm.transforms import RefineDDFd
 from tests.solver.pairs import pair, smooth
 
 SHAPE = (16, 18, 17)
@@ -88,6 +89,8 @@ def test_wrong_kinds_and_controls_are_refused():
     fixed, moving, _ = pair(SHAPE)
     with pytest.raises(TypeError, match="guidance must be a Guidance"):
         refine(fixed, moving, guidance="labels")
+    with pytest.raises(TypeError, match=r"guidance must be a Guidance.* got 1"):
+        RefineDDFd(guidance=1)
     point = torch.ones(1, 1, 3)
     with pytest.raises(ValueError, match="guidance must be None with a control"):
         refine(fixed, moving, guidance=Keypoints(point, point), control="trust_region")

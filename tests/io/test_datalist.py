@@ -175,3 +175,18 @@ def test_more_values_than_columns_are_refused(tmp_path):
     file.write_text("fixed,moving\na.nii,b.nii\na.nii,b.nii,c.nii\n")
     with pytest.raises(ValueError, match=r"as many values as columns in every line, got more in lines \[3\]"):
         read_list(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("a.nii,b.nii", r"name columns in its first line, image or fixed and moving, got \['a.nii', 'b.nii'\]"),
+        ("Fixed,Moving", r"got \['Fixed', 'Moving'\]"),
+        ("fixed,moving,fixed", r"name every column once, got \['fixed'\] more than once"),
+    ],
+)
+def test_columns_without_names_or_with_one_name_are_refused(tmp_path, header, reason):
+    file = tmp_path / "pairs.csv"
+    file.write_text(header + "\nc.nii,d.nii\n")
+    with pytest.raises(ValueError, match=reason):
+        read_list(file)

@@ -193,6 +193,24 @@ def test_what_does_not_fit_together_is_refused(save, tmp_path):
             load_pair(image, moving, **extra)
 
 
+def test_what_a_mask_or_a_lesion_hides_need_not_be_finite(save):
+    values = np.arange(5.0 * 6 * 7).reshape(SIZE)
+    values[2, 3, 3:5] = np.nan
+    broken, whole = save("broken.nii.gz", values), save("whole.nii.gz", np.ones(SIZE))
+    first, second = np.zeros(SIZE), np.zeros(SIZE)
+    first[2, 3, 3] = second[2, 3, 4] = 1
+    shown, hole, both = save("m.nii.gz", 1 - first), save("l.nii.gz", second), save("b.nii.gz", first + second)
+    for given in ({"mask": shown, "lesion": hole}, {"lesion": both}):
+        pair = load_pair(broken, whole, **given)
+        assert torch.isfinite(pair.fixed.data).all()
+        assert pair.fixed.data[0, 0, 0, 0, 1] == 1
+    for given in ({"mask": shown}, {"lesion": hole}):
+        with pytest.raises(ValueError, match=r"broken.nii.gz must be finite, got 1 NaN or infinite values where its"):
+            load_pair(broken, whole, **given)
+    with pytest.raises(ValueError, match=r"got 2 NaN .* a mask \(fixed_mask, moving_mask\) or a lesion hides them"):
+        load_pair(broken, whole, moving_lesion=hole)
+
+
 def test_landmarks_outside_of_their_image_are_told_as_voxels_taken_for_millimetres_are(save, tmp_path):
     fixed = save("f.nii", np.arange(210).reshape(SIZE), np.diag([1.0, 1, 1, 1]) + 50 * np.eye(4, k=3))
     voxels = np.array([[1.0, 2, 3], [4, 4, 4], [52, 3, 3]])

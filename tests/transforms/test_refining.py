@@ -165,6 +165,13 @@ def test_where_a_registered_field_is_stored(images):
         RefineDDFd(iterations=0)(data)
 
 
+def test_a_batch_of_tensors_is_refused(images):
+    fixed, moving = (image.as_tensor() for image in images)
+    for name, given in (("fixed", (fixed[None], moving)), ("ddf", (fixed, moving, torch.zeros(1, 3, 20, 16, 18)))):
+        with pytest.raises(ValueError, match=rf"{name} must be one item, \(C, H, W\) or \(C, H, W, D\), got shape"):
+            RefineDDF()(*given)
+
+
 def test_what_cannot_be_compared_in_space_is_refused(images):
     fixed, moving = images
     with pytest.raises(TypeError, match=r"fixed and moving must be MetaTensors .* got MetaTensor and Tensor"):
