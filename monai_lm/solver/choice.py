@@ -17,7 +17,7 @@ from monai_lm.solver.result import Record
 from monai_lm.solver.run import Problem, Settings, descend, engine_of, warped_by
 from monai_lm.solver.schedule import Stage
 
-__all__ = ["Beginning", "begun", "decided", "led", "ways"]
+__all__ = ["Beginning", "beginnings", "begun", "decided", "led", "ways"]
 
 _APART = 2
 """Images are not asked about their contrasts on coarser levels: they do not lie on each other there yet."""
@@ -77,11 +77,7 @@ def decided(
     """
     if not any(stage.similarity.undecided or _leads(stage) for stage in stages):
         return list(stages), []
-    begins: list[Beginning] = []
-    for way in ways(stages):
-        if coarse := [stage for stage in way if stage.level.scale > _APART]:
-            own = record.again()
-            begins.append(Beginning(led(coarse, finest, problem, settings, idle, None, own), own))
+    begins = beginnings(problem, stages, finest, settings, idle, record)
     suited = list(stages)
     looks: list[Residual | None] = [begin.residual for begin in begins]
     for residual in looks or [None]:
@@ -91,6 +87,18 @@ def decided(
         if not any(stage.similarity.learns for stage in suited):
             return suited, []
     return suited, begins
+
+
+def beginnings(
+    problem: Problem, stages: Sequence[Stage], finest: Stage, settings: Settings, idle: Tensor, record: Record
+) -> list[Beginning]:
+    """Where each way leads through the coarse levels, if there are any; arguments as of :func:`decided`."""
+    begins = []
+    for way in ways(stages):
+        if coarse := [stage for stage in way if stage.level.scale > _APART]:
+            own = record.again()
+            begins.append(Beginning(led(coarse, finest, problem, settings, idle, None, own), own))
+    return begins
 
 
 def begun(

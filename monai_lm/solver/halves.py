@@ -33,8 +33,8 @@ from monai_lm.solver.trust import per_voxel
 
 __all__ = ["SMOOTHER", "Halves", "compared"]
 
-SMOOTHER = (1.2, 2.4)
-"""Degrees of smoothness that are tried beside the usual one, ``sigma`` of :class:`Elastic`."""
+SMOOTHER = 2.4
+"""``sigma`` of :class:`Elastic` with which fields are as smooth as those of places where halves do not agree."""
 
 _REDUCTION = 2
 """Of the images that are divided; what holds there is taken for all levels."""
@@ -45,17 +45,17 @@ _MOST, _LAST = 20, 10
 _TRIED = 0.2
 """Share of a time budget for each degree of smoothness and each way; where it does not suffice nothing is asked."""
 
-_TOGETHER = 1.2, 1.8, 4.0
-"""Distance, a root mean square in voxels of the reduced images, up to which both halves lead to the same place, after
-one level, two, and more, which reach further."""
+_TOGETHER = {2: (1.4, 2.4, 4.0), 3: (1.2, 1.3, 4.0)}
+"""Distance, a root mean square in voxels of the reduced images in 2D and 3D, up to which both halves lead to the same
+place, after one level, two, and more, which reach further. Blocks of planes have fewer voxels to tell where to."""
 
-_AROUND = 1.5
-"""Mean squared distance up to which they do around a place."""
+_ALIKE = 0.6, 0.77
+"""Correlation of both fields above which both halves mean the same, far apart as they are, after one level, which leads
+neither to the end, and after more: its mean over usual and smoother fields."""
 
-_ALIKE, _BEYOND = (0.45, 0.65), 0.5
-"""Correlation of both fields above which both halves mean the same, far apart as they are: after one level, which leads
-neither to the end, and after more; and where motion is longer, in the root mean square, than the blocks are wide, so
-that neither half can know what happens in the other's."""
+_AROUND, _MEANT = 1.5, 0.6
+"""Mean squared distance up to which they do around a place, and the correlation that they must have there, or they may
+be near because neither moves."""
 
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
@@ -101,27 +101,26 @@ def compared(
         return None
     halved, usual = _halved(problem, stages, finest, settings, idle, record), settings.method.smoothing
     way = torch.zeros_like(idle, dtype=torch.long)
-    try:
-        ends = [halved.led(usual, torch.full_like(way, number)) for number in range(len(halved.ways))]
-    except _UnfinishedError:
-        return None
-    fields = ends[0]
-    for number, others in enumerate(ends[1:], 1):
+    fields: Tensor | None = None
+    for number in range(len(halved.ways)):
+        others = halved.led(usual, torch.full_like(way, number))
+        if others is None:
+            return None
+        if fields is None:
+            fields = others
+            continue
         relations = halved.relation(others), halved.relation(fields)
         if settings.symmetric:  # a pair goes one way in both its places
             relations = relations[0].of_both_places(), relations[1].of_both_places()
         better = relations[0].better(relations[1])
         way = torch.where(better, number, way)
         fields = torch.where(per_voxel(better.repeat(2), fields), others, fields)
+    assert fields is not None  # for mypy: there is a way
     apart = _REDUCTION * halved.relation(fields).square.sqrt()
     if not settings.adaptive:
         return Halves(way, usual, apart, torch.zeros_like(apart))
     smoothing, held = _smoothing(halved, way, fields)
     return Halves(way, smoothing, apart, held)
-
-
-class _UnfinishedError(Exception):
-    """There was too little time."""
 
 
 def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing, Tensor]:
@@ -134,31 +133,18 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     """
     usual, counts = halved.settings.method.smoothing, halved.counts
     assert isinstance(usual, Elastic)  # for mypy
-    total = gaussian_smooth(counts, _NEIGHBOURHOOD).clamp(min=1e-6)
-    degrees = [usual.sigma, *(sigma for sigma in SMOOTHER if sigma > usual.sigma)]
-    nothing = len(degrees)
-    best = torch.full_like(counts, nothing, dtype=torch.long)
-    for number, sigma in enumerate(degrees):
-        try:
-            fields = halved.led(Elastic(sigma), way) if number > 0 else fields
-        except _UnfinishedError:
-            break
-        one, other = fields.chunk(2)
-        away = (one - other).square().sum(1, keepdim=True)
-        holds = gaussian_smooth(counts * away, _NEIGHBOURHOOD) / total <= _AROUND
-        if number == 0:
-            holds |= per_voxel(halved.agree(fields), holds)
-        best = torch.where(holds & (best == nothing), number, best)
-        if bool((best < nothing).all()):
-            break
-    held = _mean((best > 0).to(counts), counts)
-    if not bool(best.any()):
+    near, first = halved.together(fields), halved.relation(fields)
+    smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
+    if smoother is not None:
+        alike = (first.correlation + halved.relation(smoother).correlation) / 2
+        near |= alike > _ALIKE[min(len(halved.ways[0]), len(_ALIKE)) - 1]
+    soft = per_voxel(near, counts) | halved.around(fields)
+    stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother)
+    held = _mean((~soft).to(counts), counts)
+    if bool(soft.all()):
         return usual, held
-    squares = torch.tensor([*degrees, degrees[-1]], device=counts.device).square()
-    share = ((squares - squares[0]) / (squares[-1] - squares[0]).clamp(min=1e-6))[best]
-    still = (best == nothing).to(share)
-    share, still = (gaussian_smooth(values, _NEIGHBOURHOOD / 2).clamp(0, 1) for values in (share, still))
-    return Adaptive(usual, Elastic(degrees[-1]), share, still), held
+    share, still = (gaussian_smooth((~one).to(counts), _NEIGHBOURHOOD / 2).clamp(0, 1) for one in (soft, soft | stiff))
+    return Adaptive(usual, Elastic(SMOOTHER), share, still), held
 
 
 class _Relation(NamedTuple):
@@ -210,15 +196,14 @@ class _Halved:
     record: Record
     counts: Tensor
 
-    def led(self, smoothing: Smoothing, way: Tensor) -> Tensor:
+    def led(self, smoothing: Smoothing, way: Tensor) -> Tensor | None:
         """Fields of the halves, ``(2 B, n, *S)``, beside the prediction, in lengths of the finest edge.
+
+        ``None`` if the time budget does not allow it.
 
         Args:
             smoothing: of the residual.
             way: number of each pair's, ``(B,)``.
-
-        Raises:
-            _UnfinishedError: the time budget does not allow it.
         """
         settings, unit = self.settings, self.counts.new_tensor(self.finest.level.unit)
         tried = min(settings.deadline, time.perf_counter() + _TRIED * (settings.deadline - time.perf_counter()))
@@ -233,7 +218,7 @@ class _Halved:
             del residual  # and all that it has noted
             fields = there if fields is None else torch.where(per_voxel(taken, there), there, fields)
         if time.perf_counter() > tried:
-            raise _UnfinishedError
+            return None
         assert fields is not None  # for mypy: there are pairs
         return fields.div_(unit.view(1, -1, *[1] * (fields.dim() - 2)))
 
@@ -246,12 +231,20 @@ class _Halved:
         square = (first + second - 2 * both).clamp(min=0)
         return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
 
-    def agree(self, fields: Tensor) -> Tensor:
-        """Whether the halves' fields lead to the same place, or mean the same, far apart as they may be, ``(B,)``."""
-        square, correlation, motion = self.relation(fields)
-        most, alike = (bounds[min(len(self.ways[0]), len(bounds)) - 1] for bounds in (_TOGETHER, _ALIKE))
-        least = torch.where(motion > BLOCK**2, min(alike, _BEYOND), alike)
-        return (square.sqrt() <= most) | (correlation > least)
+    def together(self, fields: Tensor) -> Tensor:
+        """Whether the halves' fields lead to the same place, ``(B,)``."""
+        bounds = _TOGETHER[fields.dim() - 2]
+        return self.relation(fields).square.sqrt() <= bounds[min(len(self.ways[0]), len(bounds)) - 1]
+
+    def around(self, fields: Tensor) -> Tensor:
+        """Where they do around a place, and mean the same there, ``(B, 1, *S)``."""
+        one, other = fields.chunk(2)
+        total = gaussian_smooth(self.counts, _NEIGHBOURHOOD).clamp(min=1e-6)
+        away, along = (
+            gaussian_smooth(self.counts * values.sum(1, keepdim=True), _NEIGHBOURHOOD) / total
+            for values in ((one - other).square(), one * other)
+        )
+        return (away <= _AROUND) & (along >= _MEANT * (along + away / 2))
 
 
 def _halved(

@@ -31,7 +31,7 @@ from monai_lm.solver.checks import (
     plain,
     plain_images,
 )
-from monai_lm.solver.choice import begun, decided
+from monai_lm.solver.choice import beginnings, begun, decided
 from monai_lm.solver.damping import DAMPINGS, Damping
 from monai_lm.solver.descent import Descent
 from monai_lm.solver.engine import Engine
@@ -364,8 +364,10 @@ def _coarse_to_fine(
     stages, begins = decided(problem, stages, finest, settings, idle, record)
     asked = settings.adaptive or len(begins) > 1
     halves = compared(problem, stages, finest, settings, idle, record) if asked else None
-    if halves is not None:
+    if halves is not None and halves.smoothing is not settings.method.smoothing:
         settings = replace(settings, method=replace(settings.method, smoothing=halves.smoothing))
+        if begins:  # a field that is held would keep what they led to
+            begins = beginnings(problem, stages, finest, settings, idle, record)
     way = torch.zeros_like(idle, dtype=torch.long) if halves is None else halves.way
     left, residual = begun(stages, begins, way, record)
     finest = replace(finest, similarity=stages[-1].similarity)

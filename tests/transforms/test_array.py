@@ -254,9 +254,7 @@ def test_unknown_modes(arguments, message):
     [((1, 8, 8), (3, 8, 8)), ((8, 8), (2, 8, 8)), ((1, 8, 8, 8), (2, 8, 8)), ((1, 1, 8, 8), (1, 2, 8, 8))],
 )
 def test_an_image_and_a_field_that_do_not_fit(image, ddf):
-    with pytest.raises(
-        ValueError, match=r"ddf must be \(n, \*S\) for an image \(C, \*M\), got|img must be one item"
-    ):
+    with pytest.raises(ValueError, match=r"ddf must be \(n, \*S\) for an image \(C, \*M\), got|img must be one item"):
         WarpImage()(torch.zeros(image), torch.zeros(ddf))
 
 
