@@ -10,7 +10,7 @@ begin, the one is taken on which the halves agree best.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -49,13 +49,13 @@ _TOGETHER = {2: (1.4, 2.4, 4.0), 3: (1.2, 1.3, 4.0)}
 """Distance, a root mean square in voxels of the reduced images in 2D and 3D, up to which both halves lead to the same
 place, after one level, two, and more, which reach further. Blocks of planes have fewer voxels to tell where to."""
 
-_ALIKE = 0.6, 0.77
+_ALIKE = {2: (0.6,), 3: (0.6, 0.77)}
 """Correlation of both fields above which both halves mean the same, far apart as they are, after one level, which leads
 neither to the end, and after more: its mean over usual and smoother fields."""
 
 _AROUND, _MEANT = 1.5, 0.6
-"""Mean squared distance up to which they do around a place, and the correlation that they must have there, or they may
-be near because neither moves."""
+"""Mean squared distance up to which they do around a place, and the correlation that smooth fields must have there, or
+they may be near because neither moves."""
 
 _NEIGHBOURHOOD = 6.0
 """Standard deviation in voxels of the Gaussian over which a place asks."""
@@ -137,9 +137,9 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
     if smoother is not None:
         alike = (first.correlation + halved.relation(smoother).correlation) / 2
-        near |= alike > _ALIKE[min(len(halved.ways[0]), len(_ALIKE)) - 1]
-    soft = per_voxel(near, counts) | halved.around(fields)
-    stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother)
+        near |= alike > halved.bound(_ALIKE)
+    soft = per_voxel(near, counts) | halved.around(fields, -1)
+    stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother, _MEANT)
     held = _mean((~soft).to(counts), counts)
     if bool(soft.all()):
         return usual, held
@@ -231,20 +231,24 @@ class _Halved:
         square = (first + second - 2 * both).clamp(min=0)
         return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
 
+    def bound(self, of: Mapping[int, Sequence[float]]) -> float:
+        """That for as many axes and levels; the last one is for more levels, too."""
+        bounds = of[self.counts.dim() - 2]
+        return bounds[min(len(self.ways[0]), len(bounds)) - 1]
+
     def together(self, fields: Tensor) -> Tensor:
         """Whether the halves' fields lead to the same place, ``(B,)``."""
-        bounds = _TOGETHER[fields.dim() - 2]
-        return self.relation(fields).square.sqrt() <= bounds[min(len(self.ways[0]), len(bounds)) - 1]
+        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER)
 
-    def around(self, fields: Tensor) -> Tensor:
-        """Where they do around a place, and mean the same there, ``(B, 1, *S)``."""
+    def around(self, fields: Tensor, least: float) -> Tensor:
+        """Where they do around a place, with a correlation of at least so much there, ``(B, 1, *S)``."""
         one, other = fields.chunk(2)
         total = gaussian_smooth(self.counts, _NEIGHBOURHOOD).clamp(min=1e-6)
         away, along = (
             gaussian_smooth(self.counts * values.sum(1, keepdim=True), _NEIGHBOURHOOD) / total
             for values in ((one - other).square(), one * other)
         )
-        return (away <= _AROUND) & (along >= _MEANT * (along + away / 2))
+        return (away <= _AROUND) & (along >= least * (along + away / 2))
 
 
 def _halved(

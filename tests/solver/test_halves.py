@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.guidance import Keypoints
 from monai_lm.inferers import RegistrationInferer
 from monai_lm.solver import halves
+from monai_lm.solver.smoothing import Elastic
 
 SIZE = (96, 88)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -92,37 +94,82 @@ def test_large_motion_that_both_halves_mean_is_followed(smooth_image, smooth_fie
     assert float(auto.apart) > 3.2
 
 
-def turned(length, cosine):
-    """Two fields of one length, ``(2, 2, 8, 8)``, at an angle."""
-    directions = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])
-    return (length * directions)[:, :, None, None].expand(2, 2, 8, 8)
+def turned(length, cosine, axes=2):
+    """Two fields of one length, ``(2, axes, 8, 8, …)``, at an angle."""
+    directions = torch.zeros(2, axes)
+    directions[:, :2] = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])
+    return (length * directions).view(2, axes, *[1] * axes).expand(2, axes, *[8] * axes)
 
 
-def asked(levels):
-    ways = [[None] * levels]
-    return halves._Halved(None, ways, None, None, None, None, torch.ones(1, 1, 8, 8))
+class Asked(halves._Halved):
+    """Halves of one pair that lead to fields that are known."""
+
+    def __init__(self, levels, axes=2, smoother=None):
+        settings = SimpleNamespace(method=SimpleNamespace(smoothing=Elastic()))
+        super().__init__(None, [[None] * levels], None, settings, None, None, torch.ones(1, 1, *[8] * axes))
+        object.__setattr__(self, "smoother", smoother)
+
+    def led(self, smoothing, way):
+        assert smoothing == Elastic(halves.SMOOTHER)
+        assert way.tolist() == [0]
+        return self.smoother
 
 
 @pytest.mark.parametrize(
-    ("levels", "length", "cosine", "expected"),
+    ("axes", "levels", "length", "expected"),
     [
-        (1, 1.1, 0.5, True), (1, 2.0, 0.5, True), (1, 2.0, 0.4, False),
-        (2, 1.7, 0.5, True), (2, 2.0, 0.5, False), (2, 3.0, 0.7, True),
-        (3, 3.9, 0.5, True), (3, 4.2, 0.5, False), (4, 3.9, 0.5, True),
-        (2, 7.0, 0.55, True), (2, 7.0, 0.45, False),  # longer than blocks are wide
+        (2, 1, 1.3, True), (2, 1, 1.5, False), (2, 2, 2.3, True), (2, 2, 2.5, False), (2, 3, 3.9, True),
+        (2, 3, 4.1, False), (2, 4, 3.9, True), (3, 1, 1.1, True), (3, 1, 1.25, False), (3, 2, 1.25, True),
+        (3, 2, 1.4, False), (3, 3, 3.9, True), (3, 3, 4.1, False),
     ],
 )  # fmt: skip
-def test_halves_agree_by_distance_or_by_direction(levels, length, cosine, expected):
+def test_halves_lead_to_the_same_place_by_distance(axes, levels, length, expected):
     """With a cosine of .5 both fields are as far apart as they are long."""
-    relation = asked(levels).relation(turned(length, cosine))
-    assert float(relation.square) == pytest.approx(2 * length**2 * (1 - cosine), rel=1e-5)
-    assert float(relation.correlation) == pytest.approx(cosine, rel=1e-5)
-    assert bool(asked(levels).agree(turned(length, cosine))) is expected
+    relation = Asked(levels, axes).relation(turned(length, 0.5, axes))
+    assert float(relation.square) == pytest.approx(length**2, rel=1e-5)
+    assert float(relation.correlation) == pytest.approx(0.5, rel=1e-5)
+    assert bool(Asked(levels, axes).together(turned(length, 0.5, axes))) is expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "levels", "usual", "smoother", "expected"),
+    [
+        (2, 2, 0.7, 0.55, True), (2, 2, 0.7, 0.45, False), (2, 3, 0.7, 0.55, True), (3, 1, 0.45, 0.8, True),
+        (3, 1, 0.5, 0.65, False), (3, 2, 0.7, 0.8, False), (3, 2, 0.75, 0.85, True), (3, 3, 0.7, 0.9, True),
+    ],
+)  # fmt: skip
+def test_halves_far_apart_mean_the_same_if_smooth_fields_do_too(axes, levels, usual, smoother, expected):
+    asked = Asked(levels, axes, turned(5.0, smoother, axes))
+    smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(7.0, usual, axes))
+    assert float(held) == (0 if expected else 1)
+    assert (smoothing == Elastic()) is expected
+
+
+@pytest.mark.parametrize(
+    ("length", "cosine", "least", "expected"),
+    [
+        (1.0, 0.7, 0.6, True), (1.0, 0.5, 0.6, False), (1.0, 0.5, 0.4, True), (0.5, 0.0, 0.6, False),
+        (0.5, -0.9, -1, True), (5.0, 0.8, 0.6, False), (0.0, 0.0, 0.6, True),
+    ],
+)  # fmt: skip
+def test_around_a_place_halves_are_near_and_mean_the_same(length, cosine, least, expected):
+    """Not near because neither moves; but where nothing moves at all nothing is held."""
+    assert bool((Asked(2).around(turned(length, cosine), least) == expected).all())
+
+
+@pytest.mark.parametrize("timely", [True, False])
+def test_what_smooth_fields_do_not_agree_on_is_held_and_so_is_what_they_could_not_be_asked(timely):
+    """Where halves agree on smooth fields only, the field is smooth."""
+    asked = Asked(2, smoother=turned(1.0, 0.8) if timely else None)
+    smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(7.0, 0.1))
+    assert float(held) == 1
+    torch.testing.assert_close(smoothing.share, torch.ones(1, 1, 8, 8))
+    torch.testing.assert_close(smoothing.still, torch.full((1, 1, 8, 8), 0.0 if timely else 1.0))
 
 
 @pytest.mark.parametrize(("longer", "expected"), [(1.0, True), (5.0, False)])
 def test_a_way_is_better_by_distance_and_where_motion_is_long_by_direction(longer, expected):
-    near, alike = (asked(2).relation(longer * turned(*pair)) for pair in ((1.5, 0.2), (3.0, 0.7)))
+    near, alike = (Asked(2).relation(longer * turned(*pair)) for pair in ((1.5, 0.2), (3.0, 0.7)))
     assert float(near.square) < float(alike.square)
     assert bool(near.better(alike)) is expected
     assert bool(alike.better(near)) is not expected
