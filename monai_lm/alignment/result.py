@@ -23,6 +23,8 @@ class Alignment:
         losses: dissimilarity per voxel of each kind that was tried, on the coarse images that it was found with.
         centre: ``(n,)`` middle of what the fixed image shows, in RAS millimetres.
         seconds: how long it took.
+        apart: distance in millimetres between the rigid maps that two halves of the fixed image find on their own, root
+            mean square over what it shows; ``None`` where they were not asked.
     """
 
     matrix: np.ndarray
@@ -31,6 +33,7 @@ class Alignment:
     losses: Mapping[str, float]
     centre: np.ndarray
     seconds: float
+    apart: float | None = None
 
     @property
     def shift(self) -> float:
@@ -62,12 +65,18 @@ class Alignment:
         return {
             "kind": self.kind, "mode": self.mode, "matrix": self.matrix.tolist(), "shift_mm": self.shift,
             "rotation_degrees": self.rotation, "scales": list(self.scales), "losses": dict(self.losses),
-            "seconds": self.seconds,
+            "seconds": self.seconds, "apart_mm": self.apart,
         }  # fmt: skip
 
     def __str__(self) -> str:
         """One or two sentences for a reader."""
         before = self.losses["none"]
+        if self.apart is not None and self.kind in ("none", "center"):
+            stay = "stay where their headers put them" if self.kind == "none" else "are shifted onto each other only"
+            return (
+                f"No alignment is told by the images: two halves of the fixed one lead {self.apart:.1f} mm apart "
+                f"(root mean square); they {stay}."
+            )
         if self.kind == "none":
             tried = {name: loss for name, loss in self.losses.items() if name != "none"}
             best = min(tried, key=lambda name: tried[name])

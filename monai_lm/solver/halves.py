@@ -9,10 +9,11 @@ begin, the one is taken on which the halves agree best.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from monai_lm.solver.trust import per_voxel
 
 __all__ = ["SMOOTHER", "Halves", "compared"]
 
+Bound = TypeVar("Bound", float, tuple[float, float])
+
 SMOOTHER = 2.4
 """``sigma`` of :class:`Elastic` with which fields are as smooth as those of places where halves do not agree."""
 
@@ -49,9 +52,10 @@ _TOGETHER = {2: (1.4, 2.4, 4.0), 3: (1.2, 1.3, 4.0)}
 """Distance, a root mean square in voxels of the reduced images in 2D and 3D, up to which both halves lead to the same
 place, after one level, two, and more, which reach further. Blocks of planes have fewer voxels to tell where to."""
 
-_ALIKE = {2: (0.6,), 3: (0.6, 0.77)}
-"""Correlation of both fields above which both halves mean the same, far apart as they are, after one level, which leads
-neither to the end, and after more: its mean over usual and smoother fields."""
+_ALIKE = {2: ((2.3, 0.6), (math.inf, 0.6)), 3: ((2.3, 0.6), (math.inf, 0.77))}
+"""Distance up to which, and correlation above which both halves mean the same though they lead to two places: after one
+level, which leads neither to the end, but not far either, and after more. The correlation is the mean of that of usual
+and of smoother fields."""
 
 _AROUND, _MEANT = 1.5, 0.6
 """Mean squared distance up to which they do around a place, and the correlation that smooth fields must have there, or
@@ -136,8 +140,9 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     near, first = halved.together(fields), halved.relation(fields)
     smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
     if smoother is not None:
+        farthest, least = halved.bound(_ALIKE)
         alike = (first.correlation + halved.relation(smoother).correlation) / 2
-        near |= alike > halved.bound(_ALIKE)
+        near |= (alike > least) & (first.square.sqrt() <= farthest)
     soft = per_voxel(near, counts) | halved.around(fields, -1)
     stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother, _MEANT)
     held = _mean((~soft).to(counts), counts)
@@ -231,7 +236,7 @@ class _Halved:
         square = (first + second - 2 * both).clamp(min=0)
         return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
 
-    def bound(self, of: Mapping[int, Sequence[float]]) -> float:
+    def bound(self, of: Mapping[int, Sequence[Bound]]) -> Bound:
         """That for as many axes and levels; the last one is for more levels, too."""
         bounds = of[self.counts.dim() - 2]
         return bounds[min(len(self.ways[0]), len(bounds)) - 1]

@@ -127,6 +127,22 @@ def test_noise_does_not_draw_images_off_a_common_grid():
     assert min(found.losses.values()) > 0.95 * found.losses["none"]
 
 
+@pytest.mark.parametrize("shift", [0, 400])
+def test_what_halves_of_the_fixed_image_do_not_agree_on_is_not_taken(shift):
+    """Of what has nothing to do with each other any map may look best."""
+    (fixed, moving, f, m), _ = pair(2, 0, shift)
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.randn(image.shape, generator=generator) for image in (fixed, moving)]
+    found = monai_lm.align(*noise, f, m, "rigid")
+    assert found.losses["rigid"] < found.losses["none"]
+    assert found.kind == ("center" if shift else "none")
+    assert found.apart > 0.15 * 35
+    assert f"two halves of the fixed one lead {found.apart:.1f} mm apart" in str(found)
+    assert found.values()["apart_mm"] == found.apart
+    told = monai_lm.align(fixed, moving, f, m, "rigid")
+    assert told.apart is None if told.kind != "rigid" else told.apart < 1
+
+
 def test_a_few_voxels_do_not_tell_an_affine_map():
     (fixed, moving, f, m), truth = pair(2, 5, 3)
     mask = torch.zeros_like(fixed)
@@ -159,7 +175,7 @@ def test_an_affine_of_a_plane_may_be_three_by_three(exact, random_tensor):
     found = monai_lm.align(image, image.roll(2, 2), plane, affine if exact else torch.from_numpy(plane), "center")
     whole = monai_lm.align(image, image.roll(2, 2), affine, affine, "center")
     np.testing.assert_array_equal(found.matrix, whole.matrix)
-    with pytest.raises(ValueError, match=r"fixed_affine must be an invertible \(4, 4\) matrix, got shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"fixed_affine must be an invertible \(4, 4\) .*, got shape \(3, 3\)"):
         monai_lm.align(image[..., None].expand(-1, -1, -1, -1, 4), torch.rand(1, 1, 4, 4, 4), plane, affine)
 
 
@@ -218,7 +234,10 @@ def test_levels_keep_their_place_in_space():
         ({"moving": torch.full((1, 1, 8, 8), float("nan"))}, "moving must be finite"),
         ({"fixed_affine": np.zeros((4, 4))}, "fixed_affine must be an invertible"),
         ({"moving_affine": np.full((4, 4), np.nan)}, "moving_affine must be an invertible"),
-        ({"moving_affine": np.diag([1, 0, 1])}, r"moving_affine must be an invertible \(4, 4\) matrix, or \(3, 3\)"),
+        (
+            {"moving_affine": np.diag([1, 0, 1])},
+            r"moving_affine must be an invertible \(4, 4\) matrix with the last row 0 0 0 1, or \(3, 3\)",
+        ),
         ({"moving_affine": np.eye(4) * 1j}, "moving_affine must be an invertible"),
         ({"fixed_affine": "affine.txt"}, "fixed_affine must be an invertible .* got 'affine.txt'"),
         ({"fixed_affine": [[1, 2], [3]]}, r"fixed_affine must be an invertible .* got \[\[1, 2\], \[3\]\]"),
