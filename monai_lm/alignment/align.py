@@ -39,8 +39,8 @@ _APART = 0.25  # of the finest level's voxel, that it must lead away from those 
 _JUDGED = 2**17  # voxels of the level that an affine map is judged on, at most
 _PER_PARAMETER = 50  # voxels that must count for each of its parameters
 _TOGETHER = 0.15
-"""How far apart two halves of the fixed image may lead what it shows, as a part of its reach. Validation: .13 at most on
-hippocampi, brains, hearts, abdomens; .18 at least on real ultrasound and MR of prostates, where the start is better."""
+"""How far apart two halves of the fixed image may lead what it shows, as a part of its reach. Validation: .13 at most
+on hippocampi, brains, hearts and abdomens, .18 at least on ultrasound and MR of prostates, where starts are better."""
 
 
 def align(
