@@ -22,6 +22,7 @@ from benchmarks.moving_mask import moving_mask
 from benchmarks.optimizers import optimizers
 from benchmarks.performance import accuracy, first, memory, reach, scaling, speed
 from benchmarks.profile import profile
+from benchmarks.prostate import prostate
 from benchmarks.repairs import repairs
 from benchmarks.smoothness import smoothness
 from benchmarks.training import knee, supervision
@@ -56,6 +57,7 @@ if __name__ == "__main__":
         conventions,
         repairs,
         moving_mask,
+        prostate,
         smoothness,
         uncertainty,
         validation,
