@@ -55,7 +55,8 @@ place, after one level, two, and more, which reach further. Blocks of planes hav
 _ALIKE = {2: ((2.3, 0.6), (math.inf, 0.6)), 3: ((2.3, 0.6), (math.inf, 0.77))}
 """Distance up to which, and correlation above which both halves mean the same though they lead to two places: after one
 level, which leads neither to the end, but not far either, and after more. The correlation is the mean of that of usual
-and of smoother fields."""
+and of smoother fields; of these alone where motion is longer, in the root mean square, than the blocks are wide, so that
+neither half can know what happens in the other's."""
 
 _AROUND, _MEANT = 1.5, 0.6
 """Mean squared distance up to which they do around a place, and the correlation that smooth fields must have there, or
@@ -141,7 +142,8 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
     if smoother is not None:
         farthest, least = halved.bound(_ALIKE)
-        alike = (first.correlation + halved.relation(smoother).correlation) / 2
+        smooth = halved.relation(smoother).correlation
+        alike = torch.where(first.motion > BLOCK**2, smooth, (first.correlation + smooth) / 2)
         near |= (alike > least) & (first.square.sqrt() <= farthest)
     soft = per_voxel(near, counts) | halved.around(fields, -1)
     stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother, _MEANT)

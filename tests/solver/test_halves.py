@@ -134,14 +134,15 @@ def test_halves_lead_to_the_same_place_by_distance(axes, levels, length, expecte
 @pytest.mark.parametrize(
     ("axes", "levels", "length", "usual", "smoother", "expected"),
     [
-        (2, 2, 7.0, 0.7, 0.55, True), (2, 2, 7.0, 0.7, 0.45, False), (2, 3, 7.0, 0.7, 0.55, True),
+        (2, 2, 5.9, 0.7, 0.55, True), (2, 2, 5.9, 0.7, 0.45, False), (2, 3, 5.9, 0.7, 0.55, True),
         (2, 1, 2.8, 0.7, 0.55, True), (2, 1, 3.2, 0.7, 0.55, False),
         (3, 1, 2.1, 0.45, 0.8, True), (3, 1, 2.3, 0.45, 0.8, False), (3, 1, 2.1, 0.5, 0.65, False),
-        (3, 2, 7.0, 0.7, 0.8, False), (3, 2, 7.0, 0.75, 0.85, True), (3, 3, 7.0, 0.7, 0.9, True),
+        (3, 2, 5.9, 0.7, 0.8, False), (3, 2, 5.9, 0.75, 0.85, True), (3, 3, 5.9, 0.7, 0.9, True),
+        (3, 3, 6.1, 0.1, 0.8, True), (3, 3, 6.1, 0.8, 0.75, False),
     ],
 )  # fmt: skip
 def test_halves_far_apart_mean_the_same_if_smooth_fields_do_too(axes, levels, length, usual, smoother, expected):
-    """After one level not if they are farther apart than that leads."""
+    """After one level not if they are farther apart than that leads; of motion longer than blocks these alone tell."""
     asked = Asked(levels, axes, turned(5.0, smoother, axes))
     smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(length, usual, axes))
     assert float(held) == (0 if expected else 1)
