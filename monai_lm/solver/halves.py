@@ -55,7 +55,7 @@ place, after one level, two, and more, which reach further. Blocks of planes hav
 _ALIKE = {2: ((2.3, 0.6), (math.inf, 0.6)), 3: ((2.3, 0.6), (math.inf, 0.77))}
 """Distance up to which, and correlation above which both halves mean the same though they lead to two places: after one
 level, which leads neither to the end, but not far either, and after more. The correlation is the mean of that of usual
-and of smoother fields; of these alone where motion is longer, in the root mean square, than the blocks are wide, so that
+and of smoother fields; of these alone where motion is longer, in the root mean square, than blocks are wide, so that
 neither half can know what happens in the other's."""
 
 _AROUND, _MEANT = 1.5, 0.6
