@@ -65,8 +65,8 @@ def prostate(
             for smooth in (0.6, "auto"):
                 after = []
                 for pair in begun:
-                    how: dict[str, Any] = {"similarity": similarity, "smooth_residual": smooth, "spacing": (_EDGE,) * 3}
-                    ddf = monai_lm.refine(pair.fixed, pair.moving, **how).ddf
+                    how: dict[str, Any] = {"smooth_residual": smooth, "spacing": (_EDGE,) * 3}
+                    ddf = monai_lm.refine(pair.fixed, pair.moving, similarity=similarity, **how).ddf
                     folds += int(fold_count(ddf))
                     after.append(_quality(pair, ddf))
                 columns.append(after)
@@ -75,9 +75,10 @@ def prostate(
             cells = [f"{_mean(x):.3f}" for x in dice] + [f"{_mean(x):.2f}" for x in far] + [f"{x}" for x in worse]
             print(f"| {start} | {similarity} | {' | '.join(cells)} |", flush=True)
     print(f"{folds} folds\n| alignment | taken | Dice |\n|---|---|---|")
-    for mode in ("center", "rigid", "affine", "auto"):
+    for mode in (None, "center", "rigid", "affine", "auto"):
         found = [_aligned(pair, mode) for pair in pairs]
-        print(f"| {mode} | {sum(moved for moved, _ in found)} | {fmean(dice for _, dice in found):.3f} |", flush=True)
+        taken, dice = sum(moved for moved, _ in found), fmean(dice for _, dice in found)
+        print(f"| {mode or 'as they are'} | {taken} | {dice:.3f} |", flush=True)
 
 
 def _pairs(folder: Path, half: str) -> Iterator[_Pair]:
@@ -123,13 +124,14 @@ def _quality(pair: _Pair, ddf: Tensor) -> tuple[float, float]:
     return _dice(pair.glands[0], warp(pair.glands[1], ddf, padding_mode="zeros")), float(away.nanmean())
 
 
-def _aligned(pair: _Pair, mode: str) -> tuple[bool, float]:
+def _aligned(pair: _Pair, mode: str | None) -> tuple[bool, float]:
     """Whether ``monai_lm.align`` moves the images, whose files begin at one corner, and the Dice of the gland."""
-    grid = np.diag([_EDGE, _EDGE, _EDGE, 1.0])
-    found = monai_lm.align(pair.fixed, pair.moving, grid, grid, mode)
+    grid, matrix = np.diag([_EDGE, _EDGE, _EDGE, 1.0]), np.eye(4)
+    if mode is not None:
+        matrix = monai_lm.align(pair.fixed, pair.moving, grid, grid, mode).matrix
     still = torch.zeros(1, 3, *pair.fixed.shape[2:])
-    gland = resample_moving(pair.glands[1], still, grid, grid, found.matrix, padding_mode="zeros")
-    return found.kind != "none", _dice(pair.glands[0], gland)
+    gland = resample_moving(pair.glands[1], still, grid, grid, matrix, padding_mode="zeros")
+    return not np.allclose(matrix, np.eye(4)), _dice(pair.glands[0], gland)
 
 
 def _dice(one: Tensor, other: Tensor) -> float:

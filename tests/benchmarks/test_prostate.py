@@ -45,5 +45,8 @@ def test_glands_are_brought_onto_each_other(folder, capsys):
         assert float(row[6]) < float(row[5])
         assert row[8:] == ["0", "0"]
     assert out[5] == "0 folds"
-    assert [row.split(" | ")[0] for row in out[8:]] == ["| center", "| rigid", "| affine", "| auto"]
-    assert float(out[8].strip("| ").split(" | ")[-1]) == pytest.approx(overlap, abs=0.02)
+    assert [row.split(" | ")[0] for row in out[8:]] == ["| as they are", "| center", "| rigid", "| affine", "| auto"]
+    still, shifted = (row.strip("| ").split(" | ") for row in out[8:10])
+    assert (still[1], shifted[1]) == ("0", "1")
+    assert float(shifted[2]) == pytest.approx(overlap, abs=0.02)
+    assert float(still[2]) < 0.5 * overlap
