@@ -77,8 +77,8 @@ def prostate(
     print(f"{folds} folds\n| alignment | taken | Dice |\n|---|---|---|")
     for mode in (None, "center", "rigid", "affine", "auto"):
         found = [_aligned(pair, mode) for pair in pairs]
-        taken, dice = sum(moved for moved, _ in found), fmean(dice for _, dice in found)
-        print(f"| {mode or 'as they are'} | {taken} | {dice:.3f} |", flush=True)
+        taken, overlap = sum(moved for moved, _ in found), fmean(dice for _, dice in found)
+        print(f"| {mode or 'as they are'} | {taken} | {overlap:.3f} |", flush=True)
 
 
 def _pairs(folder: Path, half: str) -> Iterator[_Pair]:
