@@ -49,8 +49,9 @@ _TRIED = 0.2
 """Share of a time budget for each degree of smoothness and each way; where it does not suffice nothing is asked."""
 
 _TOGETHER = {2: (1.4, 2.4, 4.0), 3: (1.2, 1.3, 4.0)}
-"""Distance, a root mean square in voxels of the reduced images in 2D and 3D, up to which both halves lead to the same
-place, after one level, two, and more, which reach further. Blocks of planes have fewer voxels to tell where to."""
+"""Distance, a root mean square in voxels of the reduced images, up to which both halves lead to the same place, after
+one level, two, and more, which reach further; for grids of which two or three axes are divided. Blocks of planes have
+fewer voxels to tell where to, and so have those of a few thick slices."""
 
 _ALIKE = {2: ((2.3, 0.6), (math.inf, 0.6)), 3: ((2.3, 0.6), (math.inf, 0.77))}
 """Distance up to which, and correlation above which both halves mean the same though they lead to two places: after one
@@ -141,7 +142,7 @@ def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing,
     near, first = halved.together(fields), halved.relation(fields)
     smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
     if smoother is not None:
-        farthest, least = halved.bound(_ALIKE)
+        farthest, least = halved.bound(_ALIKE, counts.dim() - 2)
         smooth = halved.relation(smoother).correlation
         alike = torch.where(first.motion > BLOCK**2, smooth, (first.correlation + smooth) / 2)
         near |= (alike > least) & (first.square.sqrt() <= farthest)
@@ -238,14 +239,15 @@ class _Halved:
         square = (first + second - 2 * both).clamp(min=0)
         return _Relation(square, both / (first * second).sqrt().clamp(min=1e-12), (first + second) / 2)
 
-    def bound(self, of: Mapping[int, Sequence[Bound]]) -> Bound:
-        """That for as many axes and levels; the last one is for more levels, too."""
-        bounds = of[self.counts.dim() - 2]
+    def bound(self, of: Mapping[int, Sequence[Bound]], axes: int) -> Bound:
+        """That for as many axes and for the levels; the last one is for more levels, too."""
+        bounds = of[axes]
         return bounds[min(len(self.ways[0]), len(bounds)) - 1]
 
     def together(self, fields: Tensor) -> Tensor:
         """Whether the halves' fields lead to the same place, ``(B,)``."""
-        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER)
+        divided = sum(length >= 2 * BLOCK for length in self.counts.shape[2:])
+        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER, max(2, divided))
 
     def around(self, fields: Tensor, least: float) -> Tensor:
         """Where they do around a place, with a correlation of at least so much there, ``(B, 1, *S)``."""

@@ -94,19 +94,23 @@ def test_large_motion_that_both_halves_mean_is_followed(smooth_image, smooth_fie
     assert float(auto.apart) > 3.2
 
 
-def turned(length, cosine, axes=2):
-    """Two fields of one length, ``(2, axes, 8, 8, …)``, at an angle."""
+def turned(length, cosine, axes=2, thin=False):
+    """Two fields of one length, ``(2, axes, 12, 12, …)``, at an angle; with a few slices if thin."""
     directions = torch.zeros(2, axes)
     directions[:, :2] = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])
-    return (length * directions).view(2, axes, *[1] * axes).expand(2, axes, *[8] * axes)
+    return (length * directions).view(2, axes, *[1] * axes).expand(2, axes, *size(axes, thin))
+
+
+def size(axes, thin=False):
+    return (12,) * (axes - thin) + (8,) * thin
 
 
 class Asked(halves._Halved):
     """Halves of one pair that lead to fields that are known."""
 
-    def __init__(self, levels, axes=2, smoother=None):
+    def __init__(self, levels, axes=2, smoother=None, thin=False):
         settings = SimpleNamespace(method=SimpleNamespace(smoothing=Elastic()))
-        super().__init__(None, [[None] * levels], None, settings, None, None, torch.ones(1, 1, *[8] * axes))
+        super().__init__(None, [[None] * levels], None, settings, None, None, torch.ones(1, 1, *size(axes, thin)))
         object.__setattr__(self, "smoother", smoother)
 
     def led(self, smoothing, way):
@@ -129,6 +133,12 @@ def test_halves_lead_to_the_same_place_by_distance(axes, levels, length, expecte
     assert float(relation.square) == pytest.approx(length**2, rel=1e-5)
     assert float(relation.correlation) == pytest.approx(0.5, rel=1e-5)
     assert bool(Asked(levels, axes).together(turned(length, 0.5, axes))) is expected
+
+
+@pytest.mark.parametrize(("length", "expected"), [(2.3, True), (2.5, False)])
+def test_a_few_thick_slices_are_as_planes(length, expected):
+    asked = Asked(2, 3, thin=True)
+    assert bool(asked.together(turned(length, 0.5, 3, thin=True))) is expected
 
 
 @pytest.mark.parametrize(
@@ -167,8 +177,8 @@ def test_what_smooth_fields_do_not_agree_on_is_held_and_so_is_what_they_could_no
     asked = Asked(2, smoother=turned(1.0, 0.8) if timely else None)
     smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(5.0, 0.1))
     assert float(held) == 1
-    torch.testing.assert_close(smoothing.share, torch.ones(1, 1, 8, 8))
-    torch.testing.assert_close(smoothing.still, torch.full((1, 1, 8, 8), 0.0 if timely else 1.0))
+    torch.testing.assert_close(smoothing.share, torch.ones(1, 1, 12, 12))
+    torch.testing.assert_close(smoothing.still, torch.full((1, 1, 12, 12), 0.0 if timely else 1.0))
 
 
 @pytest.mark.parametrize(("longer", "expected"), [(1.0, True), (5.0, False)])
