@@ -65,7 +65,7 @@ class Alignment:
         return {
             "kind": self.kind, "mode": self.mode, "matrix": self.matrix.tolist(), "shift_mm": self.shift,
             "rotation_degrees": self.rotation, "scales": list(self.scales), "losses": dict(self.losses),
-            "seconds": self.seconds, "apart_mm": self.apart,
+            "seconds": self.seconds,
         }  # fmt: skip
 
     def __str__(self) -> str:

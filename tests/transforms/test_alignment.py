@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import ResampleToMatch
 
 from monai_lm.transforms import AlignAffine, AlignAffined
@@ -37,6 +37,15 @@ def test_the_new_affine_puts_the_moving_image_onto_the_fixed_one(images):
     np.testing.assert_allclose(matrix[:2, 3], SHIFT, atol=0.5)
     brought = ResampleToMatch(padding_mode="border")(aligned, fixed)
     assert float((brought - fixed).abs().mean()) < 0.02 * float(fixed.max())
+
+
+def test_a_loader_makes_batches_of_what_is_aligned_and_what_is_not(images):
+    fixed, moving = images
+    noise = [MetaTensor(torch.rand(x.shape, generator=torch.Generator().manual_seed(k)), affine=x.affine) for k, x in
+             enumerate(images)]  # fmt: skip
+    rows = [{"fixed": a, "moving": b} for a, b in ((fixed, moving), noise)]
+    (batch,) = DataLoader(Dataset(rows, AlignAffined("moving", mode="rigid")), batch_size=2)
+    assert batch["moving"].meta["alignment"]["kind"] == ["rigid", "none"]
 
 
 def test_labels_go_along_and_masks_are_heeded(images):
