@@ -74,8 +74,8 @@ class Alignment:
         if self.apart is not None and self.kind in ("none", "center"):
             stay = "stay where their headers put them" if self.kind == "none" else "are shifted onto each other only"
             return (
-                f"No alignment is told by the images: two halves of the fixed one lead {self.apart:.1f} mm apart "
-                f"(root mean square); they {stay}."
+                f"No alignment is taken: two halves of the fixed image, aligned on their own, lead {self.apart:.1f} mm "
+                f"apart (root mean square); the images {stay}."
             )
         if self.kind == "none":
             tried = {name: loss for name, loss in self.losses.items() if name != "none"}

@@ -8,6 +8,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +67,11 @@ def read_list(source: Any, root: str | Path | None = None, argument: str = "data
         elif path.suffix == ".json":
             source = read_json(argument, path)
         elif path.suffix in (".csv", ".tsv"):
-            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
-                source = _rows(path, file.read())
+            try:
+                text = path.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark before the first name
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} must be text in UTF-8, got {error}") from error
+            source = _rows(path, text)
         else:
             raise ValueError(f"{argument} must be a .csv, .tsv or .json file, got {path.name!r}")
     if isinstance(source, Mapping):
@@ -94,17 +98,20 @@ def _is_entry(keys: Iterable[str]) -> bool:
 
 def _rows(path: Path, text: str) -> list[Entry]:
     """The rows of a table, without what is empty; ValueError for names or values that do not make columns."""
-    header = text.partition("\n")[0]
+    header = text.replace("\r", "\n").lstrip("\n").partition("\n")[0]
     separator = max(",;\t", key=header.count)
-    columns = [name.strip() for name in next(csv.reader([header], delimiter=separator, skipinitialspace=True), [])]
+    lines = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        columns, *rows = [[value.strip() for value in line] for line in lines if line] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path} must be a table, got in line {lines.line_num}: {error}") from error
     if not _is_entry(columns):
         raise ValueError(f"{path} must name columns in its first line, image or fixed and moving, got {columns}")
     if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
         raise ValueError(f"{path} must name every column once, got {twice} more than once")
-    rows = list(csv.DictReader(text.splitlines(), delimiter=separator, skipinitialspace=True))
-    if crowded := [number for number, row in enumerate(rows, 2) if row.get(None)]:
+    if crowded := [number for number, row in enumerate(rows, 2) if any(row[len(columns) :])]:
         raise ValueError(f"{path} must have as many values as columns in every line, got more in lines {crowded[:5]}")
-    return [{k.strip(): v.strip() for k, v in row.items() if k and v and v.strip()} for row in rows]
+    return [{name: value for name, value in zip(columns, row, strict=False) if name and value} for row in rows]
 
 
 def read_json(argument: str, path: str | Path) -> Any:

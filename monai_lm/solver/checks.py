@@ -117,7 +117,7 @@ def check_shown(name: str, image: Tensor, mask: Tensor | None) -> None:
         hint = f"; a background of NaN becomes one of zeros by {name}.nan_to_num(0), and a mask keeps it from counting"
         check_finite(name, image, hint)
     else:
-        check_finite(name, image.masked_fill(mask == 0, 0), " where its mask is not zero")
+        check_finite(name, image.masked_fill(mask == 0, 0), " where neither mask nor lesion hides it")
 
 
 def checked_mask(mask: Any, image: Tensor, name: str = "mask", of: str = "fixed") -> Tensor:

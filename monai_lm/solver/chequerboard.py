@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "colours", "in_halves"]
+__all__ = ["BLOCK", "colours", "divided", "in_halves"]
 
 BLOCK = 6
 """Edge of a block in voxels of its level: wider than the windows of the measures."""
+
+
+def divided(size: Sequence[int]) -> int:
+    """How many axes of a grid are divided: those with the voxels of two blocks or more."""
+    return sum(length >= 2 * BLOCK for length in size)
 
 
 def colours(size: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -22,7 +22,7 @@ from monai_lm.fields import gaussian_smooth
 from monai_lm.fields.topology import repair_in_place
 from monai_lm.similarity import Similarity
 from monai_lm.similarity.weighted import Weighted
-from monai_lm.solver.chequerboard import BLOCK
+from monai_lm.solver.chequerboard import BLOCK, divided
 from monai_lm.solver.choice import led, ways
 from monai_lm.solver.pyramid import Level, make_level, move_field, shrink
 from monai_lm.solver.result import Record
@@ -93,7 +93,7 @@ def compared(
 ) -> Halves | None:
     """Refine two halves of the fixed image, and compare where they lead.
 
-    None for measures that cannot weigh voxels, and where there is too little time.
+    None for measures that cannot weigh voxels, for images too small to be divided, and where there is too little time.
 
     Args:
         problem: what is refined.
@@ -106,6 +106,8 @@ def compared(
     if not all(_plain(stage.similarity).weighable for stage in stages):
         return None
     halved, usual = _halved(problem, stages, finest, settings, idle, record), settings.method.smoothing
+    if not any(divided(stage.level.size) for stage in halved.ways[0]):
+        return None
     way = torch.zeros_like(idle, dtype=torch.long)
     fields: Tensor | None = None
     for number in range(len(halved.ways)):
@@ -246,8 +248,7 @@ class _Halved:
 
     def together(self, fields: Tensor) -> Tensor:
         """Whether the halves' fields lead to the same place, ``(B,)``."""
-        divided = sum(length >= 2 * BLOCK for length in self.counts.shape[2:])
-        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER, max(2, divided))
+        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER, max(2, divided(self.counts.shape[2:])))
 
     def around(self, fields: Tensor, least: float) -> Tensor:
         """Where they do around a place, with a correlation of at least so much there, ``(B, 1, *S)``."""

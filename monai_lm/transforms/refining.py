@@ -115,7 +115,9 @@ class RefineDDF(Transform):
                 voxel axes that differ, where ``world`` is false; or a field that was loaded for a moving image whose
                 axes are others; batches, or what is padded to the size of one.
         """
-        for name, image in (("fixed", fixed), ("moving", moving), ("ddf", ddf)):
+        given = {"fixed": fixed, "moving": moving, "ddf": ddf, "mask": mask, "moving_mask": moving_mask}
+        given |= {"lesion": lesion, "moving_lesion": moving_lesion}
+        for name, image in given.items():
             check_item(name, image)
         check_same_axes("fixed", fixed, "ddf", ddf)
         check_same_axes("fixed", fixed, "mask", mask)
@@ -123,8 +125,6 @@ class RefineDDF(Transform):
         check_target(ddf, moving)
         check_same_axes("fixed", fixed, "lesion", lesion)
         check_same_axes("moving", moving, "moving_lesion", moving_lesion)
-        given = {"fixed": fixed, "moving": moving, "ddf": ddf, "mask": mask, "moving_mask": moving_mask}
-        given |= {"lesion": lesion, "moving_lesion": moving_lesion}
         pair: dict[str, Any] = {
             k: None if x is None else convert_to_tensor(x, track_meta=False, device=self.device)[None]
             for k, x in given.items()

@@ -190,3 +190,26 @@ def test_columns_without_names_or_with_one_name_are_refused(tmp_path, header, re
     file.write_text(header + "\nc.nii,d.nii\n")
     with pytest.raises(ValueError, match=reason):
         read_list(file)
+
+
+def test_lines_may_end_as_on_any_system_and_values_may_have_breaks(tmp_path):
+    file = tmp_path / "pairs.csv"
+    for end in ("\n", "\r\n", "\r"):
+        file.write_bytes(end.join(["", "fixed,moving,name", "a.nii,b.nii,one", "", 'c.nii,d.nii,"x\u2028y"']).encode())
+        first, second = read_list(file)[""]
+        assert first == {"fixed": str(tmp_path / "a.nii"), "moving": str(tmp_path / "b.nii"), "name": "one"}
+        assert second["name"] == "x\u2028y"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'fixed,moving\na.nii,"b.nii\n', r"pairs.csv must be a table, got in line 2: unexpected end of data"),
+        ("fixed,moving\n".encode("utf-16"), r"pairs.csv must be text in UTF-8, got 'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path, content, reason):
+    file = tmp_path / "pairs.csv"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_list(file)

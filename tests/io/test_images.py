@@ -205,7 +205,9 @@ def test_what_a_mask_or_a_lesion_hides_need_not_be_finite(save):
         assert torch.isfinite(pair.fixed.data).all()
         assert pair.fixed.data[0, 0, 0, 0, 1] == 1
     for given in ({"mask": shown}, {"lesion": hole}):
-        with pytest.raises(ValueError, match=r"broken.nii.gz must be finite, got 1 NaN or infinite values where its"):
+        with pytest.raises(
+            ValueError, match=r"broken.nii.gz must be finite, got 1 NaN or infinite values where neither"
+        ):
             load_pair(broken, whole, **given)
     with pytest.raises(ValueError, match=r"got 2 NaN .* a mask \(fixed_mask, moving_mask\) or a lesion hides them"):
         load_pair(broken, whole, moving_lesion=hole)

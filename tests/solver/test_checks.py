@@ -121,7 +121,9 @@ def test_images_that_are_not_finite_are_refused(size, value, name, position):
         check_shown(name, images[position], None)
     mask = torch.ones(1, 1, *size)
     mask.view(-1)[:1] = 0
-    with refusal(ValueError, f"{name} must be finite, got 1 NaN or infinite values where its mask is not zero"):
+    with refusal(
+        ValueError, f"{name} must be finite, got 1 NaN or infinite values where neither mask nor lesion hides it"
+    ):
         check_shown(name, images[position], mask)
     mask.view(-1)[1] = 0
     check_shown(name, images[position], mask)

@@ -167,7 +167,13 @@ def test_where_a_registered_field_is_stored(images):
 
 def test_a_batch_of_tensors_is_refused(images):
     fixed, moving = (image.as_tensor() for image in images)
-    for name, given in (("fixed", (fixed[None], moving)), ("ddf", (fixed, moving, torch.zeros(1, 3, 20, 16, 18)))):
+    ddf = torch.zeros(3, 20, 16, 18)
+    cases = {
+        "fixed": (fixed[None], moving),
+        "ddf": (fixed, moving, ddf[None]),
+        "mask": (fixed, moving, ddf, fixed[None]),
+    }
+    for name, given in cases.items():
         with pytest.raises(ValueError, match=rf"{name} must be one item, \(C, H, W\) or \(C, H, W, D\), got shape"):
             RefineDDF()(*given)
 
