@@ -170,7 +170,7 @@ def with_nan() -> np.ndarray:
         (np.zeros((1, 4)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(1, 4\)"),
         (np.zeros((1, 3, 4, 5, 6)), np.eye(4), "x.nii", r"ddf must be \(n, \*S\) .*got shape \(1, 3, 4, 5, 6\)"),
         (with_nan(), np.eye(4), "x.nii", "ddf must be finite"),
-        (GOOD, np.eye(3), "x.nii", r"affine must be an invertible \(4, 4\) matrix, got shape \(3, 3\)"),
+        (GOOD, np.eye(3), "x.nii", r"affine must be an invertible \(4, 4\) matrix .*, got shape \(3, 3\)"),
         (GOOD, np.diag([1.0, 0, 1, 1]), "x.nii", r"affine must be an invertible \(4, 4\) matrix"),
         (GOOD, np.full((4, 4), np.nan), "x.nii", r"affine must be an invertible \(4, 4\) matrix"),
         (GOOD, np.eye(4), "x.mha", r"path must end in .nii or .nii.gz, got 'x.mha'"),
@@ -225,7 +225,7 @@ def test_a_moving_image_elsewhere_in_space(tmp_path):
     assert np.allclose(written[..., 0], -5)
     assert np.allclose(written[..., 1], 3)
     assert np.allclose(written[..., 2], 1 + 0.5 * np.arange(6))
-    with pytest.raises(ValueError, match=r"moving_affine must be an invertible \(4, 4\) matrix, got shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"moving_affine must be an invertible \(4, 4\) .*, got shape \(3, 3\)"):
         write_itk_ddf(tmp_path / "ddf.nii.gz", np.zeros((3, 4, 5, 6)), fixed, np.eye(3))
 
 

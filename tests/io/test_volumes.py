@@ -33,7 +33,7 @@ def test_what_is_not_finite_is_counted_and_has_a_remedy_that_works(tmp_path, suf
 
     values[0, :2, 0] = np.nan
     save()
-    for label, end in ((True, "$"), (False, r", and a mask \(fixed_mask, moving_mask\) of zeros there hides them")):
+    for label, end in ((True, "$"), (False, r", and a mask \(fixed_mask, moving_mask\) or a lesion hides them")):
         with pytest.raises(ValueError, match=f"must be finite, got 2 NaN .*; np.nan_to_num makes zeros of NaN{end}"):
             Image(path, label)
     values = np.nan_to_num(values)
