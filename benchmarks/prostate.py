@@ -14,7 +14,7 @@ from torch import Tensor
 
 import monai_lm
 from monai_lm.fields import fold_count, warp
-from monai_lm.fields.metrics import target_registration_error
+from monai_lm.fields.metrics import compare_labels, target_registration_error
 from monai_lm.fields.space import resample_moving
 
 __all__ = ["prostate"]
@@ -52,6 +52,8 @@ def prostate(
         starts: ``gland`` lays the centroids of the glands on each other, ``middle`` the middles of the images.
     """
     pairs = list(_pairs(Path(folder), half))
+    if not pairs:
+        raise ValueError(f"folder must hold */fixed_images/case*.nii.gz of half {half}, got none in {folder}")
     print(f"{len(pairs)} pairs of half {half}")
     print(
         "| start | measure | Dice before | .6 | auto | mm before | .6 | auto | worse: .6 | auto |\n" + "|---" * 10 + "|"
@@ -135,8 +137,7 @@ def _aligned(pair: _Pair, mode: str | None) -> tuple[bool, float]:
 
 
 def _dice(one: Tensor, other: Tensor) -> float:
-    a, b = one > 0.5, other > 0.5
-    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+    return float(compare_labels((other > 0.5).int(), (one > 0.5).int())["dice"])
 
 
 def _mean(values: Sequence[float]) -> float:

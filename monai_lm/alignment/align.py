@@ -42,10 +42,9 @@ _TOGETHER = 0.15
 """How far apart two halves of the fixed image may lead what it shows, as a part of its reach. Validation: .13 at most
 on hippocampi, brains, hearts and abdomens, .18 at least on ultrasound and MR of prostates, where starts are better."""
 
-
 _TELLS = 0.4
-"""Part of the dissimilarity that a map may leave to be taken without asking halves; of such prostates .5 is left, or
-more."""
+"""Part of the dissimilarity that a rigid map may leave to be taken without asking halves; of such prostates .63 is left
+or more (an affine map can leave .28 of what is wrong)."""
 
 
 def align(
@@ -74,8 +73,8 @@ def align(
             turns, too; ``"affine"`` has all linear maps; what makes the images no more alike is not taken, nor an
             affine map unless one that is fitted to one half of the voxels makes the other half more alike, too, and
             50 voxels or more count for each of its parameters. Neither is taken where two halves of the fixed image
-            find rigid maps that lie apart, unless it takes most of the dissimilarity: the images stay where their
-            headers put them.
+            find rigid maps that lie apart, unless the rigid one takes most of the dissimilarity: the images stay where
+            their headers put them.
             ``"auto"``: the simplest that reaches the best but for half a percent, or but for a quarter of a voxel.
         similarity: as in :func:`monai_lm.refine`.
         mask: ``(1, 1, *S)``, weights in [0, 1]: voxels of the fixed image that are compared.
@@ -183,8 +182,9 @@ def _found(
     if mode == "auto":
         far = {name: _distance(matrix - maps[kind], frame) for name, matrix in maps.items()}
         kind = next(k for k in maps if k == kind or (np.isfinite(losses[k]) and far[k] < _APART * last.edge))
-    clear = kind not in ("rigid", "affine") or losses[kind] <= _TELLS * min(losses["none"], losses["center"]) < np.inf
-    apart = None if clear else _apart(coarse, shifts, frame)
+    apart, unturned = None, min(losses["none"], losses["center"])
+    if kind in ("rigid", "affine") and not losses["rigid"] <= _TELLS * unturned < np.inf:
+        apart = _apart(coarse, shifts, frame)
     if apart is not None and apart > _TOGETHER * radius:
         kind = "none" if np.isfinite(losses["none"]) else "center"
     return Alignment(maps[kind], kind, mode, losses, middles[0], time.perf_counter() - started, apart)

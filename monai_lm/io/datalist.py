@@ -102,16 +102,18 @@ def _rows(path: Path, text: str) -> list[Entry]:
     separator = max(",;\t", key=header.count)
     lines = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        columns, *rows = [[value.strip() for value in line] for line in lines if line] or [[]]
+        numbered = [(lines.line_num, [value.strip() for value in line]) for line in lines if line]
     except csv.Error as error:
         raise ValueError(f"{path} must be a table, got in line {lines.line_num}: {error}") from error
+    columns = numbered[0][1] if numbered else []
     if not _is_entry(columns):
         raise ValueError(f"{path} must name columns in its first line, image or fixed and moving, got {columns}")
     if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
         raise ValueError(f"{path} must name every column once, got {twice} more than once")
-    if crowded := [number for number, row in enumerate(rows, 2) if any(row[len(columns) :])]:
+    rows = numbered[1:]
+    if crowded := [number for number, row in rows if any(row[len(columns) :])]:
         raise ValueError(f"{path} must have as many values as columns in every line, got more in lines {crowded[:5]}")
-    return [{name: value for name, value in zip(columns, row, strict=False) if name and value} for row in rows]
+    return [{name: value for name, value in zip(columns, row, strict=False) if name and value} for _, row in rows]
 
 
 def read_json(argument: str, path: str | Path) -> Any:

@@ -19,6 +19,7 @@ from monai_lm.io.volumes import load_volume, says_edges
 from monai_lm.similarity.weighted import continued
 from monai_lm.solver.between import Between
 from monai_lm.solver.checks import check_shown, checked_mask
+from monai_lm.solver.lesion import outside
 
 __all__ = ["Field", "Image", "Pair", "Probabilities", "load_pair", "load_points", "unmeasured"]
 
@@ -259,12 +260,11 @@ def load_pair(
                 f"{image.grid.size}; affines\n{its.grid.affine}\nand\n{image.grid.affine}"
             )
     for image, hole, its in zip(weights, lesions, (f, m), strict=True):
-        shows = torch.ones_like(its.data)
         if image:
-            shows = image.data = checked_mask(image.data, its.data, str(image.path), str(its.path))
-        if hole:
-            shows = shows * (hole.data <= 0)
-        if image or hole:
+            image.data = checked_mask(image.data, its.data, str(image.path), str(its.path))
+        lesion_there = None if hole is None else (hole.data > 0).to(its.data)
+        shows = outside(image and image.data, lesion_there, str(image and image.path))
+        if shows is not None:
             check_shown(str(its.path), its.data, shows)
             its.data = continued(its.data, torch.isfinite(its.data))
     landmarks = (load_points(points[0], n), load_points(points[1], n)) if points else None

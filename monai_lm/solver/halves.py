@@ -37,7 +37,7 @@ __all__ = ["SMOOTHER", "Halves", "compared"]
 Bound = TypeVar("Bound", float, tuple[float, float])
 
 SMOOTHER = 2.4
-"""``sigma`` of :class:`Elastic` with which fields are as smooth as those of places where halves do not agree."""
+"""``sigma`` of :class:`Elastic` that is tried where halves do not agree with the usual one."""
 
 _REDUCTION = 2
 """Of the images that are divided; what holds there is taken for all levels."""
@@ -124,30 +124,32 @@ def compared(
         way = torch.where(better, number, way)
         fields = torch.where(per_voxel(better.repeat(2), fields), others, fields)
     assert fields is not None  # for mypy: there is a way
-    apart = _REDUCTION * halved.relation(fields).square.sqrt()
+    found = halved.relation(fields)
+    apart = _REDUCTION * found.square.sqrt()
     if not settings.adaptive:
         return Halves(way, usual, apart, torch.zeros_like(apart))
-    smoothing, held = _smoothing(halved, way, fields)
+    smoothing, held = _smoothing(halved, way, fields, found)
     return Halves(way, smoothing, apart, held)
 
 
-def _smoothing(halved: _Halved, way: Tensor, fields: Tensor) -> tuple[Smoothing, Tensor]:
+def _smoothing(halved: _Halved, way: Tensor, fields: Tensor, found: _Relation) -> tuple[Smoothing, Tensor]:
     """With what the halves agree, and :attr:`Halves.held`.
 
     Args:
         halved: what is asked.
         way: that they take, ``(B,)``.
         fields: where it leads with the usual smoothness, ``(2 B, n, *S)``.
+        found: how these lie to each other.
     """
     usual, counts = halved.settings.method.smoothing, halved.counts
     assert isinstance(usual, Elastic)  # for mypy
-    near, first = halved.together(fields), halved.relation(fields)
+    near = halved.together(found)
     smoother = None if bool(near.all()) else halved.led(Elastic(SMOOTHER), way)
     if smoother is not None:
         farthest, least = halved.bound(_ALIKE, counts.dim() - 2)
         smooth = halved.relation(smoother).correlation
-        alike = torch.where(first.motion > BLOCK**2, smooth, (first.correlation + smooth) / 2)
-        near |= (alike > least) & (first.square.sqrt() <= farthest)
+        alike = torch.where(found.motion > BLOCK**2, smooth, (found.correlation + smooth) / 2)
+        near |= (alike > least) & (found.square.sqrt() <= farthest)
     soft = per_voxel(near, counts) | halved.around(fields, -1)
     stiff = torch.zeros_like(soft) if smoother is None else halved.around(smoother, _MEANT)
     held = _mean((~soft).to(counts), counts)
@@ -246,9 +248,9 @@ class _Halved:
         bounds = of[axes]
         return bounds[min(len(self.ways[0]), len(bounds)) - 1]
 
-    def together(self, fields: Tensor) -> Tensor:
-        """Whether the halves' fields lead to the same place, ``(B,)``."""
-        return self.relation(fields).square.sqrt() <= self.bound(_TOGETHER, max(2, divided(self.counts.shape[2:])))
+    def together(self, found: _Relation) -> Tensor:
+        """Whether fields that lie to each other like this lead to the same place, ``(B,)``."""
+        return found.square.sqrt() <= self.bound(_TOGETHER, max(2, divided(self.counts.shape[2:])))
 
     def around(self, fields: Tensor, least: float) -> Tensor:
         """Where they do around a place, with a correlation of at least so much there, ``(B, 1, *S)``."""

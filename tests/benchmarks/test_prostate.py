@@ -50,3 +50,8 @@ def test_glands_are_brought_onto_each_other(folder, capsys):
     assert (still[1], shifted[1]) == ("0", "1")
     assert float(shifted[2]) == pytest.approx(overlap, abs=0.02)
     assert float(still[2]) < 0.5 * overlap
+
+
+def test_a_folder_without_cases_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"folder must hold \*/fixed_images/case\*.nii.gz of half B, got none in"):
+        prostate(str(tmp_path))

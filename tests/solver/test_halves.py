@@ -113,6 +113,9 @@ class Asked(halves._Halved):
         super().__init__(None, [[None] * levels], None, settings, None, None, torch.ones(1, 1, *size(axes, thin)))
         object.__setattr__(self, "smoother", smoother)
 
+    def smoothing(self, fields):
+        return halves._smoothing(self, torch.zeros(1, dtype=torch.long), fields, self.relation(fields))
+
     def led(self, smoothing, way):
         assert smoothing == Elastic(halves.SMOOTHER)
         assert way.tolist() == [0]
@@ -132,13 +135,13 @@ def test_halves_lead_to_the_same_place_by_distance(axes, levels, length, expecte
     relation = Asked(levels, axes).relation(turned(length, 0.5, axes))
     assert float(relation.square) == pytest.approx(length**2, rel=1e-5)
     assert float(relation.correlation) == pytest.approx(0.5, rel=1e-5)
-    assert bool(Asked(levels, axes).together(turned(length, 0.5, axes))) is expected
+    assert bool(Asked(levels, axes).together(relation)) is expected
 
 
 @pytest.mark.parametrize(("length", "expected"), [(2.3, True), (2.5, False)])
 def test_a_few_thick_slices_are_as_planes(length, expected):
     asked = Asked(2, 3, thin=True)
-    assert bool(asked.together(turned(length, 0.5, 3, thin=True))) is expected
+    assert bool(asked.together(asked.relation(turned(length, 0.5, 3, thin=True)))) is expected
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_a_few_thick_slices_are_as_planes(length, expected):
 def test_halves_far_apart_mean_the_same_if_smooth_fields_do_too(axes, levels, length, usual, smoother, expected):
     """After one level not if they are farther apart than that leads; of motion longer than blocks these alone tell."""
     asked = Asked(levels, axes, turned(5.0, smoother, axes))
-    smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(length, usual, axes))
+    smoothing, held = asked.smoothing(turned(length, usual, axes))
     assert float(held) == (0 if expected else 1)
     assert (smoothing == Elastic()) is expected
 
@@ -175,7 +178,7 @@ def test_around_a_place_halves_are_near_and_mean_the_same(length, cosine, least,
 def test_what_smooth_fields_do_not_agree_on_is_held_and_so_is_what_they_could_not_be_asked(timely):
     """Where halves agree on smooth fields only, the field is smooth."""
     asked = Asked(2, smoother=turned(1.0, 0.8) if timely else None)
-    smoothing, held = halves._smoothing(asked, torch.zeros(1, dtype=torch.long), turned(5.0, 0.1))
+    smoothing, held = asked.smoothing(turned(5.0, 0.1))
     assert float(held) == 1
     torch.testing.assert_close(smoothing.share, torch.ones(1, 1, 12, 12))
     torch.testing.assert_close(smoothing.still, torch.full((1, 1, 12, 12), 0.0 if timely else 1.0))

@@ -251,10 +251,19 @@ def test_unknown_modes(arguments, message):
 
 @pytest.mark.parametrize(
     ("image", "ddf"),
-    [((1, 8, 8), (3, 8, 8)), ((8, 8), (2, 8, 8)), ((1, 8, 8, 8), (2, 8, 8)), ((1, 1, 8, 8), (1, 2, 8, 8))],
+    [((1, 8, 8), (3, 8, 8)), ((1, 8, 8, 8), (2, 8, 8)), ((1, 1, 8, 8), (1, 2, 8, 8))],
 )
 def test_an_image_and_a_field_that_do_not_fit(image, ddf):
-    with pytest.raises(ValueError, match=r"ddf must be \(n, \*S\) for an image \(C, \*M\), got|img must be one item"):
+    with pytest.raises(ValueError, match=r"ddf must be \(n, \*S\) for an image \(C, \*M\), got shapes"):
+        WarpImage()(torch.zeros(image), torch.zeros(ddf))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "ddf"),
+    [("img", (8, 8), (2, 8, 8)), ("ddf", (1, 8, 8), (8, 8)), ("img", (1, 1, 8, 8, 8), (3, 8, 8, 8))],
+)
+def test_what_is_no_item_is_named(name, image, ddf):
+    with pytest.raises(ValueError, match=rf"{name} must be one item, \(C, H, W\) or \(C, H, W, D\), got shape"):
         WarpImage()(torch.zeros(image), torch.zeros(ddf))
 
 
