@@ -15,7 +15,7 @@ from monai_lm.fields import fold_count, warp
 from monai_lm.fields.metrics import sd_log_jacobian
 from monai_lm.guidance import Keypoints
 from monai_lm.inferers import RegistrationInferer
-from monai_lm.solver import halves
+from monai_lm.solver import choice, halves, refinement
 from monai_lm.solver.smoothing import Elastic
 
 SIZE = (96, 88)
@@ -66,6 +66,19 @@ def test_noise_is_not_followed(predicted, image, truth):
     assert float(auto.apart) > 3
     assert float(auto.held) > 0.9
     assert int(fold_count(auto.ddf)) == 0
+
+
+def test_what_coarse_levels_made_up_is_not_kept(smooth_image, monkeypatch):
+    """Coarse levels that are begun with before halves are asked are led again, held, where these do not agree."""
+    fixed, moving = (smooth_image((1, 1, 128, 120), 3.0, seed, torch.float32) for seed in (4, 5))
+    found = refine(fixed, moving, similarity="mapped_lncc")
+    assert float(found.held) > 0.9
+    assert float(found.ddf.square().sum(1).sqrt().mean()) < 1
+    first = []
+    monkeypatch.setattr(refinement, "decided", lambda *given: first.append(choice.decided(*given)) or first[0])
+    monkeypatch.setattr(refinement, "beginnings", lambda *_: first[0][1])
+    kept = refine(fixed, moving, similarity="mapped_lncc")
+    assert float(kept.ddf.square().sum(1).sqrt().mean()) > 5
 
 
 def test_places_are_told_apart(smooth_image, smooth_field):
